@@ -1,0 +1,241 @@
+"""Linear layers with INT4 weights in the compressed-tensors layout, with FP8 (W4A8) or plain (W4A16) activations.
+
+With codes q in [-8, 7], a scale σ per output row and group g of consecutive inputs, and activations x::
+
+    W4A8    y = (Σ_g σ_g · Σ_{k∈g} x8_k · q_k) · s_x + bias        x ≈ x8 · s_x, e4m3fn, one s_x per token
+    W4A16   y = Σ_k x_k · ŵ_k + bias                               ŵ = q · σ rounded to the dtype of x
+
+Sums, scales and bias are FP32; y has the dtype of x. Scales may be negative. INT4 codes are exact in e4m3fn, so the
+W4A8 kernel multiplies in FP8 without a further rounding; 4 bits save bytes, never multiplications.
+
+The W4A16 reference is one ``F.linear`` in the dtype of x, as a dequantized layer would run. The kernels need a group
+size that is a multiple of 32, or one group per row. Whatever they do not take runs through the reference, with one
+logged reason. Inference only: no gradient is registered.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .activations import (
+    FLOAT_DTYPES,
+    FP8_CAPABILITY,
+    check_activations,
+    cuda_refusal,
+    log_fallback,
+    quantize_fp8,
+    quantize_fp8_ref,
+    triton_refusal,
+)
+from .packing import packed_width, unpack_int4
+
+TRITON_OPS = {
+    "quantize_fp8_per_token": FP8_CAPABILITY,
+    # Triton has no e4m3fn below 8.9, neither as an operand nor as a conversion.
+    "w4a8_linear": FP8_CAPABILITY,
+    "w4a16_linear": (8, 0),
+}
+SCALED_MM_OPS = {"fp8_linear": FP8_CAPABILITY}
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What an op runs on for some device, and why."""
+
+    name: Literal["triton", "scaled_mm", "reference"]
+    reason: str
+
+
+def linear_backend(op: str, device: torch.device | str, *, interpret: bool = False) -> Backend:
+    """Choose the backend of ``op`` on ``device``.
+
+    Args:
+        op: a key of :func:`available_backends`.
+        device: such as ``"cuda:0"`` or ``"cpu"``.
+        interpret: the caller runs under Triton's interpreter (TRITON_INTERPRET=1) and wants the kernel on CPU tensors.
+
+    Raises:
+        ValueError: unknown op.
+    """
+    if op in TRITON_OPS:
+        name, capability = "triton", TRITON_OPS[op]
+        refusal = None if interpret else triton_refusal(torch.device(device), capability)
+    elif op in SCALED_MM_OPS:
+        name, capability = "scaled_mm", SCALED_MM_OPS[op]
+        refusal = cuda_refusal(torch.device(device), capability)
+    else:
+        raise ValueError(f"unknown op {op!r}; known: {', '.join([*TRITON_OPS, *SCALED_MM_OPS])}")
+    if refusal is not None:
+        return Backend("reference", refusal)
+    if interpret:
+        return Backend(name, "Triton's interpreter was asked for")
+    return Backend(name, f"compute capability is at least {capability[0]}.{capability[1]}")
+
+
+def available_backends(device: torch.device | str) -> dict[str, Backend]:
+    """Backend and reason of every linear op on ``device``; shapes may still send a call to the reference."""
+    return {op: linear_backend(op, device) for op in (*TRITON_OPS, *SCALED_MM_OPS)}
+
+
+def dequantize_int4(weight_packed: Tensor, weight_scale: Tensor, in_features: int, dtype: torch.dtype) -> Tensor:
+    """Expand packed INT4 weights: q · σ in FP32, rounded once to ``dtype``.
+
+    Args:
+        weight_packed: (out_features, ceil(in_features / 8)) int32.
+        weight_scale: (out_features, groups) bf16, fp16 or fp32; groups = 1 is one scale per output channel.
+        in_features: a multiple of groups.
+        dtype: of the result.
+
+    Returns:
+        (out_features, in_features) in ``dtype``. Exact in FP32 for bf16 and fp16 scales.
+
+    Raises:
+        ValueError: shapes or dtypes that do not belong together.
+    """
+    check_int4_weight(weight_packed, weight_scale, in_features)
+    out_features, groups = weight_scale.shape
+    codes = unpack_int4(weight_packed, in_features).view(out_features, groups, in_features // groups)
+    return (codes.float() * weight_scale.float().unsqueeze(-1)).to(dtype).view(out_features, in_features)
+
+
+def w4a8_linear(x: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """INT4 weights times activations that are quantized to FP8 per token on the fly.
+
+    Args:
+        x: (..., in_features) bf16, fp16 or fp32, any strides, any number of tokens from 0.
+        weight_packed: (out_features, ceil(in_features / 8)) int32, compressed-tensors layout.
+        weight_scale: (out_features, groups) bf16, fp16 or fp32, any sign; groups divides in_features.
+        bias: (out_features,) floating, or None.
+
+    Returns:
+        (..., out_features) in the dtype of ``x``, contiguous.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not belong together.
+    """
+    check_int4_linear(x, weight_packed, weight_scale, bias)
+    return w4a8_op(x, weight_packed, weight_scale, bias)
+
+
+def w4a16_linear(x: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """INT4 weights, rounded to the dtype of ``x`` after scaling, times unquantized activations.
+
+    Arguments, result and errors are those of :func:`w4a8_linear`.
+    """
+    check_int4_linear(x, weight_packed, weight_scale, bias)
+    return w4a16_op(x, weight_packed, weight_scale, bias)
+
+
+def w4a8_ref(x: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Torch specification of :func:`w4a8_linear`, any device."""
+    x8, scale = quantize_fp8_ref(x)
+    weight = dequantize_int4(weight_packed, weight_scale, x.shape[-1], torch.float32)
+    y = (x8.float() @ weight.t()) * scale
+    return (y if bias is None else y + bias.float()).to(x.dtype)
+
+
+def w4a16_ref(x: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Torch specification of :func:`w4a16_linear`, any device."""
+    weight = dequantize_int4(weight_packed, weight_scale, x.shape[-1], x.dtype)
+    return torch.nn.functional.linear(x.contiguous(), weight, None if bias is None else bias.to(x.dtype))
+
+
+def run_w4a8(
+    x: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor | None = None, *, interpret: bool = False
+) -> Tensor:
+    """Dispatch of :func:`w4a8_linear` without checks."""
+    if not kernel_takes("w4a8_linear", x, weight_scale, interpret=interpret):
+        return w4a8_ref(x, weight_packed, weight_scale, bias)
+    from .int4_linear_triton import int4_matmul
+
+    x8, scale = quantize_fp8(x.reshape(-1, x.shape[-1]), interpret=interpret)
+    y = int4_matmul(x8, weight_packed, weight_scale, bias, x_scale=scale, out_dtype=x.dtype, interpret=interpret)
+    return y.view(*x.shape[:-1], weight_packed.shape[0])
+
+
+def run_w4a16(
+    x: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor | None = None, *, interpret: bool = False
+) -> Tensor:
+    """Dispatch of :func:`w4a16_linear` without checks."""
+    if not kernel_takes("w4a16_linear", x, weight_scale, interpret=interpret):
+        return w4a16_ref(x, weight_packed, weight_scale, bias)
+    from .int4_linear_triton import int4_matmul
+
+    rows = x.reshape(-1, x.shape[-1])
+    y = int4_matmul(rows, weight_packed, weight_scale, bias, x_scale=None, out_dtype=x.dtype, interpret=interpret)
+    return y.view(*x.shape[:-1], weight_packed.shape[0])
+
+
+def kernel_takes(op: str, x: Tensor, weight_scale: Tensor, *, interpret: bool) -> bool:
+    """Whether the Triton kernel takes this call; if not, the reason is logged once."""
+    backend = linear_backend(op, x.device, interpret=interpret)
+    groups = weight_scale.shape[1]
+    group_size = x.shape[-1] // groups
+    if backend.name == "reference":
+        log_fallback(op, backend.reason)
+        return False
+    if groups > 1 and group_size % 32:
+        log_fallback(op, f"group size {group_size} is neither a multiple of 32 nor the whole row")
+        return False
+    return True
+
+
+@torch.library.custom_op("kompakt::w4a8_linear", mutates_args=())
+def w4a8_op(x: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+    """Registered op behind :func:`w4a8_linear`; opaque to torch.compile."""
+    return run_w4a8(x, weight_packed, weight_scale, bias)
+
+
+@torch.library.custom_op("kompakt::w4a16_linear", mutates_args=())
+def w4a16_op(x: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+    """Registered op behind :func:`w4a16_linear`; opaque to torch.compile."""
+    return run_w4a16(x, weight_packed, weight_scale, bias)
+
+
+@w4a8_op.register_fake
+@w4a16_op.register_fake
+def _(x: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight_packed.shape[0]))
+
+
+def check_int4_weight(weight_packed: Tensor, weight_scale: Tensor, in_features: int) -> None:
+    """Raise ValueError unless weight and scale describe one (out_features, in_features) matrix."""
+    if weight_packed.dtype != torch.int32:
+        raise ValueError(f"weight_packed has dtype {weight_packed.dtype}; the pack-quantized layout uses torch.int32")
+    if weight_packed.dim() != 2 or weight_packed.shape[1] != packed_width(in_features):
+        raise ValueError(
+            f"weight_packed has shape {tuple(weight_packed.shape)}; in_features={in_features} needs"
+            f" (out_features, {packed_width(in_features)}), eight codes to a word"
+        )
+    if weight_scale.dtype not in FLOAT_DTYPES:
+        raise ValueError(f"weight_scale has dtype {weight_scale.dtype}; use torch.bfloat16, float16 or float32")
+    if weight_scale.dim() != 2 or weight_scale.shape[0] != weight_packed.shape[0] or weight_scale.shape[1] == 0:
+        raise ValueError(
+            f"weight_scale has shape {tuple(weight_scale.shape)}; expected ({weight_packed.shape[0]}, groups),"
+            " with groups = 1 for one scale per output channel"
+        )
+    if in_features % weight_scale.shape[1]:
+        raise ValueError(
+            f"weight_scale has {weight_scale.shape[1]} groups, which does not divide in_features={in_features};"
+            " every group must have the same whole size"
+        )
+
+
+def check_linear_operands(x: Tensor, out_features: int, bias: Tensor | None, **weights: Tensor) -> None:
+    """Raise ValueError unless x, bias and the named weights fit one linear layer on one device."""
+    check_activations(x)
+    if bias is not None and (tuple(bias.shape) != (out_features,) or not bias.dtype.is_floating_point):
+        raise ValueError(
+            f"bias has shape {tuple(bias.shape)} and dtype {bias.dtype}; expected ({out_features},) floating, or None"
+        )
+    for name, tensor in (*weights.items(), *([] if bias is None else [("bias", bias)])):
+        if tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device}, x on {x.device}; a linear layer lives on one device")
+
+
+def check_int4_linear(x: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor | None) -> None:
+    """Raise ValueError unless the arguments form one INT4 linear layer."""
+    check_linear_operands(x, weight_packed.shape[0], bias, weight_packed=weight_packed, weight_scale=weight_scale)
+    check_int4_weight(weight_packed, weight_scale, x.shape[-1])

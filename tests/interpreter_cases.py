@@ -1,0 +1,87 @@
+"""Runs the kernel cases of one test file under Triton's interpreter: ``python interpreter_cases.py test_x.py``.
+
+TRITON_INTERPRET must be set before triton is imported, hence a process of its own; all cases of a file share it, so
+that start-up is paid once. The test file declares
+
+- ``KERNEL``: the module that holds the kernel;
+- ``INTERPRETER_CASES``: name → function that raises AssertionError when the kernel is wrong;
+- ``MUTATIONS``: name → (text, replacement, case): the case is run on a copy of the kernel broken by that
+  replacement, and must raise.
+
+Prints one JSON object: name → "" for a pass, else what went wrong.
+"""
+
+import importlib
+import importlib.util
+import json
+import os
+import sys
+import tempfile
+import traceback
+import types
+from collections.abc import Callable
+from pathlib import Path
+from unittest import mock
+
+
+def alias_package() -> None:
+    """Make ``kompakt`` importable from the checkout when it is not installed."""
+    if importlib.util.find_spec("kompakt") is None:
+        package = types.ModuleType("kompakt")
+        package.__path__ = [str(Path(__file__).parents[1])]
+        sys.modules["kompakt"] = package
+
+
+def load_file(path: Path, name: str) -> types.ModuleType:
+    """Import ``path`` as module ``name``."""
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def run_case(case: Callable[[], None]) -> str:
+    """Empty string for a pass, the traceback otherwise."""
+    try:
+        case()
+    except Exception:
+        return traceback.format_exc()
+    return ""
+
+
+def run_mutation(kernel: str, text: str, replacement: str, case: Callable[[], None], folder: Path) -> str:
+    """Empty string if ``case`` catches the broken copy of ``kernel``."""
+    original = importlib.import_module(kernel)
+    assert original.__file__ is not None
+    source = Path(original.__file__).read_text()
+    if text not in source:
+        return f"{kernel} no longer contains {text!r}"
+    broken_file = folder / f"broken_{len(list(folder.iterdir()))}.py"
+    broken_file.write_text(source.replace(text, replacement))
+    broken = load_file(broken_file, f"kompakt.kernels.{broken_file.stem}")
+    with mock.patch.dict(sys.modules, {kernel: broken}):
+        try:
+            case()
+        except AssertionError:
+            return ""
+        except Exception:
+            return f"failed for another reason than its result:\n{traceback.format_exc()}"
+    return "the broken kernel passed"
+
+
+def main(test_file: str) -> None:
+    assert os.environ.get("TRITON_INTERPRET") == "1", "set TRITON_INTERPRET=1"
+    alias_package()
+    module = load_file(Path(test_file), "interpreted_test_file")
+    results = {name: run_case(case) for name, case in module.INTERPRETER_CASES.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, (text, replacement, case_name) in module.MUTATIONS.items():
+            case = module.INTERPRETER_CASES[case_name]
+            results[name] = run_mutation(module.KERNEL, text, replacement, case, Path(folder))
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
