@@ -1,0 +1,1 @@
+"""Quantization methods: one file, one frozen dataclass, whose fields are the recipe's options."""

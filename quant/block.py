@@ -1,0 +1,248 @@
+"""One decoder layer as a weight method sees it: float weights, calibration inputs, second moments, folds.
+
+Folding a positive scale s into the input channels of a Linear (W·s) and 1/s into whatever produces those channels leaves
+the layer's function as it is. A block keeps the folded scales beside the weights and applies them on demand, so the float
+layer stays intact until the pipeline commits the result; statistics are transformed along (x' = x/s, so H' = H/(s sᵀ)).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from .method import WeightScheme
+
+
+@dataclass(frozen=True)
+class Fold:
+    """A place where a channel scale can be moved without changing the function.
+
+    source: name of the module that produces the channels: a norm (its gain is divided by s) or a Linear (its output rows are).
+    consumers: names of the Linears that read the channels (their input columns are multiplied by s).
+    size: number of free scales. expand: (in_features of the consumers,) long, the scale each input channel uses.
+    rows: for a Linear source, its output rows that carry the scales, in scale order; None for a norm.
+    offset: value added to a norm's stored weight before use (1 where the gain is 1 + weight).
+    """
+
+    name: str
+    source: str
+    consumers: tuple[str, ...]
+    size: int
+    expand: torch.Tensor
+    rows: torch.Tensor | None = None
+    offset: float = 0.0
+
+
+@dataclass
+class InputStatistics:
+    """Second moments of one input, shared by the Linears that read it.
+
+    hessian: (in, in) float32, mean over tokens of x xᵀ. abs_mean: (in,) float32, mean of |x|.
+    """
+
+    hessian: torch.Tensor
+    abs_mean: torch.Tensor
+    tokens: int = 0
+
+    def update(self, x: torch.Tensor) -> None:
+        """Adds a batch. x: (…, in)."""
+        x = x.reshape(-1, x.shape[-1])
+        total = self.tokens + x.shape[0]
+        keep = self.tokens / total
+        if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16):
+            self.hessian.mul_(keep).add_(torch.mm(x.T, x, out_dtype=torch.float32), alpha=1 / total)
+        else:
+            self.hessian.mul_(keep).addmm_(x.T.float(), x.float(), alpha=1 / total)
+        self.abs_mean.mul_(keep).add_(x.abs().sum(0, dtype=torch.float32), alpha=1 / total)
+        self.tokens = total
+
+    def divide(self, scale: torch.Tensor) -> None:
+        """Turns the moments of x into those of x / scale. scale: (in,)."""
+        self.hessian.div_(scale.unsqueeze(0)).div_(scale.unsqueeze(1))
+        self.abs_mean.div_(scale)
+
+
+@dataclass
+class Block:
+    """One decoder layer on the compute device.
+
+    linears: the Linears to quantize, by name inside the layer. inputs: hidden states per batch, (batch, tokens, hidden).
+    arguments: what else the layer is called with, per batch. reference: the float model's output of this layer per batch,
+    present when the method's `needs_reference` is set. scale_dtype: the dtype group scales are stored in.
+    """
+
+    name: str
+    module: nn.Module
+    linears: dict[str, nn.Linear]
+    folds: list[Fold]
+    inputs: list[torch.Tensor]
+    arguments: list[tuple[tuple, dict]]
+    scheme: WeightScheme
+    scale_dtype: torch.dtype
+    device: torch.device
+    reference: list[torch.Tensor] | None = None
+    seed: int = 0
+    progress: Callable[[str], None] = lambda text: None
+    notes: dict[str, Any] = field(default_factory=dict)
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    _columns: dict[str, torch.Tensor] = field(default_factory=dict)
+    _rows: dict[str, torch.Tensor] = field(default_factory=dict)
+    _gains: dict[str, tuple[torch.Tensor, torch.Tensor | None]] = field(default_factory=dict)
+    _statistics: dict[str, InputStatistics] | None = None
+    _groups: list[tuple[str, ...]] = field(default_factory=list)
+
+    def weight(self, name: str) -> torch.Tensor:
+        """Weight of a Linear with every fold applied: (out, in) float32, a copy."""
+        weight = self.linears[name].weight.detach().float()
+        if name in self._columns:
+            weight = weight * self._columns[name]
+        if name in self._rows:
+            weight = weight / self._rows[name].unsqueeze(1)
+        return weight.clone() if weight.data_ptr() == self.linears[name].weight.data_ptr() else weight
+
+    def bias(self, name: str) -> torch.Tensor | None:
+        """Bias of a Linear with every fold applied, in its own dtype."""
+        bias = self.linears[name].bias
+        if bias is None or name not in self._rows:
+            return bias
+        return (bias.float() / self._rows[name]).to(bias.dtype)
+
+    def norm_parameters(self) -> dict[str, torch.Tensor]:
+        """New values of the norm parameters that folds have changed, by name inside the layer."""
+        changed = {}
+        for source, (weight, bias) in self._gains.items():
+            changed[f"{source}.weight"] = weight
+            if bias is not None:
+                changed[f"{source}.bias"] = bias
+        return changed
+
+    def fold(self, fold: Fold, scale: torch.Tensor) -> None:
+        """Moves `scale` (size,), positive, from the source of `fold` into its consumers.
+
+        A norm's gain is stored rounded to its own dtype; the scale its consumers get is the one that the rounded gain
+        implies, so that the fold is exact.
+        """
+        scale = scale.float().to(self.device)
+        if not bool(((scale > 0) & scale.isfinite()).all()):
+            raise ValueError(f"{self.name}: the scale of fold {fold.name!r} must be positive and finite")
+        if fold.rows is None:
+            scale = self._fold_norm(fold, scale)
+        else:
+            rows = self._rows.setdefault(
+                fold.source, torch.ones(self.linears[fold.source].out_features, device=self.device)
+            )
+            rows[fold.rows.to(self.device)] *= scale
+        expanded = scale[fold.expand.to(self.device)]
+        touched = []
+        for name in fold.consumers:
+            columns = self._columns.setdefault(name, torch.ones(self.linears[name].in_features, device=self.device))
+            columns *= expanded
+            if self._statistics is not None and not any(self._statistics[name] is seen for seen in touched):
+                self._statistics[name].divide(expanded)
+                touched.append(self._statistics[name])
+
+    def _fold_norm(self, fold: Fold, scale: torch.Tensor) -> torch.Tensor:
+        norm = self.module.get_submodule(fold.source)
+        stored, bias = self._gains.get(fold.source, (norm.weight.detach(), getattr(norm, "bias", None)))
+        gain = stored.float() + fold.offset
+        rounded = (gain / scale - fold.offset).to(stored.dtype)
+        new_gain = rounded.float() + fold.offset
+        usable = (new_gain != 0) & (gain != 0)
+        rounded = torch.where(usable, rounded, stored)
+        implied = torch.where(
+            usable, gain / torch.where(usable, new_gain, torch.ones_like(gain)), torch.ones_like(gain)
+        )
+        new_bias = None if bias is None else (bias.detach().float() / implied).to(bias.dtype)
+        self._gains[fold.source] = (rounded, new_bias)
+        return implied
+
+    @contextmanager
+    def replaced(self, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+        """Runs the layer with `modules` in place of its Linears and with folded norms, then puts everything back."""
+        changed = self.norm_parameters()
+        originals = {name: self.module.get_parameter(name).detach().clone() for name in changed}
+        try:
+            for name, module in modules.items():
+                self.module.set_submodule(name, module)
+            for name, value in changed.items():
+                self.module.get_parameter(name).data.copy_(value)
+            yield
+        finally:
+            for name in modules:
+                self.module.set_submodule(name, self.linears[name])
+            for name, value in originals.items():
+                self.module.get_parameter(name).data.copy_(value)
+
+    def run(self, hidden: torch.Tensor, index: int) -> torch.Tensor:
+        """Output hidden states of the layer for `hidden` with the other arguments of batch `index`."""
+        args, kwargs = self.arguments[index]
+        output = self.module(hidden.to(self.device), *args, **kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+    @property
+    def statistics(self) -> dict[str, InputStatistics]:
+        """Second moments of the input of each Linear, from one pass over the calibration inputs (the first time)."""
+        if self._statistics is None:
+            self._collect()
+        assert self._statistics is not None
+        return self._statistics
+
+    @property
+    def input_groups(self) -> list[tuple[str, ...]]:
+        """Linears by shared input, in the order the layer runs them."""
+        _ = self.statistics
+        return self._groups
+
+    @torch.no_grad()
+    def _collect(self) -> None:
+        """One pass over the inputs; Linears that read the very same tensor share their statistics."""
+        assert not self._columns, "statistics are collected before anything is folded"
+        found: dict[str, InputStatistics] = {}
+        leaders: dict[str, str] = {}
+        first_batch: list[tuple[str, torch.Tensor]] = []
+
+        def leader_of(name: str, x: torch.Tensor) -> str:
+            if (
+                name not in leaders
+            ):  # the first batch's inputs are kept alive, so that identity is not an address reused
+                leaders[name] = next((other for other, seen in first_batch if seen is x), name)
+                first_batch.append((leaders[name], x))
+            return leaders[name]
+
+        def observe(name: str) -> Callable:
+            def hook(module: nn.Module, args: tuple) -> None:
+                x = args[0]
+                if leader_of(name, x) != name:
+                    return
+                if name not in found:
+                    size = x.shape[-1]
+                    found[name] = InputStatistics(
+                        torch.zeros(size, size, device=x.device), torch.zeros(size, device=x.device)
+                    )
+                found[name].update(x)
+
+            return hook
+
+        handles = [linear.register_forward_pre_hook(observe(name)) for name, linear in self.linears.items()]
+        try:
+            for index, hidden in enumerate(self.inputs):
+                self.run(hidden, index)
+                first_batch.clear()
+        finally:
+            for handle in handles:
+                handle.remove()
+        missing = [name for name in self.linears if name not in leaders]
+        if missing:
+            raise ValueError(f"{self.name}: {', '.join(missing)} never ran on the calibration text; add it to `ignore`")
+        self._statistics = {name: found[leaders[name]] for name in self.linears}
+        self._groups = list(_by_leader(leaders))
+
+
+def _by_leader(leaders: dict[str, str]) -> Iterator[tuple[str, ...]]:
+    for leader in dict.fromkeys(leaders.values()):
+        yield tuple(name for name, other in leaders.items() if other == leader)

@@ -1,0 +1,103 @@
+"""What a weight method is: a frozen dataclass of options that turns one decoder layer into quantized weights.
+
+A method lives in a file of its own; the file's name is its key in a recipe and its fields are the recipe's options. It sees
+a `Block` (one decoder layer on the compute device, with its calibration inputs) and returns one `QuantizedWeight` for every
+Linear in `block.linears`. It may also fold channel scales through `block.fold`; it never mutates a module itself.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+import torch
+from pydantic import ConfigDict, Field
+
+if TYPE_CHECKING:
+    from .block import Block
+
+Activations = Literal["fp8", "none"]
+GroupSize = Annotated[int, Field(ge=8)] | Literal["channel", "auto"]
+
+
+@dataclass(frozen=True)
+class WeightScheme:
+    """How the weights of a Linear are stored and what its inputs are rounded to.
+
+    weights: "int4" (symmetric, codes −8…7) or "fp8" (e4m3, one scale per output channel).
+    group_size: consecutive input channels that share a scale; None is one scale per output channel.
+    activations: "fp8" rounds each token's input to e4m3 with its own dynamic scale; "none" leaves it as it is.
+    """
+
+    weights: Literal["int4", "fp8"]
+    group_size: int | None
+    activations: Activations
+
+    def groups(self, in_features: int) -> int:
+        """Scales per output channel of a Linear with `in_features` inputs."""
+        return 1 if self.group_size is None else in_features // self.group_size
+
+    def describe(self) -> str:
+        """Short name as the field writes it, e.g. ``W4A8-FP8 g64``."""
+        bits, inputs = {"int4": "4", "fp8": "8"}[self.weights], "8-FP8" if self.activations == "fp8" else "16"
+        return f"W{bits}A{inputs} {'per channel' if self.group_size is None else f'g{self.group_size}'}"
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """codes: (out, in), int8 in [−8, 7] or float8_e4m3fn. scale: (out, groups), the dtype it is stored in; may be negative."""
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+
+    def dequantize(self) -> torch.Tensor:
+        """Weights as (out, in) float32."""
+        out, groups = self.scale.shape
+        return (self.codes.float().view(out, groups, -1) * self.scale.float().unsqueeze(-1)).view(out, -1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightMethod:
+    """Base of every method of the `weights` slot.
+
+    group_size: a number of input channels, "channel", or "auto" (the largest of 128, 64, 32 that divides every Linear).
+    activations: "fp8" (e4m3 per token, dynamic) or "none".
+    ignore: names of Linears to leave alone, or ``re:`` patterns matched against the full name.
+
+    A subclass says what it stores (`storage`), whether it looks at calibration data at all (`needs_data`), and whether it
+    wants the float model's own outputs to compare with (`needs_reference`).
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")  # pyright: ignore[reportUnannotatedClassAttribute]
+    storage: ClassVar[Literal["int4", "fp8"]] = "int4"
+    needs_data: ClassVar[bool] = True
+    needs_reference: ClassVar[bool] = False
+
+    group_size: GroupSize = "auto"
+    activations: Activations = "fp8"
+    ignore: tuple[str, ...] = field(default=("lm_head",))
+
+    def scheme(self) -> WeightScheme:
+        """The storage scheme; `group_size` must have been resolved to a number or "channel"."""
+        if self.group_size == "auto":
+            raise ValueError("group_size 'auto' must be resolved against a model first")
+        group_size = None if self.group_size == "channel" or self.storage == "fp8" else self.group_size
+        return WeightScheme(self.storage, group_size, self.activations)
+
+    def quantize(self, block: Block) -> dict[str, QuantizedWeight]:
+        """Quantized weights by Linear name, one for each of `block.linears`."""
+        raise NotImplementedError
+
+
+def weight_methods() -> dict[str, type[WeightMethod]]:
+    """Every weight method by its key (the name of its file), found by looking into this folder."""
+    found = {}
+    for path in sorted(Path(__file__).parent.glob("[a-z]*.py")):
+        module = importlib.import_module(f".{path.stem}", __package__)
+        for item in vars(module).values():
+            if isinstance(item, type) and issubclass(item, WeightMethod) and item.__module__ == module.__name__:
+                if item is not WeightMethod:
+                    found[path.stem] = item
+    return found
