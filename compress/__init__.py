@@ -1,0 +1,51 @@
+"""Compress a Hugging Face model, load it back, patch one in place, measure what it cost.
+
+Names are loaded on first use, so that importing this package stays quick.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .assess import evaluate
+    from .demo import build_demo_model
+    from .patching import Patch, load, patch
+    from .pipeline import CompressionResult, compress
+    from .planning import Plan, plan
+    from .recipe import Recipe
+    from .restore import LimitExceeded
+
+_HOMES = {
+    "CompressionResult": "pipeline",
+    "LimitExceeded": "restore",
+    "Patch": "patching",
+    "Plan": "planning",
+    "Recipe": "recipe",
+    "build_demo_model": "demo",
+    "compress": "pipeline",
+    "evaluate": "assess",
+    "load": "patching",
+    "patch": "patching",
+    "plan": "planning",
+}
+__all__ = [
+    "CompressionResult",
+    "LimitExceeded",
+    "Patch",
+    "Plan",
+    "Recipe",
+    "build_demo_model",
+    "compress",
+    "evaluate",
+    "load",
+    "patch",
+    "plan",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    globals()[name] = value
+    return value

@@ -1,0 +1,174 @@
+"""The directory kompakt writes: staging, sidecar, checksums. A directory has its name only when it is complete.
+
+`kompakt.json` holds the recipe, the coverage, the policies of the slots and checksums; `kompakt.safetensors` holds tensors
+that a policy needs. Both stand beside an ordinary compressed-tensors checkpoint, which is correct without them.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+SIDECAR_VERSION = 1
+SIDECAR = "kompakt.json"
+SIDECAR_TENSORS = "kompakt.safetensors"
+STAGING = ".{name}.kompakt-{pid}"
+
+
+def check_output(output: Path, *, overwrite: bool, expected_bytes: int = 0) -> None:
+    """ValueError if `output` cannot become a new directory: it exists, is unwritable, or the disk is too small."""
+    if output.exists():
+        if not output.is_dir():
+            raise ValueError(f"output {output} is a file")
+        if any(output.iterdir()):
+            if not overwrite:
+                raise ValueError(
+                    f"output directory {output} exists and is not empty; choose another or pass --overwrite"
+                )
+            if not (output / SIDECAR).is_file():
+                raise ValueError(f"output directory {output} was not written by kompakt; it is not overwritten")
+    parent = next(folder for folder in output.absolute().parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise ValueError(f"output directory {output} cannot be created: {parent} is not writable")
+    free = shutil.disk_usage(parent).free
+    if free < expected_bytes:
+        raise ValueError(f"output needs {expected_bytes / 1e9:.2f} GB and {parent} has {free / 1e9:.2f} GB free")
+
+
+@contextmanager
+def staged(output: Path, *, overwrite: bool) -> Iterator[Path]:
+    """A temporary sibling that becomes `output` when the block ends well, and is removed when it does not.
+
+    Siblings left by killed runs are removed first.
+    """
+    output = output.absolute()
+    check_output(output, overwrite=overwrite)
+    created = [folder for folder in (output.parent, *output.parent.parents) if not folder.exists()]
+    staging = output.parent / STAGING.format(name=output.name, pid=os.getpid())
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(output)
+        staging.mkdir()
+    except OSError as error:
+        raise ValueError(f"output directory {output} cannot be created: {error.strerror}") from error
+    try:
+        yield staging
+        _publish(staging, output)
+    except BaseException as error:
+        shutil.rmtree(staging, ignore_errors=True)
+        for folder in created:
+            with suppress(OSError):
+                folder.rmdir()
+        if isinstance(error, SafetensorError) or (
+            isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+        ):
+            raise ValueError(f"writing {output} failed and nothing was left behind: {error}") from error
+        raise
+
+
+def _publish(staging: Path, output: Path) -> None:
+    for file in staging.iterdir():
+        with file.open("rb") as handle:
+            os.fsync(handle.fileno())
+    old = None
+    if output.exists():
+        old = output.parent / STAGING.format(name=output.name, pid=f"{os.getpid()}-old")
+        output.rename(old)
+    try:
+        staging.rename(output)
+    except OSError:
+        if old is not None:
+            old.rename(output)
+        raise
+    if old is not None:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def remove_leftovers(output: Path) -> list[Path]:
+    """Removes staging siblings of `output` whose process is gone; returns them. A set-aside old output is put back."""
+    removed = []
+    for path in sorted(output.parent.glob(STAGING.format(name=output.name, pid="*"))):
+        pid, _, kind = path.name.rpartition("-kompakt-")[2].rpartition("kompakt-")[2].partition("-")
+        if not pid.isdigit() or _alive(int(pid)):
+            continue
+        if kind == "old" and not output.exists():
+            path.rename(output)
+            continue
+        shutil.rmtree(path, ignore_errors=True)
+        removed.append(path)
+    return removed
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return pid != os.getpid()
+
+
+def write_sidecar(directory: Path, content: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+    """Writes both sidecar files; checksums of every safetensors file go into `kompakt.json`, so weights come first."""
+    save_file(
+        {name: tensor.contiguous() for name, tensor in tensors.items()}, directory / SIDECAR_TENSORS, {"format": "pt"}
+    )
+    content = {
+        "version": SIDECAR_VERSION,
+        **content,
+        "checksums": {file.name: sha256(file) for file in sorted(directory.glob("*.safetensors"))},
+    }
+    (directory / SIDECAR).write_text(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n", "utf-8")
+
+
+def read_sidecar(directory: Path, *, verify: bool = True) -> dict[str, Any]:
+    """Content of `kompakt.json`. ValueError if it is absent, damaged, newer than this kompakt, or a checksum differs.
+
+    verify: read every safetensors file and compare its SHA-256.
+    """
+    file = directory / SIDECAR
+    if not directory.is_dir():
+        raise ValueError(f"{directory} is not a directory")
+    if not file.is_file():
+        raise ValueError(f"{directory} holds no {SIDECAR}; it was not written by kompakt")
+    try:
+        content = json.loads(file.read_text("utf-8"))
+        version, checksums = content["version"], content["checksums"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} is damaged: {error}") from error
+    if not isinstance(version, int) or version > SIDECAR_VERSION:
+        raise ValueError(f"{file} has version {version}, this kompakt reads up to {SIDECAR_VERSION}; upgrade kompakt")
+    for name, expected in checksums.items():
+        if not (directory / name).is_file():
+            raise ValueError(f"{directory} lacks {name}")
+        if verify and sha256(directory / name) != expected:
+            raise ValueError(f"{directory / name} is truncated or was changed after it was written (checksum differs)")
+    return content
+
+
+def read_tensors(directory: Path) -> dict[str, torch.Tensor]:
+    """Tensors of `kompakt.safetensors`."""
+    return load_file(directory / SIDECAR_TENSORS)
+
+
+def sha256(file: Path) -> str:
+    """Hex digest of a file."""
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def weight_bytes(directory: Path) -> int:
+    """Bytes of all safetensors files, headers included."""
+    return sum(file.stat().st_size for file in directory.glob("*.safetensors"))

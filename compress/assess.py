@@ -1,0 +1,130 @@
+"""`evaluate`: a directory measured on text and tasks, alone or against its base model, as one JSON-able dict."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .artifact import SIDECAR, read_sidecar, weight_bytes
+from .calibration import builtin_text
+from .evaluation import compare, generation_speed, perplexity, text_windows
+from .evaluation_tasks import flips, last_word, multiple_choice
+from .hf import load_base, load_compressed, load_tokenizer, resolve_model
+from .recipe import EvaluationOptions
+
+Progress = Callable[[str, int, int, str], None]
+TASKS = {"choices": multiple_choice, "last_word": last_word}
+
+
+def open_model(path: Path, *, device_map: Any = None, verify: bool = True, trust_remote_code: bool = False) -> Any:
+    """A model from a directory of either kind: one that kompakt wrote (checked first), or a float checkpoint."""
+    if (path / SIDECAR).is_file():
+        read_sidecar(path, verify=verify)
+        return load_compressed(path, device_map=device_map, trust_remote_code=trust_remote_code)
+    return load_base(path, device_map=device_map, trust_remote_code=trust_remote_code)
+
+
+def default_device_map() -> Any:
+    """One CUDA device if there is one, the CPU otherwise."""
+    return {"": 0} if torch.cuda.is_available() else None
+
+
+def read_text(text: str) -> tuple[str, str]:
+    """(text, description) of "builtin" or a .txt file. ValueError if it cannot be read."""
+    if text == "builtin":
+        return builtin_text("evaluation"), "builtin (held-out topics of the Python reference)"
+    path = Path(text)
+    try:
+        return path.read_text("utf-8"), path.name
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"evaluation text {path} cannot be read: {error}") from error
+
+
+def evaluate(
+    model: str | Path,
+    *,
+    against: str | Path | None = None,
+    options: EvaluationOptions | None = None,
+    choices: str | Path | None = None,
+    last_word: str | Path | None = None,
+    limit: int | None = None,
+    speed: bool = True,
+    device_map: Any = None,
+    trust_remote_code: bool = False,
+    progress: Progress = lambda stage, done, total, text: None,
+) -> dict[str, Any]:
+    """Perplexity with its standard error, size and tokens per second; KL, agreement and paired differences with a base.
+
+    model, against: directories or hub ids, compressed or not. options: text, window, stride, number of windows
+    (0 skips the text). choices, last_word: JSONL task files; limit: rows of each. Raises ValueError for bad input.
+    """
+    options = options or EvaluationOptions()
+    path = resolve_model(model)
+    base_path = None if against is None else resolve_model(against, what="base model")
+    tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
+    device_map = default_device_map() if device_map is None else device_map
+    windows = None
+    result: dict[str, Any] = {"model": str(model), "against": None if against is None else str(against)}
+    if options.windows:
+        text, description = read_text(options.text)
+        windows = text_windows(tokenizer, text, window=options.window, stride=options.stride, limit=options.windows)
+        result["text"] = {
+            "source": description,
+            "window": options.window,
+            "stride": options.stride or options.window,
+            "windows": len(windows),
+        }
+    subject = open_model(path, device_map=device_map, trust_remote_code=trust_remote_code)
+    base = (
+        None if base_path is None else open_model(base_path, device_map=device_map, trust_remote_code=trust_remote_code)
+    )
+    result["bytes"] = {"model": weight_bytes(path), "base": None if base_path is None else weight_bytes(base_path)}
+    if windows is not None:
+        result |= measure_text(subject, base, windows, options.stride, progress)
+    for name, file in (("choices", choices), ("last_word", last_word)):
+        if file is not None:
+            result[name] = _measure_task(name, file, subject, base, tokenizer, limit, progress)
+    if speed:
+        result["speed"] = {"model": generation_speed(subject, tokenizer).as_dict()}
+        if base is not None:
+            result["speed"]["base"] = generation_speed(base, tokenizer).as_dict()
+    return result
+
+
+def measure_text(
+    subject: Any, base: Any, windows: torch.Tensor, stride: int | None, progress: Progress
+) -> dict[str, Any]:
+    """``{"perplexity": …}`` of one model, and ``{"comparison": …}`` when there is a base."""
+
+    def report(done: int, total: int) -> None:
+        progress("evaluate", done, total, "windows")
+
+    if base is None:
+        return {"perplexity": perplexity(subject, windows, stride=stride, progress=report).as_dict()}
+    comparison = compare(subject, base, windows, stride=stride, progress=report).as_dict()
+    return {"perplexity": comparison["model"], "comparison": comparison}
+
+
+def _measure_task(
+    name: str, file: str | Path, subject: Any, base: Any, tokenizer: Any, limit: int | None, progress: Progress
+) -> dict[str, Any]:
+    def report(done: int, total: int) -> None:
+        progress(name, done, total, Path(file).name)
+
+    result = TASKS[name](subject, tokenizer, file, limit=limit, progress=report)
+    content: dict[str, Any] = {"file": Path(file).name, "model": result.as_dict()}
+    if base is not None:
+        other = TASKS[name](base, tokenizer, file, limit=limit, progress=report)
+        content["base"] = other.as_dict()
+        key = "correct_norm" if name == "choices" else "correct"
+        content["flips"] = flips(getattr(other, key), getattr(result, key)).as_dict()
+    return content
+
+
+def save_json(content: dict[str, Any], file: Path) -> None:
+    """Writes a result; numbers must be finite."""
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n", "utf-8")

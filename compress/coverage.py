@@ -1,0 +1,112 @@
+"""What a recipe does to every module that holds weights: quantized, or kept and why. Nothing is left out without a line."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+
+from torch import nn
+
+from ..quant.method import WeightMethod
+
+AUTO_SIZES = (128, 64, 32)
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """One module with weights of its own. status: "quantized" or "kept"; reason says why it was kept, or under which scheme."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    parameters: int
+    status: str
+    reason: str
+
+    def as_dict(self) -> dict:
+        """JSON-able."""
+        return {**asdict(self), "shape": list(self.shape)}
+
+
+def is_ignored(name: str, patterns: Iterable[str]) -> bool:
+    """Whether `name`, or its last part, is one of `patterns`, or a ``re:`` pattern matches its whole or its start."""
+    for pattern in patterns:
+        if pattern.startswith("re:"):
+            if re.match(pattern[3:], name):
+                return True
+        elif pattern in (name, name.rpartition(".")[2]):
+            return True
+    return False
+
+
+def check_patterns(patterns: Iterable[str], names: Iterable[str]) -> None:
+    """ValueError for a pattern that is not a regular expression or that no Linear matches ("lm_head" may be absent)."""
+    names = list(names)
+    for pattern in patterns:
+        try:
+            found = any(is_ignored(name, (pattern,)) for name in names)
+        except re.error as error:
+            raise ValueError(f"ignore pattern {pattern!r} is not a regular expression: {error}") from error
+        if not found and pattern != "lm_head":
+            raise ValueError(
+                f"ignore pattern {pattern!r} matches no Linear of the model; there are, e.g., {', '.join(names[:4])}"
+            )
+
+
+def cover(model: nn.Module, layer_names: list[str], method: WeightMethod) -> list[Coverage]:
+    """One line for every module that directly holds parameters. layer_names: the decoder layers (`hf_decoder`)."""
+    prefixes = tuple(f"{name}." for name in layer_names)
+    owners: dict[int, str] = {}
+    lines = []
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    check_patterns(method.ignore, linears)
+    for name, module in model.named_modules():
+        own = list(module.parameters(recurse=False))
+        if not own:
+            continue
+        tied = owners.get(id(own[0]))
+        for parameter in own:
+            owners.setdefault(id(parameter), name)
+        status, reason = "kept", ""
+        if isinstance(module, nn.Linear):
+            if tied:
+                reason = f"shares its weight with {tied}"
+            elif is_ignored(name, method.ignore):
+                reason = "ignored by the recipe"
+            elif not name.startswith(prefixes):
+                reason = "outside the decoder layers"
+            else:
+                status = "quantized"
+        elif isinstance(module, nn.Embedding):
+            reason = "embedding"
+        elif all(parameter.ndim == 1 for parameter in own):
+            reason = "norm or bias"
+        else:
+            reason = f"{type(module).__name__} is not a Linear"
+        weight = getattr(module, "weight", own[0])
+        count = 0 if tied else sum(parameter.numel() for parameter in own)
+        lines.append(Coverage(name, type(module).__name__, tuple(weight.shape), count, status, reason))
+    if not any(line.status == "quantized" for line in lines):
+        raise ValueError(
+            "no Linear of the model would be quantized; the decoder layers hold none, or `ignore` covers them all"
+        )
+    return lines
+
+
+def resolve_group_size(method: WeightMethod, lines: list[Coverage]) -> WeightMethod:
+    """The method with `group_size` "auto" replaced by what it comes to. ValueError if the size does not divide a Linear."""
+    if method.storage != "int4" or method.group_size == "channel":
+        return method
+    widths = {line.shape[1]: line.name for line in reversed(lines) if line.status == "quantized"}
+    fitting = [size for size in AUTO_SIZES if all(width % size == 0 for width in widths)]
+    if method.group_size == "auto":
+        return replace(method, group_size=fitting[0] if fitting else "channel")
+    for width, name in widths.items():
+        if width % method.group_size:
+            dividing = [str(size) for size in (256, *AUTO_SIZES, 16) if all(width % size == 0 for width in widths)]
+            raise ValueError(
+                f"group_size {method.group_size} does not divide the {width} inputs of {name}; "
+                f"these divide every Linear: {', '.join([*dividing, 'channel'])} (or auto)"
+            )
+    return method

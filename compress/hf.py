@@ -1,0 +1,170 @@
+"""Loading and saving through transformers: base models, tokenizers, and directories that kompakt wrote."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from .hf_quantizer import KompaktConfig, mark_quantized
+
+COMPANIONS = (
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "*.jinja",
+    "*.model",
+)
+"""Files copied from the base model beside the weights."""
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+def resolve_model(model: str | Path, *, what: str = "model") -> Path:
+    """Local directory of a model: the directory itself, or a snapshot of a hub id. ValueError if there is none.
+
+    Only safetensors are accepted: a directory with nothing but pickled weights is refused, because reading pickles runs code.
+    """
+    path = Path(model)
+    if not path.is_dir():
+        if path.exists():
+            raise ValueError(f"{what} {path} is a file; give the directory that holds config.json")
+        path = _snapshot(str(model), what)
+    if not (path / "config.json").is_file():
+        raise ValueError(f"{what} {path} holds no config.json; it is not a Hugging Face model directory")
+    if not any(path.glob("*.safetensors")):
+        if any(item for pattern in PICKLES for item in path.glob(pattern)):
+            raise ValueError(
+                f"{what} {path} has only pickled weights; convert them to safetensors first (pickles can run code)"
+            )
+        raise ValueError(f"{what} {path} holds no *.safetensors weights")
+    return path
+
+
+def _snapshot(name: str, what: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    if name.count("/") > 1 or name.startswith((".", "/", "~")):
+        raise ValueError(f"{what} {name} does not exist")
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", *COMPANIONS]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(
+            f"{what} {name!r} is neither a directory nor a model that the hub can give: {reason}"
+        ) from error
+
+
+def read_config(path: Path, *, trust_remote_code: bool = False) -> Any:
+    """The model's config. ValueError with one sentence if it cannot be read or its architecture is unknown."""
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (ValueError, OSError, KeyError) as error:
+        raise ValueError(f"{path}/config.json cannot be used: {_first_sentence(error)}") from error
+
+
+def load_base(
+    path: Path, *, device_map: Any = None, offload: Path | None = None, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """The float model as stored, in evaluation mode, without gradients.
+
+    device_map: None loads to the CPU; "disk" leaves the weights in the checkpoint until a layer needs them; anything else
+    is accelerate's. offload: folder for weights that must be converted before they can stay on disk.
+    """
+    config = read_config(path, trust_remote_code=trust_remote_code)
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(f"{path} is already quantized; kompakt starts from a float checkpoint")
+    options = {} if offload is None else {"offload_folder": str(offload)}
+    if device_map is not None:
+        options["device_map"] = {"": "disk"} if device_map == "disk" else device_map
+    return _from_pretrained(path, config=config, trust_remote_code=trust_remote_code, **options)
+
+
+def _from_pretrained(path: Path, **options: Any) -> PreTrainedModel:
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path, dtype="auto", use_safetensors=True, output_loading_info=True, **options
+        )
+    except (ValueError, KeyError, EnvironmentError) as error:
+        raise ValueError(f"{path} cannot be loaded: {_first_sentence(error)}") from error
+    except Exception as error:
+        if type(error).__name__ == "SafetensorError":
+            raise ValueError(f"a safetensors file in {path} is damaged: {error}") from error
+        raise
+    missing = sorted(info["missing_keys"])
+    if missing or info["mismatched_keys"]:
+        names = missing or sorted(str(item) for item in info["mismatched_keys"])
+        raise ValueError(
+            f"{path} lacks {len(names)} of the model's tensors, e.g. {names[0]}; it would run with random weights"
+        )
+    return model.eval().requires_grad_(False)
+
+
+def load_compressed(
+    path: Path, *, device_map: Any = None, trust_remote_code: bool = False, **options: Any
+) -> PreTrainedModel:
+    """A directory in the compressed-tensors layout, with its weights left packed."""
+    config = read_config(path, trust_remote_code=trust_remote_code)
+    stored = getattr(config, "quantization_config", None)
+    if not isinstance(stored, dict):
+        raise ValueError(f"{path}/config.json has no quantization_config; it was not written by kompakt")
+    config.quantization_config = KompaktConfig.from_compressed_tensors(stored).in_memory()
+    if device_map is not None:
+        options["device_map"] = device_map
+    return _from_pretrained(path, config=config, trust_remote_code=trust_remote_code, **options)
+
+
+def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer beside a model. ValueError if there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} holds no usable tokenizer: {_first_sentence(error)}") from error
+
+
+def save_weights(
+    model: PreTrainedModel, source: Path, target: Path, scheme: Any, kept: list[str], max_shard_size: str
+) -> None:
+    """Writes weights, config and generation config; copies tokenizer, chat template and licence of the base model."""
+    mark_quantized(model, scheme, kept)
+    model.save_pretrained(target, max_shard_size=max_shard_size)
+    for pattern in (*COMPANIONS, "generation_config.json", "LICENSE*"):
+        for file in source.glob(pattern):
+            if file.is_file() and not file.name.endswith(".safetensors"):
+                shutil.copyfile(file, target / file.name)
+    _for_older_readers(target / "config.json")
+
+
+def _for_older_readers(file: Path) -> None:
+    """Adds `rope_theta` and `torch_dtype`, which transformers 4 reads instead of `rope_parameters` and `dtype`."""
+    config = json.loads(file.read_text("utf-8"))
+    config.pop("_name_or_path", None)
+    rope = config.get("rope_parameters")
+    if isinstance(rope, dict) and "rope_theta" in rope:
+        config["rope_theta"] = rope["rope_theta"]
+    if "dtype" in config:
+        config["torch_dtype"] = config["dtype"]
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
+
+
+def meta_model(config: Any, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model's modules without weights, from its config alone."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+
+
+def transformers_version() -> str:
+    """Version that wrote or reads an artifact."""
+    return transformers.__version__
+
+
+def _first_sentence(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return text[:300] if text else type(error).__name__

@@ -1,0 +1,191 @@
+"""Decoder layers of a transformers model: where they are, how they are called, what can be folded, how one is made resident.
+
+Everything is found by structure, not by model name: layers through `_no_split_modules`, the other arguments of each layer by
+replacing the layers with recorders for one pass, shared norm inputs by watching which Linears read a norm's output.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from accelerate.hooks import AlignDevicesHook, SequentialHook
+from torch import nn
+
+from ..quant.block import Fold
+
+log = logging.getLogger(__name__)
+
+
+def decoder_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """(name, module) of every decoder layer, in order. ValueError if the model has none."""
+    wanted = set(getattr(model, "_no_split_modules", None) or ())
+    config = model.config.get_text_config() if hasattr(model, "config") else None
+    count = getattr(config, "num_hidden_layers", None)
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList) or len(module) == 0:
+            continue
+        kinds = {type(item).__name__ for item in module}
+        if kinds <= wanted or (not wanted and len(module) == count):
+            return [(f"{name}.{index}", item) for index, item in enumerate(module)]
+    raise ValueError(
+        f"{type(model).__name__} has no decoder layers that could be walked; kompakt compresses decoder-only models"
+    )
+
+
+def refuse_experts(layers: list[tuple[str, nn.Module]]) -> None:
+    """ValueError naming the module if a layer holds mixture-of-experts weights, which are not nn.Linear and not covered."""
+    for name, layer in layers:
+        for child, module in layer.named_modules():
+            fused = any(parameter.ndim == 3 for parameter in module.parameters(recurse=False))
+            if fused or child.rpartition(".")[2] == "experts":
+                raise ValueError(
+                    f"{name}.{child} is a mixture-of-experts module ({type(module).__name__}); experts are not supported yet"
+                )
+
+
+def _hook_of(module: nn.Module) -> AlignDevicesHook | None:
+    hook = getattr(module, "_hf_hook", None)
+    hooks = hook.hooks if isinstance(hook, SequentialHook) else (hook,)
+    return next((item for item in hooks if isinstance(item, AlignDevicesHook)), None)
+
+
+@contextmanager
+def resident(layer: nn.Module, device: torch.device) -> Iterator[nn.Module]:
+    """Holds a layer on `device`, whatever accelerate does with it otherwise; puts it back where it was.
+
+    Changed parameters are written back to where offloaded weights are kept. Modules swapped in meanwhile go to the CPU if
+    the layer was offloaded.
+    """
+    hooked = [(module, hook) for module in layer.modules() if (hook := _hook_of(module)) is not None and hook.offload]
+    if not hooked:
+        home = next(layer.parameters()).device
+        layer.to(device)
+        try:
+            yield layer
+        finally:
+            layer.to(home)
+        return
+    forwards = []
+    for module, hook in hooked:
+        hook.pre_forward(module)
+        forwards.append(module.forward)
+        module.forward = module._old_forward
+    layer.to(device)
+    try:
+        yield layer
+    finally:
+        for (module, hook), forward in zip(hooked, forwards, strict=True):
+            module.forward = forward
+            _write_back(module, hook)
+            hook.post_forward(module, None)
+        present = set(layer.modules())
+        offloaded = {module for module, _ in hooked}
+        for module in present - offloaded:
+            if all(parameter.device.type != "meta" for parameter in module.parameters(recurse=False)):
+                for parameter in module.parameters(recurse=False):
+                    parameter.data = parameter.data.cpu()
+
+
+def _write_back(module: nn.Module, hook: AlignDevicesHook) -> None:
+    for name, parameter in module.named_parameters(recurse=hook.place_submodules):
+        stored = hook.weights_map[name]
+        if not torch.equal(stored.to(parameter.device), parameter):
+            hook.weights_map.dataset.state_dict[hook.weights_map.prefix + name] = parameter.detach().cpu()
+
+
+class LayerCalls:
+    """What each decoder layer is called with besides hidden states, for every batch of tokens.
+
+    arguments[batch][layer]: (args, kwargs). hidden[batch]: (batch, tokens, hidden), the input of the first layer.
+    """
+
+    def __init__(self, model: nn.Module, layers: list[tuple[str, nn.Module]], batches: list[torch.Tensor]):
+        self.hidden: list[torch.Tensor] = []
+        self.arguments: list[list[tuple[tuple, dict]]] = []
+        modules = [module for _, module in layers]
+        base = model.base_model if hasattr(model, "base_model") else model
+        device = model.get_input_embeddings().weight.device  # pyright: ignore[reportCallIssue]
+        originals = [vars(module).get("forward") for module in modules]
+        try:
+            for tokens in batches:
+                calls: list[tuple[tuple, dict]] = []
+                for index, module in enumerate(modules):
+                    module.forward = self._recorder(index, calls)
+                with torch.no_grad():
+                    base(tokens.to(device) if device.type != "meta" else tokens, use_cache=False)
+                if len(calls) != len(modules):
+                    raise ValueError(
+                        f"{len(calls)} of {len(modules)} decoder layers ran; models that skip layers are not supported"
+                    )
+                self.arguments.append(calls)
+        finally:
+            for module, original in zip(modules, originals, strict=True):
+                if original is None:
+                    vars(module).pop("forward", None)
+                else:
+                    module.forward = original
+
+    def _recorder(self, index: int, calls: list[tuple[tuple, dict]]):
+        def forward(*args, **kwargs):
+            hidden = args[0] if args else kwargs.pop("hidden_states")
+            if index == 0:
+                self.hidden.append(hidden.detach())
+            calls.append((args[1:], kwargs))
+            return hidden
+
+        return forward
+
+    def of_layer(self, index: int, device: torch.device) -> list[tuple[tuple, dict]]:
+        """Arguments of one layer for every batch, tensors on `device`."""
+        return [to_device(calls[index], device) for calls in self.arguments]
+
+
+def to_device(value, device: torch.device):
+    """Moves the tensors inside nested tuples, lists and dicts; anything else is left as it is."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, (tuple, list)) and type(value) in (tuple, list):
+        return type(value)(to_device(item, device) for item in value)
+    if isinstance(value, dict):
+        return {key: to_device(item, device) for key, item in value.items()}
+    return value
+
+
+@torch.no_grad()
+def layerwise_logits(
+    model: nn.Module, layers: list[tuple[str, nn.Module]], tokens: torch.Tensor, device: torch.device
+) -> torch.Tensor:
+    """Logits (batch, tokens, vocab), on the CPU, with one decoder layer on `device` at a time."""
+    calls = LayerCalls(model, layers, [tokens])
+    hidden = calls.hidden[0].to(device)
+    for index, (_, layer) in enumerate(layers):
+        args, kwargs = calls.of_layer(index, device)[0]
+        with resident(layer, device):
+            output = layer(hidden, *args, **kwargs)
+        hidden = output[0] if isinstance(output, tuple) else output
+    return _head(model, layers, tokens, hidden).cpu()
+
+
+def _head(
+    model: nn.Module, layers: list[tuple[str, nn.Module]], tokens: torch.Tensor, hidden: torch.Tensor
+) -> torch.Tensor:
+    """What the model makes of `hidden` as the output of its last layer."""
+    embedding = model.get_input_embeddings().weight.device  # pyright: ignore[reportCallIssue]
+    originals = [(layer, vars(layer).get("forward")) for _, layer in layers]
+
+    def skip(*args, **kwargs):
+        return hidden.to((args[0] if args else kwargs["hidden_states"]).device)
+
+    try:
+        for layer, _ in originals:
+            layer.forward = skip
+        return model(tokens.to(embedding) if embedding.type != "meta" else tokens, use_cache=False).logits
+    finally:
+        for layer, original in originals:
+            if original is None:
+                vars(layer).pop("forward", None)
+            else:
+                layer.forward = original

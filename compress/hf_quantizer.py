@@ -1,0 +1,135 @@
+"""transformers' side of our weights: the quantization config and the quantizer that swaps Linears before loading.
+
+On disk the config reads as compressed-tensors, so that stock transformers and vLLM load the weights; in memory `load` puts
+`KompaktConfig` in its place and weights stay packed. Importing this module registers the quantizer and nothing else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ..quant.method import WeightScheme
+from .coverage import is_ignored
+from .linear import CompressedLinear
+
+QUANT_METHOD = "kompakt"
+FORMATS = {"int4": "pack-quantized", "fp8": "float-quantized"}
+FP8_INPUTS = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "token", "dynamic": True}
+
+
+@register_quantization_config(QUANT_METHOD)
+class KompaktConfig(QuantizationConfigMixin):
+    """Scheme and kept Linears. `to_dict` writes the compressed-tensors form, `from_compressed_tensors` reads it."""
+
+    def __init__(self, scheme: WeightScheme | dict[str, Any], ignore: list[str], **_: Any):
+        self.quant_method = QUANT_METHOD
+        self.scheme = WeightScheme(**scheme) if isinstance(scheme, dict) else scheme
+        self.ignore = ignore
+
+    def in_memory(self) -> dict[str, Any]:
+        """What stands in a loaded config while transformers looks for the quantizer."""
+        return {"quant_method": QUANT_METHOD, "scheme": asdict(self.scheme), "ignore": self.ignore}
+
+    def to_dict(self) -> dict[str, Any]:
+        """`quantization_config` of config.json, compressed-tensors."""
+        return compressed_tensors_config(self.scheme, self.ignore)
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """The same as `to_dict`: everything is written."""
+        return self.to_dict()
+
+    @classmethod
+    def from_compressed_tensors(cls, config: dict[str, Any]) -> KompaktConfig:
+        """Reads what `compressed_tensors_config` wrote. ValueError for a layout that kompakt does not run."""
+        groups = config.get("config_groups", {})
+        if config.get("quant_method") != "compressed-tensors" or len(groups) != 1:
+            raise ValueError(
+                "quantization_config is not a compressed-tensors config with one group, as kompakt writes it"
+            )
+        group = next(iter(groups.values()))
+        weights, inputs = group["weights"], group.get("input_activations")
+        kind = {("int", 4): "int4", ("float", 8): "fp8"}.get((weights["type"], weights["num_bits"]))
+        if kind is None or not weights["symmetric"] or inputs not in (None, FP8_INPUTS):
+            raise ValueError(f"quantization_config stores {weights} with inputs {inputs}, which kompakt does not run")
+        scheme = WeightScheme(kind, weights.get("group_size"), "none" if inputs is None else "fp8")  # pyright: ignore[reportArgumentType]
+        return cls(scheme, list(config.get("ignore", [])))
+
+
+def compressed_tensors_config(scheme: WeightScheme, ignore: list[str]) -> dict[str, Any]:
+    """The `quantization_config` that describes `scheme` to compressed-tensors. ignore: Linears that were kept."""
+    weights: dict[str, Any] = (
+        {"num_bits": 4, "type": "int"} if scheme.weights == "int4" else {"num_bits": 8, "type": "float"}
+    )
+    weights |= {"symmetric": True, "strategy": "channel", "dynamic": False}
+    if scheme.group_size is not None:
+        weights |= {"strategy": "group", "group_size": scheme.group_size}
+    group = {
+        "targets": ["Linear"],
+        "format": FORMATS[scheme.weights],
+        "weights": weights,
+        "input_activations": FP8_INPUTS if scheme.activations == "fp8" else None,
+        "output_activations": None,
+    }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": FORMATS[scheme.weights],
+        "quantization_status": "compressed",
+        "kv_cache_scheme": None,
+        "ignore": ignore,
+        "config_groups": {"group_0": group},
+    }
+
+
+@register_quantizer(QUANT_METHOD)
+class KompaktQuantizer(HfQuantizer):
+    """Puts `CompressedLinear` where the checkpoint holds packed weights; transformers' loader then fills them."""
+
+    requires_calibration = True
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing is needed beyond torch."""
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        config: KompaktConfig = self.quantization_config  # pyright: ignore[reportAssignmentType]
+        for name, module in list(model.named_modules()):
+            if isinstance(module, nn.Linear) and not is_ignored(name, config.ignore):
+                swapped = CompressedLinear(
+                    module.in_features,
+                    module.out_features,
+                    bias=module.bias is not None,
+                    scheme=config.scheme,
+                    dtype=module.weight.dtype,
+                    device=torch.device("meta"),
+                )
+                model.set_submodule(name, swapped)
+        return model
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        """Packed weights are written as they are."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Packed weights take no gradient."""
+        return False
+
+
+def mark_quantized(model: nn.Module, scheme: WeightScheme, kept: list[str]) -> None:
+    """Tells transformers that `model` holds packed weights, so that `save_pretrained` writes the right config."""
+    config = KompaktConfig(scheme, kept)
+    model.config.quantization_config = config  # pyright: ignore
+    model.hf_quantizer = KompaktQuantizer(config, pre_quantized=True)  # pyright: ignore
+    model.is_quantized = True  # pyright: ignore
+
+
+def unmark_quantized(model: nn.Module) -> None:
+    """Undoes `mark_quantized`."""
+    for owner, name in ((model.config, "quantization_config"), (model, "hf_quantizer"), (model, "is_quantized")):
+        if name in vars(owner):  # pyright: ignore
+            delattr(owner, name)

@@ -1,0 +1,90 @@
+"""`CompressedLinear`: a Linear that holds packed weights and calls one op of kernels/."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ..kernels.fp8_linear import fp8_linear, fp8_w8a16_linear
+from ..kernels.int4_linear import w4a8_linear, w4a16_linear
+from ..kernels.packing import pack_int4
+from ..quant.method import QuantizedWeight, WeightScheme
+
+OPS = {
+    ("int4", "fp8"): w4a8_linear,
+    ("int4", "none"): w4a16_linear,
+    ("fp8", "fp8"): fp8_linear,
+    ("fp8", "none"): fp8_w8a16_linear,
+}
+"""(weights, activations) → op(x, weight, scale, bias)."""
+
+
+class CompressedLinear(nn.Module):
+    """y = x Wᵀ + b with W stored as INT4 or FP8; tensors and names are those of the checkpoint (compressed-tensors).
+
+    INT4: `weight_packed` int32 (out, ⌈in/8⌉), `weight_scale` (out, groups), `weight_shape` int64 (2,).
+    FP8: `weight` float8_e4m3fn (out, in), `weight_scale` (out, 1).
+    They are Parameters without gradient, not buffers, so that accelerate offloads them.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool,
+        scheme: WeightScheme,
+        dtype: torch.dtype,
+        device: torch.device | str | None = None,
+    ):
+        super().__init__()
+        self.in_features, self.out_features, self.scheme = in_features, out_features, scheme
+
+        def empty(*shape: int, dtype: torch.dtype = dtype) -> nn.Parameter:
+            return nn.Parameter(torch.empty(*shape, dtype=dtype, device=device), requires_grad=False)
+
+        if scheme.weights == "int4":
+            self.weight_packed = empty(out_features, -(-in_features // 8), dtype=torch.int32)
+            self.weight_shape = empty(2, dtype=torch.int64)
+        else:
+            self.weight = empty(out_features, in_features, dtype=torch.float8_e4m3fn)
+        self.weight_scale = empty(out_features, scheme.groups(in_features))
+        self.bias = empty(out_features) if bias else None
+
+    @classmethod
+    def from_quantized(
+        cls, quantized: QuantizedWeight, bias: torch.Tensor | None, scheme: WeightScheme
+    ) -> CompressedLinear:
+        """Packs codes and scales; everything stays on the device of the codes."""
+        out_features, in_features = quantized.codes.shape
+        linear = cls(
+            in_features,
+            out_features,
+            bias=bias is not None,
+            scheme=scheme,
+            dtype=quantized.scale.dtype,
+            device=quantized.codes.device,
+        )
+        if scheme.weights == "int4":
+            linear.weight_packed.data = pack_int4(quantized.codes)
+            linear.weight_shape.data = torch.tensor([out_features, in_features], device=quantized.codes.device)
+        else:
+            linear.weight.data = quantized.codes.contiguous()
+        linear.weight_scale.data = quantized.scale.contiguous()
+        if bias is not None:
+            linear.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
+        return linear
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: (…, in) → (…, out), same dtype."""
+        stored = self.weight_packed if self.scheme.weights == "int4" else self.weight
+        return OPS[self.scheme.weights, self.scheme.activations](x, stored, self.weight_scale, self.bias)
+
+    def extra_repr(self) -> str:
+        """Shape and scheme, for `print(model)`."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, {self.scheme.describe()}"
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of all tensors, metadata included."""
+        return sum(parameter.numel() * parameter.element_size() for parameter in self.parameters())

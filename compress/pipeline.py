@@ -1,0 +1,292 @@
+"""`compress`: a recipe and a model go in, a verified directory comes out."""
+
+from __future__ import annotations
+
+import logging
+import platform
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..kernels.int4_linear import available_backends
+from ..quant.method import WeightMethod
+from .artifact import check_output, staged, weight_bytes, write_sidecar
+from .assess import default_device_map, measure_text, read_text, save_json
+from .calibration import CalibrationSet, calibration_tokens
+from .card import write_card
+from .coverage import Coverage, cover, resolve_group_size
+from .evaluation import text_windows
+from .hf import load_base, load_compressed, load_tokenizer, resolve_model, save_weights, transformers_version
+from .hf_decoder import decoder_layers, layerwise_logits, refuse_experts
+from .recipe import Recipe
+from .restore import restore_worst
+from .walk import Undo, WalkResult, quantize_layers
+
+log = logging.getLogger(__name__)
+Progress = Callable[[str, int, int, str], None]
+PROBE_TOKENS = 256
+OPS = {("int4", "fp8"): "w4a8_linear", ("int4", "none"): "w4a16_linear", ("fp8", "fp8"): "fp8_linear"}
+
+
+def quiet(stage: str, done: int, total: int, text: str) -> None:
+    """Progress that says nothing."""
+
+
+@dataclass(frozen=True)
+class CompressionResult:
+    """What `compress` did; `report` is the content of `kompakt.json` without checksums, `evaluation` of `evaluation.json`."""
+
+    output: Path
+    recipe: Recipe
+    coverage: list[Coverage]
+    report: dict[str, Any]
+    evaluation: dict[str, Any] | None
+
+
+def compress(
+    model: str | Path,
+    recipe: str | Path | dict | Recipe = "w4a8-fireq",
+    output: str | Path | None = None,
+    *,
+    overrides: dict[str, Any] | None = None,
+    device: str | None = None,
+    device_map: Any = None,
+    overwrite: bool = False,
+    strict: bool = False,
+    max_shard_size: str = "5GB",
+    trust_remote_code: bool = False,
+    command: str | None = None,
+    progress: Progress = quiet,
+) -> CompressionResult:
+    """Compresses `model` by `recipe` into the directory `output`, verified, or raises and leaves nothing.
+
+    model: directory or hub id of a float checkpoint in safetensors. output: default MODEL-RECIPE. overrides: dotted recipe
+    keys. device: where one decoder layer at a time is worked on, default CUDA if present. device_map: where the model
+    waits: None (CPU), "disk", or accelerate's. strict: refuse when this device lacks the recipe's kernels.
+
+    Raises ValueError for bad input, `LimitExceeded` when the recipe's limits cannot be met.
+    """
+    started = time.perf_counter()
+    loaded = Recipe.load(recipe, overrides)
+    source = resolve_model(model)
+    output = Path(output) if output is not None else Path(f"{source.resolve().name}-{loaded.name}")
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    check_output(output, overwrite=overwrite, expected_bytes=int(weight_bytes(source) * 0.6))
+    assert loaded.weights is not None
+    check_kernels(loaded.weights, place, strict)
+    with ExitStack() as stack:
+        offload = (
+            Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kompakt-"))) if device_map == "disk" else None
+        )
+        base = load_base(source, device_map=device_map, offload=offload, trust_remote_code=trust_remote_code)
+        layers = decoder_layers(base)
+        refuse_experts(layers)
+        check_outer(base, [name for name, _ in layers])
+        coverage = cover(base, [name for name, _ in layers], loaded.weights)
+        method = resolve_group_size(loaded.weights, coverage)
+        loaded = loaded.model_copy(update={"weights": method})
+        needs_text = method.needs_data or loaded.evaluation.windows > 0
+        tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code) if needs_text else None
+        calibration, batches = calibration_batches(loaded, tokenizer, base)
+        windows = evaluation_windows(loaded, tokenizer)
+        staging = stack.enter_context(staged(output, overwrite=overwrite))
+        undo = Undo() if loaded.limits.perplexity_increase else None
+        walk = quantize_layers(
+            base, method, batches, coverage, device=place, seed=loaded.calibration.seed, undo=undo, progress=progress
+        )
+        probe = batches[0][:1, :PROBE_TOKENS]
+        while True:
+            write_model(base, source, staging, method, coverage, max_shard_size)
+            reload_and_compare(base, staging, probe, place, trust_remote_code)
+            evaluation = verify_quality(staging, source, windows, loaded, trust_remote_code, progress)
+            if not exceeds(evaluation, loaded):
+                break
+            assert undo is not None and evaluation is not None
+            coverage = restore_worst(layers, walk.reports, undo, coverage, evaluation, loaded.limits)
+        report = {
+            "kompakt": package_version(),
+            "base_model": str(model),
+            "command": command,
+            "recipe": loaded.model_dump(mode="json", exclude_none=True),
+            "environment": environment(place),
+            "calibration": None if calibration is None else describe_calibration(calibration),
+            "sizes": sizes(source, staging, coverage, base),
+            "peak_device_bytes": walk.peak_bytes,
+            "seconds": round(time.perf_counter() - started, 1),
+            "layers": [layer.as_dict() for layer in walk.reports],
+            "coverage": [line.as_dict() for line in coverage],
+        }
+        write_companions(staging, loaded, report, evaluation, walk, source)
+    return CompressionResult(output, loaded, coverage, report, evaluation)
+
+
+def check_kernels(method: WeightMethod, device: torch.device, strict: bool) -> None:
+    """Logs, or with `strict` raises ValueError, when the recipe's matrix products have no kernel on `device`."""
+    op = OPS.get((method.storage, method.activations))
+    if op is None:
+        return
+    backend = available_backends(device)[op]
+    if backend.name == "reference":
+        if strict:
+            raise ValueError(
+                f"{op} has no kernel on this device ({backend.reason}), and --strict forbids the torch reference"
+            )
+        log.warning("%s runs through the torch reference: %s", op, backend.reason)
+
+
+def check_outer(model: Any, layer_names: list[str]) -> None:
+    """ValueError if a weight outside the decoder layers is NaN or infinite; the walk checks those inside."""
+    inside = tuple(f"{name}." for name in layer_names)
+    for name, parameter in model.named_parameters():
+        if not name.startswith(inside) and parameter.device.type != "meta" and not bool(parameter.isfinite().all()):
+            raise ValueError(f"{name} holds NaN or infinite values; the checkpoint is damaged")
+
+
+def calibration_batches(recipe: Recipe, tokenizer: Any, model: Any) -> tuple[CalibrationSet | None, list[torch.Tensor]]:
+    """Token batches for the walk. Methods that use no data get random tokens, only to measure each layer's error."""
+    options = recipe.calibration
+    assert recipe.weights is not None
+    if not recipe.weights.needs_data:
+        vocabulary = model.config.get_text_config().vocab_size
+        generator = torch.Generator().manual_seed(options.seed)
+        return None, [torch.randint(0, vocabulary, (1, PROBE_TOKENS), generator=generator)]
+    found = calibration_tokens(tokenizer, options)
+    return found, list(found.tokens.split(options.batch_size))
+
+
+def evaluation_windows(recipe: Recipe, tokenizer: Any) -> torch.Tensor | None:
+    """Windows of the evaluation text, cut before the long work starts so that a bad text fails early."""
+    options = recipe.evaluation
+    if options.windows == 0:
+        if recipe.limits.perplexity_increase is not None:
+            raise ValueError("limits.perplexity_increase needs an evaluation, and evaluation.windows is 0")
+        return None
+    text, _ = read_text(options.text)
+    return text_windows(tokenizer, text, window=options.window, stride=options.stride, limit=options.windows)
+
+
+def write_model(
+    model: Any, source: Path, staging: Path, method: WeightMethod, coverage: list[Coverage], max_shard_size: str
+) -> None:
+    """Weights, config and companions into `staging`, replacing an earlier attempt."""
+    for file in staging.glob("model*"):
+        file.unlink()
+    kept = [line.name for line in coverage if line.kind == "Linear" and line.status == "kept"]
+    save_weights(model, source, staging, method.scheme(), kept, max_shard_size)
+
+
+def reload_and_compare(
+    model: Any, staging: Path, probe: torch.Tensor, device: torch.device, trust_remote_code: bool
+) -> None:
+    """RuntimeError unless the directory, loaded from disk, gives exactly the logits of the model in memory."""
+    expected = layerwise_logits(model, decoder_layers(model), probe, device)
+    reloaded = load_compressed(staging, trust_remote_code=trust_remote_code)
+    got = layerwise_logits(reloaded, decoder_layers(reloaded), probe, device)
+    if not torch.equal(expected, got):
+        worst = float((expected.float() - got.float()).abs().max())
+        raise RuntimeError(
+            f"the reloaded model differs from the one in memory (largest logit difference {worst:g}); nothing was written"
+        )
+
+
+def verify_quality(
+    staging: Path,
+    source: Path,
+    windows: torch.Tensor | None,
+    recipe: Recipe,
+    trust_remote_code: bool,
+    progress: Progress,
+) -> dict[str, Any] | None:
+    """Perplexity, KL and agreement of the written directory against the base model."""
+    if windows is None:
+        return None
+    placement = default_device_map()
+    compressed = load_compressed(staging, device_map=placement, trust_remote_code=trust_remote_code)
+    base = load_base(source, device_map=placement, trust_remote_code=trust_remote_code)
+    options = recipe.evaluation
+    return {
+        "text": {
+            "source": read_text(options.text)[1],
+            "window": options.window,
+            "stride": options.stride or options.window,
+            "windows": len(windows),
+        },
+        **measure_text(compressed, base, windows, options.stride, progress),
+    }
+
+
+def exceeds(evaluation: dict[str, Any] | None, recipe: Recipe) -> bool:
+    """Whether the perplexity grew beyond the recipe's limit."""
+    limit = recipe.limits.perplexity_increase
+    return limit is not None and evaluation is not None and evaluation["comparison"]["perplexity_increase"] > limit
+
+
+def sizes(source: Path, staging: Path, coverage: list[Coverage], model: Any) -> dict[str, Any]:
+    """Bytes on disk before and after, and bits per quantized weight from allocated storage, scales and shapes included."""
+    quantized = [line for line in coverage if line.status == "quantized"]
+    weights = sum(line.shape[0] * line.shape[1] for line in quantized)
+    stored = 0
+    for line in quantized:
+        module = model.get_submodule(line.name)
+        stored += sum(p.numel() * p.element_size() for name, p in module.named_parameters() if name != "bias")
+    return {
+        "base_bytes": weight_bytes(source),
+        "compressed_bytes": weight_bytes(staging),
+        "quantized_weights": weights,
+        "quantized_bytes": stored,
+        "bits_per_weight": round(8 * stored / weights, 4) if weights else None,
+    }
+
+
+def write_companions(
+    staging: Path,
+    recipe: Recipe,
+    report: dict[str, Any],
+    evaluation: dict[str, Any] | None,
+    walk: WalkResult,
+    source: Path,
+) -> None:
+    """Recipe, evaluation, model card, and last the sidecar with its checksums."""
+    (staging / "recipe.yaml").write_text(recipe.to_yaml(), "utf-8")
+    if evaluation is not None:
+        save_json(evaluation, staging / "evaluation.json")
+    write_card(staging, recipe, report, evaluation, source)
+    write_sidecar(staging, report, walk.tensors)
+
+
+def describe_calibration(calibration: CalibrationSet) -> dict[str, Any]:
+    """JSON-able facts about the calibration text."""
+    samples, length = calibration.tokens.shape
+    return {
+        "source": calibration.source,
+        "samples": samples,
+        "length": length,
+        "tokens": samples * length,
+        "documents": calibration.documents,
+        "longest_document": calibration.longest_document,
+        "fingerprint": calibration.fingerprint,
+    }
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """Versions and device, for the record."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {
+        "torch": torch.__version__,
+        "transformers": transformers_version(),
+        "python": platform.python_version(),
+        "device": name,
+    }
+
+
+def package_version() -> str:
+    """Version of kompakt."""
+    from .. import __version__
+
+    return __version__

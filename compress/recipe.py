@@ -1,0 +1,190 @@
+"""YAML ⇄ `Recipe`: four slots, calibration, evaluation and limits. Unknown keys and values are errors that name the nearest."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, field_serializer
+
+from ..quant.method import WeightMethod, weight_methods
+from .calibration import CalibrationOptions
+
+RECIPE_VERSION = 1
+SLOTS = ("weights", "attention", "kv_cache", "sparsity")
+
+
+def _percent(value: Any) -> Any:
+    """``"3%"`` → 0.03; numbers stay as they are."""
+    if isinstance(value, str):
+        match = re.fullmatch(r"\s*\+?([0-9.]+)\s*(%?)\s*", value)
+        if not match:
+            raise ValueError(f"{value!r} is neither a number nor a percentage such as 3%")
+        return float(match[1]) / (100 if match[2] else 1)
+    return value
+
+
+class EvaluationOptions(BaseModel):
+    """What the compressed model is compared on. text: "builtin" (held-out part of the Python reference) or a .txt file.
+
+    windows: how many windows of `window` tokens; 0 skips the comparison. stride: tokens between windows, default `window`.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    text: str = "builtin"
+    window: Annotated[int, Field(ge=2)] = 2048
+    stride: Annotated[int, Field(ge=1)] | None = None
+    windows: Annotated[int, Field(ge=0)] = 8
+
+
+class Limits(BaseModel):
+    """Quality budget. perplexity_increase: relative, 0.03 or "3%"; max_restored: share of layers that may be given back."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    perplexity_increase: Annotated[float, BeforeValidator(_percent), Field(gt=0)] | None = None
+    max_restored: Annotated[float, BeforeValidator(_percent), Field(ge=0, le=1)] = 0.5
+
+
+class Recipe(BaseModel):
+    """A whole recipe. Slots hold a method object (from `quant` or `sparsify`) or None."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+    version: Literal[1] = RECIPE_VERSION
+    name: str = "custom"
+    description: str = ""
+    weights: WeightMethod | None = None
+    attention: None = None
+    kv_cache: None = None
+    sparsity: None = None
+    calibration: CalibrationOptions = CalibrationOptions()
+    evaluation: EvaluationOptions = EvaluationOptions()
+    limits: Limits = Limits()
+
+    @field_serializer("weights")
+    def _write_weights(self, method: WeightMethod | None) -> dict | None:
+        if method is None:
+            return None
+        options = TypeAdapter(type(method)).dump_python(method, mode="json")
+        return {"method": method_key(method), **options}
+
+    def to_yaml(self) -> str:
+        """The recipe with every default written out; `Recipe.load` reads it back to an equal recipe."""
+        return yaml.safe_dump(self.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)
+
+    @classmethod
+    def load(cls, source: str | Path | dict | Recipe, overrides: dict[str, Any] | None = None) -> Recipe:
+        """A recipe by name (see `recipe_names`), YAML file, dict or object.
+
+        overrides: dotted keys, e.g. ``{"weights.group_size": 64}``, applied over the file. ValueError for anything unknown.
+        """
+        if isinstance(source, Recipe):
+            data, label = source.model_dump(mode="json", exclude_none=True), source.name
+        elif isinstance(source, dict):
+            data, label = source, "recipe"
+        else:
+            data, label = _read(source)
+        data = _overridden(data, overrides or {})
+        slots = {key: value for key, value in data.items() if key in SLOTS and value is not None}
+        data = {key: value for key, value in data.items() if key not in SLOTS}
+        if not isinstance(data.get("version", 1), int) or data.get("version", 1) > RECIPE_VERSION:
+            raise ValueError(
+                f"{label}: recipe version {data.get('version')!r} is not supported; this kompakt reads version 1"
+            )
+        if not slots:
+            raise ValueError(f"{label}: the recipe fills no slot; fill one of {', '.join(SLOTS)}")
+        for slot in slots:
+            if slot != "weights":
+                raise ValueError(
+                    f"{label}: slot {slot!r} has no method yet in this version of kompakt; remove it from the recipe"
+                )
+        try:
+            return cls(**{**data, "weights": _method(slots["weights"], label)})
+        except ValidationError as error:
+            raise ValueError(explain(error, label, cls)) from error
+
+
+def method_key(method: WeightMethod) -> str:
+    """Key of a method object: the name of its file."""
+    return type(method).__module__.rpartition(".")[2]
+
+
+def recipe_names() -> list[str]:
+    """Recipes that ship with kompakt."""
+    return sorted(
+        item.name[:-5] for item in resources.files("kompakt.recipes").iterdir() if item.name.endswith(".yaml")
+    )
+
+
+def nearest(word: str, known: list[str]) -> str:
+    """``"; did you mean 'x'?"`` and the list of what exists."""
+    close = difflib.get_close_matches(str(word), known, n=1, cutoff=0.5)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    return f"{hint} (known: {', '.join(known)})"
+
+
+def _read(source: str | Path) -> tuple[dict, str]:
+    path = Path(source)
+    if str(source) in recipe_names():
+        text, label = (resources.files("kompakt.recipes") / f"{source}.yaml").read_text("utf-8"), str(source)
+    elif path.suffix in (".yaml", ".yml") or path.is_file():
+        if not path.is_file():
+            raise ValueError(f"recipe file {path} does not exist")
+        text, label = path.read_text("utf-8"), str(path)
+    else:
+        raise ValueError(f"unknown recipe {str(source)!r}{nearest(str(source), recipe_names())}")
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{label} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"{label} does not hold a mapping of recipe keys")
+    return data, label
+
+
+def _overridden(data: dict, overrides: dict[str, Any]) -> dict:
+    data = {key: dict(value) if isinstance(value, dict) else value for key, value in data.items()}
+    for dotted, value in overrides.items():
+        head, _, key = dotted.partition(".")
+        if not key:
+            data[head] = value
+            continue
+        if not isinstance(data.setdefault(head, {}), dict):
+            raise ValueError(f"{dotted} cannot be set: {head} is not a mapping in the recipe")
+        data[head][key] = value
+    return data
+
+
+def _method(slot: Any, label: str) -> WeightMethod:
+    methods = weight_methods()
+    if isinstance(slot, str):
+        slot = {"method": slot}
+    if not isinstance(slot, dict) or "method" not in slot:
+        raise ValueError(f"{label}: weights needs a `method` (known: {', '.join(methods)})")
+    key = slot["method"]
+    if key not in methods:
+        raise ValueError(f"{label}: unknown method {key!r} in slot weights{nearest(key, list(methods))}")
+    options = {name: value for name, value in slot.items() if name != "method"}
+    try:
+        return TypeAdapter(methods[key]).validate_python(options)
+    except ValidationError as error:
+        raise ValueError(explain(error, f"{label}: weights ({key})", methods[key])) from error
+
+
+def explain(error: ValidationError, label: str, owner: type) -> str:
+    """The first validation error as one sentence that says the bad value, the rule and the nearest valid key."""
+    first = error.errors()[0]
+    place = ".".join(
+        str(part) for part in first["loc"] if not str(part).startswith(("function-", "constrained-", "literal["))
+    )
+    if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        *parents, key = [str(part) for part in first["loc"]]
+        for parent in parents:
+            owner = owner.model_fields[parent].annotation  # pyright: ignore
+        known = list(getattr(owner, "model_fields", None) or owner.__dataclass_fields__)  # pyright: ignore
+        return f"{label}: unknown key {place!r}{nearest(key, known)}"
+    rule = first["msg"].removeprefix("Value error, ")
+    return f"{label}: {place} = {first['input']!r} is not valid: {rule[:1].lower()}{rule[1:]}"

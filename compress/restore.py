@@ -1,0 +1,63 @@
+"""Backing off: giving whole decoder layers back their float weights when a quality limit is exceeded.
+
+Folds stay inside a layer, so a layer whose Linears and norms are restored computes what the float model's layer does.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from .coverage import Coverage
+from .recipe import Limits
+from .walk import LayerReport, Undo
+
+log = logging.getLogger(__name__)
+REASON = "restored: the perplexity limit was exceeded"
+
+
+class LimitExceeded(Exception):
+    """The recipe's quality limit cannot be met. The message holds the numbers."""
+
+
+def restore_worst(
+    layers: list[tuple[str, nn.Module]],
+    reports: list[LayerReport],
+    undo: Undo,
+    coverage: list[Coverage],
+    evaluation: dict[str, Any],
+    limits: Limits,
+) -> list[Coverage]:
+    """Restores as many of the layers with the largest error as are restored already, at least one; returns the new coverage.
+
+    Raises LimitExceeded when more than `limits.max_restored` of the layers would have to be given back.
+    """
+    increase = evaluation["comparison"]["perplexity_increase"]
+    ranked = [report.name for report in sorted(reports, key=lambda report: -report.error)]
+    quantized = [
+        name for name in ranked if any(_inside(line, name) and line.status == "quantized" for line in coverage)
+    ]
+    done = len(ranked) - len(quantized)
+    take = quantized[: max(1, done)]
+    if done + len(take) > limits.max_restored * len(ranked):
+        raise LimitExceeded(
+            f"perplexity grew by {increase:.2%}, the limit is {limits.perplexity_increase:.2%}; {done} of {len(ranked)} layers "
+            f"were given back their float weights and limits.max_restored = {limits.max_restored:.0%} allows no further try"
+        )
+    modules = dict(layers)
+    for name in take:
+        undo.restore_layer(modules[name])
+    log.warning("perplexity grew by %.2f%%, restored: %s", 100 * increase, ", ".join(take))
+    return [
+        replace(line, status="kept", reason=REASON)
+        if line.status == "quantized" and any(_inside(line, name) for name in take)
+        else line
+        for line in coverage
+    ]
+
+
+def _inside(line: Coverage, layer: str) -> bool:
+    return line.name.startswith(f"{layer}.")

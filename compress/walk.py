@@ -1,0 +1,183 @@
+"""The walk: decoder layer by decoder layer, collect, quantize, swap, and feed the quantized outputs to the next layer.
+
+One layer is on the compute device at a time. Two streams of hidden states may run: the quantized one, which every method
+sees as its inputs, and the float one, kept only for methods that compare with the float model (`needs_reference`).
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..quant.block import Block
+from ..quant.method import QuantizedWeight, WeightMethod
+from .coverage import Coverage
+from .hf_decoder import LayerCalls, decoder_layers, resident
+from .hf_folds import find_folds
+from .linear import CompressedLinear
+
+log = logging.getLogger(__name__)
+Progress = Callable[[str, int, int, str], None]
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What happened to one decoder layer.
+
+    error: ‖quantized − float‖² / ‖float − input‖² of the layer's output on the first calibration batch, same inputs.
+    """
+
+    name: str
+    error: float
+    seconds: float
+    notes: dict[str, Any]
+
+    def as_dict(self) -> dict:
+        """JSON-able."""
+        return asdict(self)
+
+
+@dataclass
+class Undo:
+    """What a walk changed, so that it can be put back bit for bit: (layer, name, original module or parameter values)."""
+
+    modules: list[tuple[nn.Module, str, nn.Module]] = field(default_factory=list)
+    parameters: list[tuple[nn.Module, str, torch.Tensor]] = field(default_factory=list)
+
+    def restore(self) -> None:
+        """Puts everything back."""
+        for layer in {id(layer): layer for layer, _, _ in self.modules}.values():
+            self.restore_layer(layer)
+
+    def restore_layer(self, layer: nn.Module) -> None:
+        """Puts one decoder layer back."""
+        for owner, name, module in self.modules:
+            if owner is layer:
+                layer.set_submodule(name, module)
+        for owner, name, value in self.parameters:
+            if owner is layer:
+                layer.get_parameter(name).data = value
+        self.modules = [item for item in self.modules if item[0] is not layer]
+        self.parameters = [item for item in self.parameters if item[0] is not layer]
+
+
+@dataclass(frozen=True)
+class WalkResult:
+    """reports: one per layer. tensors: what the method wants kept in the sidecar, by ``layer.name``. peak_bytes: on the device."""
+
+    reports: list[LayerReport]
+    tensors: dict[str, torch.Tensor]
+    peak_bytes: int | None
+
+
+def quantize_layers(
+    model: nn.Module,
+    method: WeightMethod,
+    batches: list[torch.Tensor],
+    coverage: list[Coverage],
+    *,
+    device: torch.device,
+    seed: int = 0,
+    undo: Undo | None = None,
+    progress: Progress = lambda stage, done, total, text: None,
+) -> WalkResult:
+    """Quantizes the covered Linears of `model` in place. `method.group_size` must be resolved.
+
+    batches: token ids, (batch, tokens) each. The model may be on any mix of devices, or offloaded by accelerate.
+    """
+    layers = decoder_layers(model)
+    covered = {line.name for line in coverage if line.status == "quantized"}
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    calls = LayerCalls(model, layers, batches)
+    inputs = [hidden.to(_home(device, calls.hidden)) for hidden in calls.hidden]
+    reference = list(inputs) if method.needs_reference else None
+    reports, tensors = [], {}
+    for index, (name, layer) in enumerate(layers):
+        started = time.perf_counter()
+        with resident(layer, device), torch.no_grad():
+            check_finite(name, layer)
+            linears = {
+                child: module
+                for child, module in layer.named_modules()
+                if isinstance(module, nn.Linear) and f"{name}.{child}" in covered
+            }
+            block = Block(
+                name=name,
+                module=layer,
+                linears=linears,
+                folds=[],
+                inputs=inputs,
+                arguments=calls.of_layer(index, device),
+                scheme=method.scheme(),
+                scale_dtype=next(iter(linears.values())).weight.dtype if linears else torch.bfloat16,
+                device=device,
+                seed=seed + index,
+                progress=lambda text, index=index: progress("layers", index, len(layers), text),
+            )
+            expected = block.run(inputs[0], 0)
+            if reference is not None:
+                block.reference = [block.run(hidden, i).to(hidden.device) for i, hidden in enumerate(reference)]
+            if linears:
+                block.folds = find_folds(block) if method.needs_data else []
+                commit(block, method.quantize(block), undo)
+            outputs = [block.run(hidden, i).to(hidden.device) for i, hidden in enumerate(inputs)]
+            error = relative_error(outputs[0].to(device), expected, inputs[0].to(device))
+            tensors.update({f"{name}.{key}": tensor.cpu() for key, tensor in block.tensors.items()})
+            inputs, reference = outputs, block.reference
+        reports.append(LayerReport(name, error, time.perf_counter() - started, block.notes))
+        progress("layers", index + 1, len(layers), f"error {error:.2e}")
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    return WalkResult(reports, tensors, peak)
+
+
+def commit(block: Block, quantized: dict[str, QuantizedWeight], undo: Undo | None) -> None:
+    """Swaps the quantized Linears into the layer and stores the folded norm parameters."""
+    for name, linear in block.linears.items():
+        check_quantized(f"{block.name}.{name}", quantized[name])
+        replacement = CompressedLinear.from_quantized(quantized[name], block.bias(name), block.scheme)
+        block.module.set_submodule(name, replacement)
+        if undo is not None:
+            undo.modules.append((block.module, name, linear))
+    for name, value in block.norm_parameters().items():
+        parameter = block.module.get_parameter(name)
+        if undo is not None:
+            undo.parameters.append((block.module, name, parameter.data.clone()))
+        parameter.data = value.clone()
+
+
+def relative_error(output: torch.Tensor, expected: torch.Tensor, hidden: torch.Tensor) -> float:
+    """Energy of the difference over the energy of what the layer adds to its input."""
+    added = (expected.float() - hidden.float()).square().sum().clamp_min(1e-30)
+    return float((output.float() - expected.float()).square().sum() / added)
+
+
+def check_finite(name: str, layer: nn.Module) -> None:
+    """ValueError naming the tensor if a weight of the layer is NaN or infinite."""
+    for child, parameter in layer.named_parameters():
+        if parameter.is_floating_point() and parameter.device.type != "meta" and not bool(parameter.isfinite().all()):
+            raise ValueError(f"{name}.{child} holds NaN or infinite values; the checkpoint is damaged")
+
+
+def check_quantized(name: str, quantized: QuantizedWeight) -> None:
+    """ValueError if scales or codes are not what can be stored and multiplied."""
+    scale, codes = quantized.scale.float(), quantized.codes.float()
+    if not bool(scale.isfinite().all()) or bool((scale == 0).any()):
+        raise ValueError(f"{name}: a scale is zero, NaN or infinite after quantization")
+    if not bool(codes.isfinite().all()):
+        raise ValueError(f"{name}: a quantized weight is NaN or infinite")
+
+
+def _home(device: torch.device, hidden: list[torch.Tensor]) -> torch.device:
+    """Where hidden states wait between layers: on the device if three copies of them take under a quarter of what is free."""
+    if device.type != "cuda":
+        return device
+    needed = 3 * sum(tensor.numel() * tensor.element_size() for tensor in hidden)
+    free, _ = torch.cuda.mem_get_info(device)
+    return device if needed < free / 4 else torch.device("cpu")
