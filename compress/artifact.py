@@ -120,11 +120,19 @@ def _alive(pid: int) -> bool:
     return pid != os.getpid()
 
 
-def write_sidecar(directory: Path, content: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
-    """Writes both sidecar files; checksums of every safetensors file go into `kompakt.json`, so weights come first."""
+def write_tensors(directory: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Writes `kompakt.safetensors`, readable like any other file of the directory (safetensors makes its files private)."""
     save_file(
         {name: tensor.contiguous() for name, tensor in tensors.items()}, directory / SIDECAR_TENSORS, {"format": "pt"}
     )
+    mask = os.umask(0)
+    os.umask(mask)
+    for file in directory.glob("*.safetensors"):
+        file.chmod(0o666 & ~mask)
+
+
+def write_sidecar(directory: Path, content: dict[str, Any]) -> None:
+    """Writes `kompakt.json` with checksums of every safetensors file, so it comes last."""
     content = {
         "version": SIDECAR_VERSION,
         **content,

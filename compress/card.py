@@ -15,25 +15,25 @@ TEMPLATE = """\
 {{ metadata }}---
 # {{ title }}
 
-[{{ base_model }}]({{ base_link }}) compressed with kompakt {{ report.kompakt }}, recipe `{{ recipe.name }}`
+`{{ base_model }}` compressed with kompakt {{ report.kompakt }}, recipe `{{ recipe.name }}`
 ({{ scheme }}).{% if recipe.description %} {{ recipe.description }}.{% endif %}
 
 | | base | compressed |
 |---|---|---|
 | weights on disk | {{ megabytes(sizes.base_bytes) }} | {{ megabytes(sizes.compressed_bytes) }} |
 | bits per quantized weight, scales included | | {{ "%.3f"|format(sizes.bits_per_weight) }} |
-{% if comparison -%}
+{%- if comparison %}
 | perplexity | {{ "%.3f"|format(comparison.base.perplexity) }} | {{ "%.3f"|format(comparison.model.perplexity) }} |
 | perplexity increase | | {{ "%+.2f"|format(100 * comparison.perplexity_increase) }} % |
 | mean KL to the base, nats per token | | {{ "%.4f"|format(comparison.kl) }} |
 | same most likely token | | {{ "%.2f"|format(100 * comparison.top1_agreement) }} % |
 
 Measured on {{ evaluation.text.source }}, {{ evaluation.text.windows }} windows of {{ evaluation.text.window }} tokens,
-stride {{ evaluation.text.stride }}. {% endif -%}
-{% if report.calibration -%}
-Calibrated on {{ report.calibration.samples }} × {{ report.calibration.length }} tokens of {{ report.calibration.source }}.
+stride {{ evaluation.text.stride }}.
 {%- endif %}
-
+{% if report.calibration %}
+Calibrated on {{ report.calibration.samples }} × {{ report.calibration.length }} tokens of {{ report.calibration.source }}.
+{% endif %}
 ## Use
 With kompakt, weights stay packed and run on its kernels:
 ```python
@@ -41,10 +41,10 @@ from kompakt.compress import load
 model = load("PATH")
 ```
 Stock transformers with the package `compressed-tensors` installed loads the same directory with
-`AutoModelForCausalLM.from_pretrained` (weights are expanded to {{ dtype }} on first use).
+`AutoModelForCausalLM.from_pretrained` (weights are expanded to floats on first use).
 
 ## What was quantized
-| | Linears | weights |
+| | modules | weights |
 |---|---|---|
 {% for row in coverage -%}
 | {{ row.label }} | {{ row.count }} | {{ "{:,}".format(row.weights) }} |
@@ -59,7 +59,7 @@ def write_card(
     inherited = base_metadata(source)
     assert recipe.weights is not None
     metadata = {
-        "base_model": inherited.get("base_model_id", report["base_model"]),
+        "base_model": base_name(report["base_model"], inherited),
         "base_model_relation": "quantized",
         "library_name": "transformers",
         "pipeline_tag": inherited.get("pipeline_tag", "text-generation"),
@@ -72,18 +72,21 @@ def write_card(
         metadata=yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True),
         title=f"{Path(report['base_model']).name} {recipe.name}",
         base_model=metadata["base_model"],
-        base_link=f"https://huggingface.co/{metadata['base_model']}" if "/" in str(metadata["base_model"]) else ".",
         recipe=recipe,
         scheme=recipe.weights.scheme().describe(),
         report=report,
         sizes=report["sizes"],
         evaluation=evaluation,
         comparison=(evaluation or {}).get("comparison"),
-        dtype="bfloat16",
         coverage=coverage_rows(report["coverage"]),
         megabytes=lambda count: f"{count / 1e6:,.1f} MB",
     )
     (staging / "README.md").write_text(text, "utf-8")
+
+
+def base_name(given: str, inherited: dict[str, Any]) -> Any:
+    """What `base_model` should say: the hub id that was given, or for a local directory its own card's base, or its name."""
+    return inherited.get("base_model", Path(given).name) if Path(given).is_dir() else given
 
 
 def base_metadata(source: Path) -> dict[str, Any]:

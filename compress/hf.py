@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +27,21 @@ COMPANIONS = (
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
-def resolve_model(model: str | Path, *, what: str = "model") -> Path:
+def resolve_model(model: str | Path, *, what: str = "model", weights: bool = True) -> Path:
     """Local directory of a model: the directory itself, or a snapshot of a hub id. ValueError if there is none.
 
-    Only safetensors are accepted: a directory with nothing but pickled weights is refused, because reading pickles runs code.
+    Only safetensors are accepted: a directory with nothing but pickled weights is refused, because reading pickles runs
+    code.
+    weights: False asks for the config alone; no weights need to be there, and none are downloaded.
     """
     path = Path(model)
     if not path.is_dir():
         if path.exists():
             raise ValueError(f"{what} {path} is a file; give the directory that holds config.json")
-        path = _snapshot(str(model), what)
+        path = _snapshot(str(model), what, weights)
     if not (path / "config.json").is_file():
         raise ValueError(f"{what} {path} holds no config.json; it is not a Hugging Face model directory")
-    if not any(path.glob("*.safetensors")):
+    if weights and not any(path.glob("*.safetensors")):
         if any(item for pattern in PICKLES for item in path.glob(pattern)):
             raise ValueError(
                 f"{what} {path} has only pickled weights; convert them to safetensors first (pickles can run code)"
@@ -47,14 +50,15 @@ def resolve_model(model: str | Path, *, what: str = "model") -> Path:
     return path
 
 
-def _snapshot(name: str, what: str) -> Path:
+def _snapshot(name: str, what: str, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     if name.count("/") > 1 or name.startswith((".", "/", "~")):
         raise ValueError(f"{what} {name} does not exist")
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", *COMPANIONS]))
+        wanted = ["*.json", "*.safetensors", *COMPANIONS] if weights else ["config.json"]
+        return Path(snapshot_download(name, allow_patterns=wanted))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
@@ -92,7 +96,7 @@ def _from_pretrained(path: Path, **options: Any) -> PreTrainedModel:
         model, info = AutoModelForCausalLM.from_pretrained(
             path, dtype="auto", use_safetensors=True, output_loading_info=True, **options
         )
-    except (ValueError, KeyError, EnvironmentError) as error:
+    except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{path} cannot be loaded: {_first_sentence(error)}") from error
     except Exception as error:
         if type(error).__name__ == "SafetensorError":
@@ -158,6 +162,16 @@ def meta_model(config: Any, *, trust_remote_code: bool = False) -> PreTrainedMod
     """The model's modules without weights, from its config alone."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+
+
+def quiet_transformers() -> None:
+    """Silences the progress bars and the advice of transformers and, where stderr is not a terminal, of the hub."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    if not sys.stderr.isatty():
+        from huggingface_hub.utils import disable_progress_bars
+
+        disable_progress_bars()
 
 
 def transformers_version() -> str:

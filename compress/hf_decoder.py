@@ -14,8 +14,6 @@ import torch
 from accelerate.hooks import AlignDevicesHook, SequentialHook
 from torch import nn
 
-from ..quant.block import Fold
-
 log = logging.getLogger(__name__)
 
 

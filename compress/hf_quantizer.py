@@ -110,6 +110,11 @@ class KompaktQuantizer(HfQuantizer):
                 model.set_submodule(name, swapped)
         return model
 
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        """The tensors to save, tied ones once: transformers finds ties by storage, which offloaded weights do not have."""
+        tied = getattr(model, "all_tied_weights_keys", None) or {}
+        return {name: value for name, value in model.state_dict().items() if name not in tied}, {}
+
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         """Packed weights are written as they are."""
         return True

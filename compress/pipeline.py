@@ -16,7 +16,7 @@ import torch
 
 from ..kernels.int4_linear import available_backends
 from ..quant.method import WeightMethod
-from .artifact import check_output, staged, weight_bytes, write_sidecar
+from .artifact import check_output, staged, weight_bytes, write_sidecar, write_tensors
 from .assess import default_device_map, measure_text, read_text, save_json
 from .calibration import CalibrationSet, calibration_tokens
 from .card import write_card
@@ -26,7 +26,7 @@ from .hf import load_base, load_compressed, load_tokenizer, resolve_model, save_
 from .hf_decoder import decoder_layers, layerwise_logits, refuse_experts
 from .recipe import Recipe
 from .restore import restore_worst
-from .walk import Undo, WalkResult, quantize_layers
+from .walk import Undo, quantize_layers
 
 log = logging.getLogger(__name__)
 Progress = Callable[[str, int, int, str], None]
@@ -109,6 +109,7 @@ def compress(
                 break
             assert undo is not None and evaluation is not None
             coverage = restore_worst(layers, walk.reports, undo, coverage, evaluation, loaded.limits)
+        write_tensors(staging, walk.tensors)
         report = {
             "kompakt": package_version(),
             "base_model": str(model),
@@ -122,7 +123,7 @@ def compress(
             "layers": [layer.as_dict() for layer in walk.reports],
             "coverage": [line.as_dict() for line in coverage],
         }
-        write_companions(staging, loaded, report, evaluation, walk, source)
+        write_companions(staging, loaded, report, evaluation, source)
     return CompressionResult(output, loaded, coverage, report, evaluation)
 
 
@@ -249,7 +250,6 @@ def write_companions(
     recipe: Recipe,
     report: dict[str, Any],
     evaluation: dict[str, Any] | None,
-    walk: WalkResult,
     source: Path,
 ) -> None:
     """Recipe, evaluation, model card, and last the sidecar with its checksums."""
@@ -257,7 +257,7 @@ def write_companions(
     if evaluation is not None:
         save_json(evaluation, staging / "evaluation.json")
     write_card(staging, recipe, report, evaluation, source)
-    write_sidecar(staging, report, walk.tensors)
+    write_sidecar(staging, report)
 
 
 def describe_calibration(calibration: CalibrationSet) -> dict[str, Any]:

@@ -90,7 +90,8 @@ def quantize_fp8_ref(x: Tensor) -> tuple[Tensor, Tensor]:
     """Torch specification of :func:`quantize_fp8_per_token`, any device."""
     values = x.float()
     amax = values.abs().amax(dim=-1, keepdim=True)
-    scale = (amax / E4M3_MAX).clamp_min(MIN_SCALE)
+    # On CUDA torch divides by a Python number through its reciprocal, which may be off by one rounding.
+    scale = (amax / torch.full_like(amax, E4M3_MAX)).clamp_min(MIN_SCALE)
     scale = scale.masked_fill(amax == 0, 1.0).masked_fill(~amax.isfinite(), torch.nan)
     return (values / scale).contiguous().to(torch.float8_e4m3fn), scale
 

@@ -1,0 +1,182 @@
+"""`plan`: what a recipe does to a model and what that takes, from `config.json` alone. No weights are read.
+
+The model is built without storage, so sizes of weights come from its real modules; they are exact for a checkpoint
+stored in the config's dtype. Memory is an estimate (`planning_memory.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..kernels.int4_linear import Backend, available_backends
+from ..quant.method import WeightScheme
+from .coverage import Coverage, cover, resolve_group_size
+from .hf import meta_model, read_config, resolve_model
+from .hf_decoder import decoder_layers, refuse_experts
+from .linear import CompressedLinear
+from .pipeline import OPS
+from .planning_memory import MemoryModel, Stage
+from .recipe import Recipe
+
+CONTEXTS = (1024, 8192, 32768)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `plan` found.
+
+    recipe: with `group_size` resolved. kv_cache: tokens → bytes of one sequence, as transformers keeps it.
+    kernels: what each op runs on and why; op: the one that the recipe's Linears call.
+    """
+
+    model: str
+    recipe: Recipe
+    scheme: WeightScheme
+    dtype: str
+    device: str
+    base_bytes: int
+    compressed_bytes: int
+    quantized_weights: int
+    quantized_bytes: int
+    coverage: list[Coverage]
+    stages: list[Stage]
+    kv_cache: dict[int, int]
+    kernels: dict[str, Backend]
+    op: str | None
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits per quantized weight, scales and shapes included."""
+        return 8 * self.quantized_bytes / self.quantized_weights
+
+    @property
+    def peak_device_bytes(self) -> int:
+        """Largest device memory of any stage; 0 where the CPU is the device."""
+        return max(sum(stage.device.values()) for stage in self.stages)
+
+    @property
+    def peak_host_bytes(self) -> int:
+        """Largest host memory of any stage."""
+        return max(sum(stage.host.values()) for stage in self.stages)
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        return {
+            "model": self.model,
+            "recipe": self.recipe.model_dump(mode="json", exclude_none=True),
+            "scheme": self.scheme.describe(),
+            "dtype": self.dtype,
+            "device": self.device,
+            "sizes": {
+                "base_bytes": self.base_bytes,
+                "compressed_bytes": self.compressed_bytes,
+                "quantized_weights": self.quantized_weights,
+                "quantized_bytes": self.quantized_bytes,
+                "bits_per_weight": round(self.bits_per_weight, 4),
+            },
+            "peak_device_bytes": self.peak_device_bytes,
+            "peak_host_bytes": self.peak_host_bytes,
+            "stages": [stage.as_dict() for stage in self.stages],
+            "kv_cache_bytes": {str(tokens): count for tokens, count in self.kv_cache.items()},
+            "kernels": {
+                op: {"backend": backend.name, "reason": backend.reason, "used": op == self.op}
+                for op, backend in self.kernels.items()
+            },
+            "coverage": [line.as_dict() for line in self.coverage],
+        }
+
+
+def plan(
+    model: str | Path,
+    recipe: str | Path | dict | Recipe = "w4a8-fireq",
+    *,
+    overrides: dict[str, Any] | None = None,
+    contexts: Sequence[int] = CONTEXTS,
+    device: str | None = None,
+    trust_remote_code: bool = False,
+) -> Plan:
+    """Sizes, coverage, memory and kernels of a `compress` run with the same arguments; refuses what that would refuse.
+
+    model: directory or hub id; only its config.json is read. contexts: lengths in tokens for the size of the key-value
+    cache. Raises ValueError for bad input.
+    """
+    loaded = Recipe.load(recipe, overrides)
+    path = resolve_model(model, weights=False)
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    config = read_config(path, trust_remote_code=trust_remote_code)
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(f"{path} is already quantized; kompakt starts from a float checkpoint")
+    skeleton = meta_model(config, trust_remote_code=trust_remote_code)
+    layers = decoder_layers(skeleton)
+    refuse_experts(layers)
+    assert loaded.weights is not None
+    coverage = cover(skeleton, [name for name, _ in layers], loaded.weights)
+    method = resolve_group_size(loaded.weights, coverage)
+    scheme = method.scheme()
+    names = {line.name for line in coverage if line.status == "quantized"}
+    linears = {name: module for name, module in skeleton.named_modules() if isinstance(module, nn.Linear)}
+    linears = {name: linear for name, linear in linears.items() if name in names}
+    quantized = sum(packed_bytes(linear, scheme) for linear in linears.values())
+    base = sum(own_bytes(skeleton))
+    compressed = base - sum(linear.weight.nbytes for linear in linears.values()) + quantized
+    kernels, op = available_backends(place), OPS.get((method.storage, method.activations))
+    memory = MemoryModel(
+        model=skeleton,
+        recipe=loaded.model_copy(update={"weights": method}),
+        base_bytes=base,
+        compressed_bytes=compressed,
+        device=place,
+        reference=op is None or kernels[op].name == "reference",
+    )
+    return Plan(
+        model=str(model),
+        recipe=memory.recipe,
+        scheme=scheme,
+        dtype=str(skeleton.dtype).removeprefix("torch."),
+        device=str(place),
+        base_bytes=base,
+        compressed_bytes=compressed,
+        quantized_weights=sum(linear.weight.numel() for linear in linears.values()),
+        quantized_bytes=quantized,
+        coverage=coverage,
+        stages=memory.stages([(layer, _inside(name, linears)) for name, layer in layers]),
+        kv_cache={tokens: kv_cache_bytes(config, tokens, skeleton.dtype.itemsize) for tokens in contexts},
+        kernels=kernels,
+        op=op,
+    )
+
+
+def _inside(layer: str, linears: dict[str, nn.Linear]) -> dict[str, nn.Linear]:
+    return {name: linear for name, linear in linears.items() if name.startswith(f"{layer}.")}
+
+
+def packed_bytes(linear: nn.Linear, scheme: WeightScheme) -> int:
+    """Bytes that a Linear's weight takes once packed: codes, scales and shape, without bias."""
+    return CompressedLinear(
+        linear.in_features, linear.out_features, bias=False, scheme=scheme, dtype=linear.weight.dtype, device="meta"
+    ).stored_bytes
+
+
+def own_bytes(model: nn.Module) -> Iterator[int]:
+    """Bytes of every tensor that a checkpoint of `model` holds: parameters once if tied, buffers that are saved."""
+    yield from (parameter.nbytes for parameter in model.parameters())
+    for module in model.modules():
+        unsaved = module._non_persistent_buffers_set
+        yield from (buffer.nbytes for name, buffer in module.named_buffers(recurse=False) if name not in unsaved)
+
+
+def kv_cache_bytes(config: Any, tokens: int, itemsize: int) -> int:
+    """Bytes of keys and values of one sequence: per layer no more than its window, none in linear attention."""
+    config = config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    window = getattr(config, "sliding_window", None) or tokens
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    kept = {"full_attention": tokens, "sliding_attention": min(tokens, window), "chunked_attention": tokens}
+    return sum(kept.get(kind, 0) for kind in kinds) * 2 * heads * head_dim * itemsize

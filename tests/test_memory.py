@@ -1,0 +1,46 @@
+"""Peak device memory while a layer of the size of an 8B model's is calibrated."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from kompakt.compress.coverage import cover, resolve_group_size
+from kompakt.compress.hf_decoder import decoder_layers
+from kompakt.compress.walk import quantize_layers
+from kompakt.quant.fireq import FireQ
+from kompakt.quant.gptq import GPTQ
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", [GPTQ(), FireQ()], ids=["gptq", "fireq"])
+def test_one_layer_at_a_time_stays_within_its_budget(method, capsys):
+    config = LlamaConfig(
+        vocab_size=1024,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=2,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval().requires_grad_(False)
+    samples, length = 32, 2048
+    tokens = torch.randint(0, 1024, (samples, length))
+    coverage = cover(model, [name for name, _ in decoder_layers(model)], method)
+    method = resolve_group_size(method, coverage)
+    device = torch.device("cuda")
+    result = quantize_layers(model, method, list(tokens.split(1)), coverage, device=device)
+    layer = 2 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
+    hessians = 4 * (3 * 4096**2 + 14336**2)
+    hidden = 2 * samples * length * 4096
+    activations = 3 * hidden
+    budget = 1.5 * (layer + hessians + activations)
+    with capsys.disabled():
+        print(
+            f"\npeak {result.peak_bytes / 1e9:.2f} GB, layer {layer / 1e9:.2f} + second moments {hessians / 1e9:.2f} "
+            f"+ hidden states {activations / 1e9:.2f}; 1.5x is {budget / 1e9:.2f} GB; "
+            f"{[round(report.seconds, 1) for report in result.reports]} s per layer"
+        )
+    assert result.peak_bytes < budget
