@@ -1,7 +1,7 @@
 """The directory kompakt writes: staging, sidecar, checksums. A directory has its name only when it is complete.
 
-`kompakt.json` holds the recipe, the coverage, the policies of the slots and checksums; `kompakt.safetensors` holds tensors
-that a policy needs. Both stand beside an ordinary compressed-tensors checkpoint, which is correct without them.
+`kompakt.json` holds the recipe, the coverage, the policies of the slots and checksums; `kompakt.safetensors` holds
+tensors that a policy needs. Both stand beside an ordinary compressed-tensors checkpoint, which is correct without them.
 """
 
 from __future__ import annotations
@@ -121,7 +121,9 @@ def _alive(pid: int) -> bool:
 
 
 def write_tensors(directory: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Writes `kompakt.safetensors`, readable like any other file of the directory (safetensors makes its files private)."""
+    """Writes `kompakt.safetensors`, readable like any other file of the directory (safetensors makes its files
+    private).
+    """
     save_file(
         {name: tensor.contiguous() for name, tensor in tensors.items()}, directory / SIDECAR_TENSORS, {"format": "pt"}
     )

@@ -1,4 +1,6 @@
-"""The model card: hub metadata, sizes, quality, coverage, how to load it. Every number comes from the run that wrote it."""
+"""The model card: hub metadata, sizes, quality, coverage, how to load it. Every number comes from the run that wrote
+it.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,8 @@ Measured on {{ evaluation.text.source }}, {{ evaluation.text.windows }} windows 
 stride {{ evaluation.text.stride }}.
 {%- endif %}
 {% if report.calibration %}
-Calibrated on {{ report.calibration.samples }} × {{ report.calibration.length }} tokens of {{ report.calibration.source }}.
+{%- set calibration = report.calibration %}
+Calibrated on {{ calibration.samples }} × {{ calibration.length }} tokens of {{ calibration.source }}.
 {% endif %}
 ## Use
 With kompakt, weights stay packed and run on its kernels:
@@ -85,7 +88,9 @@ def write_card(
 
 
 def base_name(given: str, inherited: dict[str, Any]) -> Any:
-    """What `base_model` should say: the hub id that was given, or for a local directory its own card's base, or its name."""
+    """What `base_model` should say: the hub id that was given, or for a local directory its own card's base, or its
+    name.
+    """
     return inherited.get("base_model", Path(given).name) if Path(given).is_dir() else given
 
 

@@ -1,4 +1,6 @@
-"""What a recipe does to every module that holds weights: quantized, or kept and why. Nothing is left out without a line."""
+"""What a recipe does to every module that holds weights: quantized, or kept and why. Nothing is left out without a
+line.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ AUTO_SIZES = (128, 64, 32)
 
 @dataclass(frozen=True)
 class Coverage:
-    """One module with weights of its own. status: "quantized" or "kept"; reason says why it was kept, or under which scheme."""
+    """One module with weights of its own. status: "quantized" or "kept"; reason says why it was kept, or under which
+    scheme.
+    """
 
     name: str
     kind: str
@@ -95,7 +99,9 @@ def cover(model: nn.Module, layer_names: list[str], method: WeightMethod) -> lis
 
 
 def resolve_group_size(method: WeightMethod, lines: list[Coverage]) -> WeightMethod:
-    """The method with `group_size` "auto" replaced by what it comes to. ValueError if the size does not divide a Linear."""
+    """The method with `group_size` "auto" replaced by what it comes to. ValueError if the size does not divide a
+    Linear.
+    """
     if method.storage != "int4" or method.group_size == "channel":
         return method
     widths = {line.shape[1]: line.name for line in reversed(lines) if line.status == "quantized"}

@@ -79,13 +79,13 @@ def load_base(
 ) -> PreTrainedModel:
     """The float model as stored, in evaluation mode, without gradients.
 
-    device_map: None loads to the CPU; "disk" leaves the weights in the checkpoint until a layer needs them; anything else
-    is accelerate's. offload: folder for weights that must be converted before they can stay on disk.
+    device_map: None loads to the CPU; "disk" leaves the weights in the checkpoint until a layer needs them; anything
+    else is accelerate's. offload: folder for weights that must be converted before they can stay on disk.
     """
     config = read_config(path, trust_remote_code=trust_remote_code)
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"{path} is already quantized; kompakt starts from a float checkpoint")
-    options = {} if offload is None else {"offload_folder": str(offload)}
+    options: dict[str, Any] = {} if offload is None else {"offload_folder": str(offload)}
     if device_map is not None:
         options["device_map"] = {"": "disk"} if device_map == "disk" else device_map
     return _from_pretrained(path, config=config, trust_remote_code=trust_remote_code, **options)
@@ -93,7 +93,7 @@ def load_base(
 
 def _from_pretrained(path: Path, **options: Any) -> PreTrainedModel:
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             path, dtype="auto", use_safetensors=True, output_loading_info=True, **options
         )
     except (OSError, ValueError, KeyError) as error:
@@ -102,6 +102,7 @@ def _from_pretrained(path: Path, **options: Any) -> PreTrainedModel:
         if type(error).__name__ == "SafetensorError":
             raise ValueError(f"a safetensors file in {path} is damaged: {error}") from error
         raise
+    model, info = loaded
     missing = sorted(info["missing_keys"])
     if missing or info["mismatched_keys"]:
         names = missing or sorted(str(item) for item in info["mismatched_keys"])

@@ -1,7 +1,9 @@
-"""Decoder layers of a transformers model: where they are, how they are called, what can be folded, how one is made resident.
+"""Decoder layers of a transformers model: where they are, how they are called, what can be folded, how one is made
+resident.
 
-Everything is found by structure, not by model name: layers through `_no_split_modules`, the other arguments of each layer by
-replacing the layers with recorders for one pass, shared norm inputs by watching which Linears read a norm's output.
+Everything is found by structure, not by model name: layers through `_no_split_modules`, the other arguments of each
+layer by replacing the layers with recorders for one pass, shared norm inputs by watching which Linears read a norm's
+output.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from accelerate.hooks import AlignDevicesHook, SequentialHook
@@ -17,7 +20,7 @@ from torch import nn
 log = logging.getLogger(__name__)
 
 
-def decoder_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+def decoder_layers(model: Any) -> list[tuple[str, nn.Module]]:
     """(name, module) of every decoder layer, in order. ValueError if the model has none."""
     wanted = set(getattr(model, "_no_split_modules", None) or ())
     config = model.config.get_text_config() if hasattr(model, "config") else None
@@ -34,17 +37,20 @@ def decoder_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def refuse_experts(layers: list[tuple[str, nn.Module]]) -> None:
-    """ValueError naming the module if a layer holds mixture-of-experts weights, which are not nn.Linear and not covered."""
+    """ValueError naming the module if a layer holds mixture-of-experts weights, which are not nn.Linear and not
+    covered.
+    """
     for name, layer in layers:
         for child, module in layer.named_modules():
             fused = any(parameter.ndim == 3 for parameter in module.parameters(recurse=False))
             if fused or child.rpartition(".")[2] == "experts":
                 raise ValueError(
-                    f"{name}.{child} is a mixture-of-experts module ({type(module).__name__}); experts are not supported yet"
+                    f"{name}.{child} is a mixture-of-experts module "
+                    f"({type(module).__name__}); experts are not supported yet"
                 )
 
 
-def _hook_of(module: nn.Module) -> AlignDevicesHook | None:
+def _hook_of(module: nn.Module) -> Any:
     hook = getattr(module, "_hf_hook", None)
     hooks = hook.hooks if isinstance(hook, SequentialHook) else (hook,)
     return next((item for item in hooks if isinstance(item, AlignDevicesHook)), None)
@@ -54,8 +60,8 @@ def _hook_of(module: nn.Module) -> AlignDevicesHook | None:
 def resident(layer: nn.Module, device: torch.device) -> Iterator[nn.Module]:
     """Holds a layer on `device`, whatever accelerate does with it otherwise; puts it back where it was.
 
-    Changed parameters are written back to where offloaded weights are kept. Modules swapped in meanwhile go to the CPU if
-    the layer was offloaded.
+    Changed parameters are written back to where offloaded weights are kept. Modules swapped in meanwhile go to the CPU
+    if the layer was offloaded.
     """
     hooked = [(module, hook) for module in layer.modules() if (hook := _hook_of(module)) is not None and hook.offload]
     if not hooked:
@@ -67,6 +73,7 @@ def resident(layer: nn.Module, device: torch.device) -> Iterator[nn.Module]:
             layer.to(home)
         return
     forwards = []
+    module: Any
     for module, hook in hooked:
         hook.pre_forward(module)
         forwards.append(module.forward)
@@ -87,7 +94,7 @@ def resident(layer: nn.Module, device: torch.device) -> Iterator[nn.Module]:
                     parameter.data = parameter.data.cpu()
 
 
-def _write_back(module: nn.Module, hook: AlignDevicesHook) -> None:
+def _write_back(module: nn.Module, hook: Any) -> None:
     for name, parameter in module.named_parameters(recurse=hook.place_submodules):
         stored = hook.weights_map[name]
         if not torch.equal(stored.to(parameter.device), parameter):
@@ -100,12 +107,12 @@ class LayerCalls:
     arguments[batch][layer]: (args, kwargs). hidden[batch]: (batch, tokens, hidden), the input of the first layer.
     """
 
-    def __init__(self, model: nn.Module, layers: list[tuple[str, nn.Module]], batches: list[torch.Tensor]):
+    def __init__(self, model: Any, layers: list[tuple[str, nn.Module]], batches: list[torch.Tensor]):
         self.hidden: list[torch.Tensor] = []
         self.arguments: list[list[tuple[tuple, dict]]] = []
         modules = [module for _, module in layers]
         base = model.base_model if hasattr(model, "base_model") else model
-        device = model.get_input_embeddings().weight.device  # pyright: ignore[reportCallIssue]
+        device = model.get_input_embeddings().weight.device
         originals = [vars(module).get("forward") for module in modules]
         try:
             for tokens in batches:
@@ -141,7 +148,7 @@ class LayerCalls:
         return [to_device(calls[index], device) for calls in self.arguments]
 
 
-def to_device(value, device: torch.device):
+def to_device(value: Any, device: torch.device) -> Any:
     """Moves the tensors inside nested tuples, lists and dicts; anything else is left as it is."""
     if isinstance(value, torch.Tensor):
         return value.to(device)
@@ -154,7 +161,7 @@ def to_device(value, device: torch.device):
 
 @torch.no_grad()
 def layerwise_logits(
-    model: nn.Module, layers: list[tuple[str, nn.Module]], tokens: torch.Tensor, device: torch.device
+    model: Any, layers: list[tuple[str, nn.Module]], tokens: torch.Tensor, device: torch.device
 ) -> torch.Tensor:
     """Logits (batch, tokens, vocab), on the CPU, with one decoder layer on `device` at a time."""
     calls = LayerCalls(model, layers, [tokens])
@@ -168,10 +175,10 @@ def layerwise_logits(
 
 
 def _head(
-    model: nn.Module, layers: list[tuple[str, nn.Module]], tokens: torch.Tensor, hidden: torch.Tensor
+    model: Any, layers: list[tuple[str, nn.Module]], tokens: torch.Tensor, hidden: torch.Tensor
 ) -> torch.Tensor:
     """What the model makes of `hidden` as the output of its last layer."""
-    embedding = model.get_input_embeddings().weight.device  # pyright: ignore[reportCallIssue]
+    embedding = model.get_input_embeddings().weight.device
     originals = [(layer, vars(layer).get("forward")) for _, layer in layers]
 
     def skip(*args, **kwargs):

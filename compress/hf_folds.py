@@ -1,8 +1,8 @@
 """Where channel scales can be folded in a decoder layer, found by structure and proved by running the layer.
 
-Three kinds: a norm into the Linears that read its output, v into o (per value channel and KV head), up into down. A norm's
-readers are found by watching tensors, the other two by the names that every family of transformers uses. Each fold is then
-tried with random powers of two; one that changes the layer's output is dropped and logged.
+Three kinds: a norm into the Linears that read its output, v into o (per value channel and KV head), up into down. A
+norm's readers are found by watching tensors, the other two by the names that every family of transformers uses. Each
+fold is then tried with random powers of two; one that changes the layer's output is dropped and logged.
 """
 
 from __future__ import annotations

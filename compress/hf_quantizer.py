@@ -1,7 +1,8 @@
 """transformers' side of our weights: the quantization config and the quantizer that swaps Linears before loading.
 
-On disk the config reads as compressed-tensors, so that stock transformers and vLLM load the weights; in memory `load` puts
-`KompaktConfig` in its place and weights stay packed. Importing this module registers the quantizer and nothing else.
+On disk the config reads as compressed-tensors, so that stock transformers and vLLM load the weights; in memory `load`
+puts `KompaktConfig` in its place and weights stay packed. Importing this module registers the quantizer and nothing
+else.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..quant.method import WeightScheme
@@ -23,12 +25,11 @@ FORMATS = {"int4": "pack-quantized", "fp8": "float-quantized"}
 FP8_INPUTS = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "token", "dynamic": True}
 
 
-@register_quantization_config(QUANT_METHOD)
 class KompaktConfig(QuantizationConfigMixin):
     """Scheme and kept Linears. `to_dict` writes the compressed-tensors form, `from_compressed_tensors` reads it."""
 
     def __init__(self, scheme: WeightScheme | dict[str, Any], ignore: list[str], **_: Any):
-        self.quant_method = QUANT_METHOD
+        self.quant_method: Any = QUANT_METHOD
         self.scheme = WeightScheme(**scheme) if isinstance(scheme, dict) else scheme
         self.ignore = ignore
 
@@ -45,7 +46,7 @@ class KompaktConfig(QuantizationConfigMixin):
         return self.to_dict()
 
     @classmethod
-    def from_compressed_tensors(cls, config: dict[str, Any]) -> KompaktConfig:
+    def from_compressed_tensors(cls, config: dict[str, Any]) -> Any:
         """Reads what `compressed_tensors_config` wrote. ValueError for a layout that kompakt does not run."""
         groups = config.get("config_groups", {})
         if config.get("quant_method") != "compressed-tensors" or len(groups) != 1:
@@ -54,10 +55,10 @@ class KompaktConfig(QuantizationConfigMixin):
             )
         group = next(iter(groups.values()))
         weights, inputs = group["weights"], group.get("input_activations")
-        kind = {("int", 4): "int4", ("float", 8): "fp8"}.get((weights["type"], weights["num_bits"]))
+        kind: Any = {("int", 4): "int4", ("float", 8): "fp8"}.get((weights["type"], weights["num_bits"]))
         if kind is None or not weights["symmetric"] or inputs not in (None, FP8_INPUTS):
             raise ValueError(f"quantization_config stores {weights} with inputs {inputs}, which kompakt does not run")
-        scheme = WeightScheme(kind, weights.get("group_size"), "none" if inputs is None else "fp8")  # pyright: ignore[reportArgumentType]
+        scheme = WeightScheme(kind, weights.get("group_size"), "none" if inputs is None else "fp8")
         return cls(scheme, list(config.get("ignore", [])))
 
 
@@ -86,7 +87,6 @@ def compressed_tensors_config(scheme: WeightScheme, ignore: list[str]) -> dict[s
     }
 
 
-@register_quantizer(QUANT_METHOD)
 class KompaktQuantizer(HfQuantizer):
     """Puts `CompressedLinear` where the checkpoint holds packed weights; transformers' loader then fills them."""
 
@@ -96,7 +96,7 @@ class KompaktQuantizer(HfQuantizer):
         """Nothing is needed beyond torch."""
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        config: KompaktConfig = self.quantization_config  # pyright: ignore[reportAssignmentType]
+        config: Any = self.quantization_config
         for name, module in list(model.named_modules()):
             if isinstance(module, nn.Linear) and not is_ignored(name, config.ignore):
                 swapped = CompressedLinear(
@@ -111,7 +111,9 @@ class KompaktQuantizer(HfQuantizer):
         return model
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-        """The tensors to save, tied ones once: transformers finds ties by storage, which offloaded weights do not have."""
+        """The tensors to save, tied ones once: transformers finds ties by storage, which offloaded weights do not
+        have.
+        """
         tied = getattr(model, "all_tied_weights_keys", None) or {}
         return {name: value for name, value in model.state_dict().items() if name not in tied}, {}
 
@@ -125,16 +127,20 @@ class KompaktQuantizer(HfQuantizer):
         return False
 
 
-def mark_quantized(model: nn.Module, scheme: WeightScheme, kept: list[str]) -> None:
+register_quantization_config(QUANT_METHOD)(KompaktConfig)
+register_quantizer(QUANT_METHOD)(KompaktQuantizer)
+
+
+def mark_quantized(model: Any, scheme: WeightScheme, kept: list[str]) -> None:
     """Tells transformers that `model` holds packed weights, so that `save_pretrained` writes the right config."""
     config = KompaktConfig(scheme, kept)
-    model.config.quantization_config = config  # pyright: ignore
-    model.hf_quantizer = KompaktQuantizer(config, pre_quantized=True)  # pyright: ignore
-    model.is_quantized = True  # pyright: ignore
+    model.config.quantization_config = config
+    model.hf_quantizer = KompaktQuantizer(config, pre_quantized=True)
+    model.is_quantized = True
 
 
-def unmark_quantized(model: nn.Module) -> None:
+def unmark_quantized(model: Any) -> None:
     """Undoes `mark_quantized`."""
     for owner, name in ((model.config, "quantization_config"), (model, "hf_quantizer"), (model, "is_quantized")):
-        if name in vars(owner):  # pyright: ignore
+        if name in vars(owner):
             delattr(owner, name)

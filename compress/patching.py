@@ -1,4 +1,6 @@
-"""`load` a directory that kompakt wrote, and `patch` a model that is already in memory; `unpatch` puts it back bit for bit."""
+"""`load` a directory that kompakt wrote, and `patch` a model that is already in memory; `unpatch` puts it back bit for
+bit.
+"""
 
 from __future__ import annotations
 
@@ -30,20 +32,22 @@ def load(
 ) -> Any:
     """The model in a directory that `compress` wrote, with packed weights, ready for `generate()`.
 
-    device_map: as in transformers; None is the CPU. verify: compare checksums first. strict: refuse when this device lacks
-    the kernels. Raises ValueError for a directory that is damaged, newer than this kompakt, or not one of ours.
+    device_map: as in transformers; None is the CPU. verify: compare checksums first. strict: refuse when this device
+    lacks the kernels. Raises ValueError for a directory that is damaged, newer than this kompakt, or not one of ours.
     """
     path = resolve_model(directory)
     sidecar = read_sidecar(path, verify=verify)
     method = Recipe.load(sidecar["recipe"]).weights
     assert method is not None
-    model = load_compressed(path, device_map=device_map, trust_remote_code=trust_remote_code)
+    model: Any = load_compressed(path, device_map=device_map, trust_remote_code=trust_remote_code)
     check_kernels(method, model.get_input_embeddings().weight.device, strict)
     return model
 
 
 class Patch:
-    """What `patch` did to a model. `unpatch()` undoes it, as does leaving a ``with`` block; coverage says what changed."""
+    """What `patch` did to a model. `unpatch()` undoes it, as does leaving a ``with`` block; coverage says what
+    changed.
+    """
 
     def __init__(self, model: Any, undo: Undo, coverage: list[Coverage] | None):
         self.model, self.coverage = model, coverage
@@ -73,8 +77,8 @@ def patch(
     """Compresses a loaded transformers model in place, by a directory that `compress` wrote or by a recipe.
 
     source: a directory (its weights are put into `model`, which must be its base model) or a recipe (calibrated here).
-    tokenizer: needed for recipes that calibrate; default is the one beside the model. device: where layers are worked on,
-    default where the model is. Raises ValueError if the model is patched already or does not fit.
+    tokenizer: needed for recipes that calibrate; default is the one beside the model. device: where layers are worked
+    on, default where the model is. Raises ValueError if the model is patched already or does not fit.
     """
     if any(isinstance(module, CompressedLinear) for module in model.modules()):
         raise ValueError("the model is compressed already; unpatch it first")
@@ -128,7 +132,8 @@ def _patch_from_directory(model: Any, directory: Path, undo: Undo) -> Patch:
             stored = tensors[f"{name}.{key}"].get()
             if stored.shape != parameter.shape:
                 raise ValueError(
-                    f"{name}.{key} has shape {tuple(stored.shape)} in {directory}, the model needs {tuple(parameter.shape)}"
+                    f"{name}.{key} has shape {tuple(stored.shape)} in {directory}, "
+                    f"the model needs {tuple(parameter.shape)}"
                 )
             parameter.data = stored.to(parameter.device)
         undo.modules.append((model, name, linear))

@@ -40,7 +40,9 @@ def quiet(stage: str, done: int, total: int, text: str) -> None:
 
 @dataclass(frozen=True)
 class CompressionResult:
-    """What `compress` did; `report` is the content of `kompakt.json` without checksums, `evaluation` of `evaluation.json`."""
+    """What `compress` did; `report` is the content of `kompakt.json` without checksums, `evaluation` of
+    `evaluation.json`.
+    """
 
     output: Path
     recipe: Recipe
@@ -66,9 +68,9 @@ def compress(
 ) -> CompressionResult:
     """Compresses `model` by `recipe` into the directory `output`, verified, or raises and leaves nothing.
 
-    model: directory or hub id of a float checkpoint in safetensors. output: default MODEL-RECIPE. overrides: dotted recipe
-    keys. device: where one decoder layer at a time is worked on, default CUDA if present. device_map: where the model
-    waits: None (CPU), "disk", or accelerate's. strict: refuse when this device lacks the recipe's kernels.
+    model: directory or hub id of a float checkpoint in safetensors. output: default MODEL-RECIPE. overrides: dotted
+    recipe keys. device: where one decoder layer at a time is worked on, default CUDA if present. device_map: where the
+    model waits: None (CPU), "disk", or accelerate's. strict: refuse when this device lacks the recipe's kernels.
 
     Raises ValueError for bad input, `LimitExceeded` when the recipe's limits cannot be met.
     """
@@ -192,7 +194,8 @@ def reload_and_compare(
     if not torch.equal(expected, got):
         worst = float((expected.float() - got.float()).abs().max())
         raise RuntimeError(
-            f"the reloaded model differs from the one in memory (largest logit difference {worst:g}); nothing was written"
+            f"the reloaded model differs from the one in memory (largest logit difference {worst:g}); "
+            "nothing was written"
         )
 
 
@@ -229,7 +232,9 @@ def exceeds(evaluation: dict[str, Any] | None, recipe: Recipe) -> bool:
 
 
 def sizes(source: Path, staging: Path, coverage: list[Coverage], model: Any) -> dict[str, Any]:
-    """Bytes on disk before and after, and bits per quantized weight from allocated storage, scales and shapes included."""
+    """Bytes on disk before and after, and bits per quantized weight from allocated storage, scales and shapes
+    included.
+    """
     quantized = [line for line in coverage if line.status == "quantized"]
     weights = sum(line.shape[0] * line.shape[1] for line in quantized)
     stored = 0

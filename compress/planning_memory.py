@@ -29,8 +29,8 @@ from .walk import _home
 FLOAT32 = 4
 # float32 copies: of a group of Linears while it is solved, of one while scales are searched or folds compared.
 SOLVED_COPIES, SEARCHED_COPIES = 3, 6
-# float32 matrices (in, in) while a Cholesky factor of the inverse is formed.
-SOLVER_MATRICES = 3
+# float32 matrices (in, in) while the Cholesky factor of the reordered inverse is formed.
+SOLVER_MATRICES = 4
 # Bytes per weight of a learned rounding: weight, offset, gradient; and what autograd saves for each pass kept alive.
 LEARNED_BYTES, SAVED_BYTES = 12, 11
 # float32 chunks of logits alive at once: both log-softmaxes, probabilities, the terms of the KL and two temporaries.

@@ -1,4 +1,6 @@
-"""YAML ⇄ `Recipe`: four slots, calibration, evaluation and limits. Unknown keys and values are errors that name the nearest."""
+"""YAML ⇄ `Recipe`: four slots, calibration, evaluation and limits. Unknown keys and values are errors that name the
+nearest.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,7 @@ SLOTS = ("weights", "attention", "kv_cache", "sparsity")
 def _percent(value: Any) -> Any:
     """``"3%"`` → 0.03; numbers stay as they are."""
     if isinstance(value, str):
-        match = re.fullmatch(r"\s*\+?([0-9.]+)\s*(%?)\s*", value)
+        match = re.fullmatch(r"\s*\+?([0-9]*\.?[0-9]+)\s*(%?)\s*", value)
         if not match:
             raise ValueError(f"{value!r} is neither a number nor a percentage such as 3%")
         return float(match[1]) / (100 if match[2] else 1)
@@ -31,7 +33,8 @@ def _percent(value: Any) -> Any:
 class EvaluationOptions(BaseModel):
     """What the compressed model is compared on. text: "builtin" (held-out part of the Python reference) or a .txt file.
 
-    windows: how many windows of `window` tokens; 0 skips the comparison. stride: tokens between windows, default `window`.
+    windows: how many windows of `window` tokens; 0 skips the comparison. stride: tokens between windows, default
+    `window`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -42,7 +45,9 @@ class EvaluationOptions(BaseModel):
 
 
 class Limits(BaseModel):
-    """Quality budget. perplexity_increase: relative, 0.03 or "3%"; max_restored: share of layers that may be given back."""
+    """Quality budget. perplexity_increase: relative, 0.03 or "3%"; max_restored: share of layers that may be given
+    back.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     perplexity_increase: Annotated[float, BeforeValidator(_percent), Field(gt=0)] | None = None
@@ -79,7 +84,8 @@ class Recipe(BaseModel):
     def load(cls, source: str | Path | dict | Recipe, overrides: dict[str, Any] | None = None) -> Recipe:
         """A recipe by name (see `recipe_names`), YAML file, dict or object.
 
-        overrides: dotted keys, e.g. ``{"weights.group_size": 64}``, applied over the file. ValueError for anything unknown.
+        overrides: dotted keys, e.g. ``{"weights.group_size": 64}``, applied over the file. ValueError for anything
+        unknown.
         """
         if isinstance(source, Recipe):
             data, label = source.model_dump(mode="json", exclude_none=True), source.name
@@ -152,6 +158,8 @@ def _overridden(data: dict, overrides: dict[str, Any]) -> dict:
         if not key:
             data[head] = value
             continue
+        if head in SLOTS and isinstance(data.get(head), str):
+            data[head] = {"method": data[head]}
         if not isinstance(data.setdefault(head, {}), dict):
             raise ValueError(f"{dotted} cannot be set: {head} is not a mapping in the recipe")
         data[head][key] = value
@@ -165,7 +173,7 @@ def _method(slot: Any, label: str) -> WeightMethod:
     if not isinstance(slot, dict) or "method" not in slot:
         raise ValueError(f"{label}: weights needs a `method` (known: {', '.join(methods)})")
     key = slot["method"]
-    if key not in methods:
+    if not isinstance(key, str) or key not in methods:
         raise ValueError(f"{label}: unknown method {key!r} in slot weights{nearest(key, list(methods))}")
     options = {name: value for name, value in slot.items() if name != "method"}
     try:

@@ -31,7 +31,8 @@ def restore_worst(
     evaluation: dict[str, Any],
     limits: Limits,
 ) -> list[Coverage]:
-    """Restores as many of the layers with the largest error as are restored already, at least one; returns the new coverage.
+    """Restores as many of the layers with the largest error as are restored already, at least one; returns the new
+    coverage.
 
     Raises LimitExceeded when more than `limits.max_restored` of the layers would have to be given back.
     """
@@ -44,8 +45,9 @@ def restore_worst(
     take = quantized[: max(1, done)]
     if done + len(take) > limits.max_restored * len(ranked):
         raise LimitExceeded(
-            f"perplexity grew by {increase:.2%}, the limit is {limits.perplexity_increase:.2%}; {done} of {len(ranked)} layers "
-            f"were given back their float weights and limits.max_restored = {limits.max_restored:.0%} allows no further try"
+            f"perplexity grew by {increase:.2%}, the limit is {limits.perplexity_increase:.2%}; {done} of "
+            f"{len(ranked)} layers were given back their float weights and limits.max_restored = "
+            f"{limits.max_restored:.0%} allows no further try"
         )
     modules = dict(layers)
     for name in take:

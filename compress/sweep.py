@@ -1,7 +1,7 @@
 """One model, many weight recipes, one table: what each method costs in perplexity at each number of bits.
 
-Every row patches the same model in place, measures it against the float model on the same windows, and unpatches it. The
-result is JSON with device, versions and date; `markdown_table` renders the README's table from that file.
+Every row patches the same model in place, measures it against the float model on the same windows, and unpatches it.
+The result is JSON with device, versions and date; `markdown_table` renders the README's table from that file.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The walk: decoder layer by decoder layer, collect, quantize, swap, and feed the quantized outputs to the next layer.
 
-One layer is on the compute device at a time. Two streams of hidden states may run: the quantized one, which every method
-sees as its inputs, and the float one, kept only for methods that compare with the float model (`needs_reference`).
+One layer is on the compute device at a time. Two streams of hidden states may run: the quantized one, which every
+method sees as its inputs, and the float one, kept only for methods that compare with the float model
+(`needs_reference`).
 """
 
 from __future__ import annotations
@@ -45,7 +46,9 @@ class LayerReport:
 
 @dataclass
 class Undo:
-    """What a walk changed, so that it can be put back bit for bit: (layer, name, original module or parameter values)."""
+    """What a walk changed, so that it can be put back bit for bit: (layer, name, original module or parameter
+    values).
+    """
 
     modules: list[tuple[nn.Module, str, nn.Module]] = field(default_factory=list)
     parameters: list[tuple[nn.Module, str, torch.Tensor]] = field(default_factory=list)
@@ -69,7 +72,9 @@ class Undo:
 
 @dataclass(frozen=True)
 class WalkResult:
-    """reports: one per layer. tensors: what the method wants kept in the sidecar, by ``layer.name``. peak_bytes: on the device."""
+    """reports: one per layer. tensors: what the method wants kept in the sidecar, by ``layer.name``. peak_bytes: on the
+    device.
+    """
 
     reports: list[LayerReport]
     tensors: dict[str, torch.Tensor]
@@ -175,7 +180,9 @@ def check_quantized(name: str, quantized: QuantizedWeight) -> None:
 
 
 def _home(device: torch.device, hidden: list[torch.Tensor]) -> torch.device:
-    """Where hidden states wait between layers: on the device if three copies of them take under a quarter of what is free."""
+    """Where hidden states wait between layers: on the device if three copies of them take under a quarter of what is
+    free.
+    """
     if device.type != "cuda":
         return device
     needed = 3 * sum(tensor.numel() * tensor.element_size() for tensor in hidden)

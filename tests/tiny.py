@@ -1,4 +1,6 @@
-"""A tiny Llama directory with a tokenizer of its own, made offline and trained for a few seconds, for tests of the pipeline."""
+"""A tiny Llama directory with a tokenizer of its own, made offline and trained for a few seconds, for tests of the
+pipeline.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def tiny_directory(directory: Path, *, steps: int = 60, dtype: torch.dtype = torch.bfloat16, **config) -> Path:
-    """Writes a Llama of 4 layers (hidden 64 unless given), trained for `steps` on the Python reference, as a directory."""
+    """Writes a Llama of 4 layers (hidden 64 unless given), trained for `steps` on the Python reference, as a
+    directory.
+    """
     tokenizer = tiny_tokenizer()
     settings = {
         "vocab_size": VOCAB,
