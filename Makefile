@@ -31,8 +31,9 @@ demo/base: | $(INSTALLED)
 	$(KOMPAKT) demo-model demo/base --permute-channels 1234
 
 demo: $(INSTALLED) demo/base
-	$(KOMPAKT) compress demo/base --recipe w4a8-fireq -o demo/compressed --overwrite --calibration-samples 32 --calibration-length 512
-	$(KOMPAKT) evaluate demo/compressed --against demo/base
+	$(KOMPAKT) compress demo/base --recipe w4a8-fireq -o demo/compressed --overwrite \
+		--num-calibration-samples 16 --max-seq-length 512 --evaluation-window 512 --evaluation-windows 8
+	$(KOMPAKT) evaluate demo/compressed --against demo/base --window 1024 --windows 6
 
 lint: $(INSTALLED)
 	.venv/bin/ruff check -q

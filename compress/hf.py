@@ -161,8 +161,11 @@ def _for_older_readers(file: Path) -> None:
 
 def meta_model(config: Any, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """The model's modules without weights, from its config alone."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except ValueError as error:
+        raise ValueError(f"config.json describes no causal language model: {_first_sentence(error)}") from error
 
 
 def quiet_transformers() -> None:
@@ -181,5 +184,6 @@ def transformers_version() -> str:
 
 
 def _first_sentence(error: BaseException) -> str:
-    text = " ".join(str(error).split())
+    lines = str(error).strip().splitlines()
+    text = " ".join(lines[0].split()) if lines else ""
     return text[:300] if text else type(error).__name__

@@ -152,8 +152,8 @@ def plan(
     )
 
 
-def _inside(layer: str, linears: dict[str, nn.Linear]) -> dict[str, nn.Linear]:
-    return {name: linear for name, linear in linears.items() if name.startswith(f"{layer}.")}
+def _inside(layer: str, linears: dict[str, nn.Linear]) -> list[nn.Linear]:
+    return [linear for name, linear in linears.items() if name.startswith(f"{layer}.")]
 
 
 def packed_bytes(linear: nn.Linear, scheme: WeightScheme) -> int:

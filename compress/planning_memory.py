@@ -1,10 +1,10 @@
 """Memory of a `compress` run, stage by stage, estimated from shapes: what is held at the same time, on device and host.
 
     loading       the whole base model on the host; the device holds nothing yet
-    calibration   one decoder layer, the second moments E[x xᵀ] in float32 of each distinct Linear input, hidden states
-                  of all samples (old, new and, for methods that compare with the float model, a third copy), and the
-                  largest transient: a forward pass, float32 copies while Linears with a common input are rounded, or
-                  the gradients of learned rounding
+    calibration   one decoder layer, a float32 matrix of second moments for each of its Linears, hidden states of all
+                  samples (old, new and, for methods that compare with the float model, a third copy), and the largest
+                  transient: a pass over one batch, float32 copies of a Linear that is rounded, or gradients of learned
+                  rounding
     reading back  the model in memory and the one reloaded from disk, on the host
     evaluation    base and compressed model on the device, the logits of one window of each, and one forward pass
 
@@ -27,10 +27,12 @@ from .recipe import Recipe
 from .walk import _home
 
 FLOAT32 = 4
-# float32 copies: of a group of Linears while it is solved, of one while scales are searched or folds compared.
-SOLVED_COPIES, SEARCHED_COPIES = 3, 6
+# float32 copies of one Linear while scales are searched, folds compared or columns solved.
+ROUNDED_COPIES = 7
 # float32 matrices (in, in) while the Cholesky factor of the reordered inverse is formed.
-SOLVER_MATRICES = 4
+SOLVER_MATRICES = 5
+# A pass that is differentiated keeps what every operation read, and then the gradients.
+GRAPH_COPIES = 2
 # Bytes per weight of a learned rounding: weight, offset, gradient; and what autograd saves for each pass kept alive.
 LEARNED_BYTES, SAVED_BYTES = 12, 11
 # float32 chunks of logits alive at once: both log-softmaxes, probabilities, the terms of the KL and two temporaries.
@@ -69,7 +71,7 @@ class MemoryModel:
     device: torch.device
     reference: bool
 
-    def stages(self, layers: list[tuple[nn.Module, dict[str, nn.Linear]]]) -> list[Stage]:
+    def stages(self, layers: list[tuple[nn.Module, list[nn.Linear]]]) -> list[Stage]:
         """Every stage in order. layers: each decoder layer with those of its Linears that are quantized."""
         limited = self.recipe.limits.perplexity_increase is not None
         kept = {"float weights kept for backing off": self.base_bytes} if limited else {}
@@ -86,7 +88,7 @@ class MemoryModel:
             return [Stage(stage.name, {}, {**stage.host, **stage.device}) for stage in stages]
         return stages
 
-    def calibration(self, layers: list[tuple[nn.Module, dict[str, nn.Linear]]], extra: Mapping[str, int]) -> Stage:
+    def calibration(self, layers: list[tuple[nn.Module, list[nn.Linear]]], extra: Mapping[str, int]) -> Stage:
         """The walk over the layers, at the one that needs most."""
         method, options = self.recipe.weights, self.recipe.calibration
         assert method is not None
@@ -96,18 +98,14 @@ class MemoryModel:
             else (PROBE_TOKENS, PROBE_TOKENS)
         )
         hidden = torch.empty(tokens, self.hidden_size, dtype=self.model.dtype, device="meta")
-        groups = input_groups(self.model, {name: linear for _, linears in layers for name, linear in linears.items()})
-        needs = []
-        for layer, linears in layers:
-            inside = [[linears[name] for name in group] for group in groups if group[0] in linears]
-            moments = sum(FLOAT32 * group[0].in_features ** 2 for group in inside) if method.needs_data else 0
-            needs.append(
-                {
-                    "decoder layer": _bytes(layer),
-                    "second moments": moments,
-                    "largest transient": self.transient(layer, inside, batch),
-                }
-            )
+        needs = [
+            {
+                "decoder layer": _bytes(layer),
+                "second moments": sum(FLOAT32 * linear.in_features**2 for linear in linears) * method.needs_data,
+                "largest transient": self.transient(layer, linears, batch),
+            }
+            for layer, linears in layers
+        ]
         most = max(needs, key=lambda need: sum(need.values()))
         states = {"hidden states": hidden.nbytes * (3 if method.needs_reference else 2)}
         host = {"base model": self.base_bytes, "inputs of the first layer": hidden.nbytes, **extra}
@@ -116,24 +114,20 @@ class MemoryModel:
             return Stage("calibration", {**most, **states}, host)
         return Stage("calibration", most, {**host, **states})
 
-    def transient(self, layer: nn.Module, groups: list[list[nn.Linear]], tokens: int) -> int:
-        """Largest of: a forward pass over one batch, rounding one group of Linears, learning all of them."""
+    def transient(self, layer: nn.Module, linears: list[nn.Linear], tokens: int) -> int:
+        """Largest of: a pass over one batch, rounding one Linear, learning all; beside the codes found so far."""
         method = self.recipe.weights
         assert method is not None
-        forward = self.activations(layer, tokens)
-        rounding = 0
-        solved = groups if method.needs_data else [[linear] for group in groups for linear in group]
-        for group in solved:
-            sizes = [linear.weight.numel() for linear in group]
-            copies = max(SOLVED_COPIES * sum(sizes), sum(sizes) + SEARCHED_COPIES * max(sizes))
-            matrices = SOLVER_MATRICES * group[0].in_features ** 2 if method.needs_data else 0
-            rounding = max(rounding, FLOAT32 * (copies + matrices))
-        codes = sum(linear.weight.numel() for group in groups for linear in group)
-        learning = 0
+        one_pass = self.activations(layer, tokens)
+        rounding = learning = 0
+        for linear in linears:
+            matrices = SOLVER_MATRICES * linear.in_features**2 if method.needs_data else 0
+            rounding = max(rounding, FLOAT32 * (ROUNDED_COPIES * linear.weight.numel() + matrices))
+        codes = sum(linear.weight.numel() for linear in linears)
         if method.needs_reference:
             passes = max(1, getattr(method, "samples_per_step", 1) // self.recipe.calibration.batch_size)
-            learning = codes * (LEARNED_BYTES + SAVED_BYTES * passes) + passes * forward
-        return max(forward, rounding, learning) + codes
+            learning = codes * (LEARNED_BYTES + SAVED_BYTES * passes) + passes * one_pass
+        return max(one_pass * (GRAPH_COPIES if method.needs_data else 1), rounding, learning) + codes
 
     def activations(self, layer: nn.Module, tokens: int) -> int:
         """One forward pass of a layer: outputs of all its Linears, float32 copies inside norms, expanded weights."""
@@ -170,33 +164,3 @@ def _bytes(module: nn.Module) -> int:
 
 def _width(layer: nn.Module) -> int:
     return sum(module.out_features for module in layer.modules() if isinstance(module, nn.Linear))
-
-
-def input_groups(model: nn.Module, linears: dict[str, nn.Linear]) -> list[list[str]]:
-    """Names of Linears that read the very same tensor, found by one pass without data.
-
-    A Linear that this pass does not reach, or all where a model cannot run without data, counts as a group of its own.
-    """
-    readers: dict[int, list[str]] = {}
-    inputs = []
-
-    def observe(name: str):
-        def hook(module: nn.Module, args: tuple) -> None:
-            inputs.append(args[0])  # kept alive, so that an id is not an address reused
-            readers.setdefault(id(args[0]), []).append(name)
-
-        return hook
-
-    handles = [linear.register_forward_pre_hook(observe(name)) for name, linear in linears.items()]
-    try:
-        with torch.no_grad(), torch.device("meta"):
-            # A mask of four dimensions is taken as it is; any other would be looked into.
-            mask = torch.zeros(1, 1, 8, 8, dtype=torch.bool)
-            model(input_ids=torch.zeros(1, 8, dtype=torch.long), attention_mask=mask, use_cache=False)
-    except (RuntimeError, ValueError, TypeError, NotImplementedError):
-        return [[name] for name in linears]
-    finally:
-        for handle in handles:
-            handle.remove()
-    reached = {name for group in readers.values() for name in group}
-    return [*readers.values(), *([name] for name in linears if name not in reached)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import itertools
+import json
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -144,3 +145,37 @@ def _cell(row: dict[str, Any] | None) -> str:
     if row is None:
         return "–"
     return f"{100 * row['perplexity_increase']:+.1f} ± {100 * (row['perplexity_increase_stderr'] or 0):.1f} %"
+
+
+def insert_table(document: Path, file: Path) -> None:
+    """Puts the table of the JSON `file` between ``<!-- FILE -->`` and ``<!-- end -->`` of a Markdown document.
+
+    The marker names the file relative to the document. Raises ValueError if the document has no such marker.
+    """
+    start = f"<!-- {file.resolve().relative_to(document.resolve().parent).as_posix()} -->"
+    text = document.read_text("utf-8")
+    head, found, rest = text.partition(start)
+    _, closed, tail = rest.partition("<!-- end -->")
+    if not found or not closed:
+        raise ValueError(f"{document} holds no lines {start} … <!-- end --> to put the table between")
+    table = markdown_table(json.loads(file.read_text("utf-8")))
+    document.write_text(f"{head}{start}\n{table}\n{closed}{tail}", "utf-8")
+
+
+def merged(file: Path, result: dict[str, Any]) -> dict[str, Any]:
+    """`result` with the rows of an earlier file in front; a row measured again replaces the old one.
+
+    Raises ValueError if the file was measured on another model, text, calibration, device or version.
+    """
+    if not file.is_file():
+        return result
+    earlier = json.loads(file.read_text("utf-8"))
+    for key in ("kompakt", "environment", "model", "text", "calibration"):
+        if earlier[key] != result[key]:
+            raise ValueError(f"{file} was measured with another {key}: {earlier[key]} there, {result[key]} here")
+
+    def identity(row: dict[str, Any]) -> tuple[Any, ...]:
+        return row["label"], row["weights"]["activations"], row["weights"]["group_size"]
+
+    replaced = {identity(row) for row in result["rows"]}
+    return {**result, "rows": [row for row in earlier["rows"] if identity(row) not in replaced] + result["rows"]}

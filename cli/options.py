@@ -1,0 +1,103 @@
+"""Types of the command line's options, so that the commands in `main.py` stay readable."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+RUN, CALIBRATION, EVALUATION = "Where and how", "Calibration", "Evaluation"
+
+Model = Annotated[str, typer.Argument(help="Directory or hub id of a float model in safetensors.", metavar="MODEL")]
+Directory = Annotated[str, typer.Argument(help="A directory that `compress` wrote, or any model.", metavar="DIR")]
+Recipe = Annotated[str, typer.Option("--recipe", "-r", help="A name from `kompakt list`, or a YAML file.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", help="Any key of the recipe, e.g. weights.rounding=rtn; may be repeated.", metavar="KEY=VALUE"
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
+Device = Annotated[
+    str | None, typer.Option(help="Where one layer at a time is worked on; default cuda if there is one.")
+]
+DeviceMap = Annotated[
+    str | None, typer.Option(help="Where the model is held: auto, cpu, disk, cuda:0 …", rich_help_panel=RUN)
+]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.", rich_help_panel=RUN)
+]
+OutputDirectory = Annotated[
+    Path | None, typer.Option("--output-dir", "-o", help="New directory; default MODEL-RECIPE.", show_default=False)
+]
+GroupSize = Annotated[
+    str | None,
+    typer.Option(help="Input channels that share a scale: a number, channel or auto.", metavar="N|channel|auto"),
+]
+Activations = Annotated[str | None, typer.Option(help="What inputs of Linears are rounded to.", metavar="fp8|none")]
+Ignore = Annotated[
+    list[str] | None,
+    typer.Option(help="Linears to leave alone: a name, or re:PATTERN; may be repeated.", metavar="PATTERN"),
+]
+Dataset = Annotated[
+    str | None,
+    typer.Option(help="builtin, a .txt or .jsonl file, or org/name.", metavar="SOURCE", rich_help_panel=CALIBRATION),
+]
+Samples = Annotated[int | None, typer.Option("--num-calibration-samples", metavar="N", rich_help_panel=CALIBRATION)]
+Length = Annotated[
+    int | None, typer.Option("--max-seq-length", help="Tokens of a sample.", metavar="N", rich_help_panel=CALIBRATION)
+]
+BatchSize = Annotated[
+    int | None,
+    typer.Option("--calibration-batch-size", help="Samples at once.", metavar="N", rich_help_panel=CALIBRATION),
+]
+Seed = Annotated[int | None, typer.Option(help="Draw of the samples.", metavar="N", rich_help_panel=CALIBRATION)]
+EvaluationText = Annotated[
+    str | None, typer.Option(help="builtin or a text file.", metavar="TEXT", rich_help_panel=EVALUATION)
+]
+EvaluationWindows = Annotated[
+    int | None, typer.Option(help="How many windows; 0 skips it.", metavar="N", rich_help_panel=EVALUATION)
+]
+EvaluationWindow = Annotated[
+    int | None, typer.Option(help="Tokens of a window.", metavar="N", rich_help_panel=EVALUATION)
+]
+MaxIncrease = Annotated[
+    str | None,
+    typer.Option(
+        "--max-perplexity-increase",
+        help="Give layers their float weights back, or fail, beyond this, e.g. 3%.",
+        metavar="SHARE",
+        rich_help_panel=EVALUATION,
+    ),
+]
+ShardSize = Annotated[str, typer.Option("--max-shard-size", help="Largest weight file.", rich_help_panel=RUN)]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace an output that kompakt wrote.", rich_help_panel=RUN)
+]
+Strict = Annotated[
+    bool, typer.Option("--strict", help="Refuse when this device lacks the recipe's kernels.", rich_help_panel=RUN)
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.", rich_help_panel=RUN)]
+Against = Annotated[
+    str | None, typer.Option(help="Base model to compare with: adds KL, agreement, paired differences.")
+]
+Text = Annotated[str, typer.Option(help="builtin or a text file.", metavar="FILE|builtin")]
+Window = Annotated[int, typer.Option(help="Tokens of a window.", min=2)]
+Stride = Annotated[int | None, typer.Option(help="Tokens between windows; default: the window.", min=1)]
+Windows = Annotated[int, typer.Option(help="How many windows; 0 skips the text.", min=0)]
+Choices = Annotated[str | None, typer.Option(help="Multiple-choice questions, JSONL.", metavar="FILE")]
+LastWord = Annotated[str | None, typer.Option(help="Texts whose last word is to be guessed, JSONL.", metavar="FILE")]
+Limit = Annotated[int | None, typer.Option(help="Rows of each task file.", min=1)]
+NoSpeed = Annotated[bool, typer.Option("--no-speed", help="Do not measure tokens per second.")]
+OutputFile = Annotated[
+    Path | None, typer.Option("--output", "-o", help="Also write the result as JSON.", metavar="FILE")
+]
+Permute = Annotated[
+    int | None,
+    typer.Option(
+        "--permute-channels", help="Permute channels, which keeps the function and makes losses honest.", metavar="SEED"
+    ),
+]
+Debug = Annotated[bool, typer.Option("--debug", help="Tracebacks, and everything that libraries log.")]
+Version = Annotated[bool, typer.Option("--version", help="Print the version.")]

@@ -1,0 +1,57 @@
+"""A progress bar on stderr: stage, layer, error, time left. Nothing where stderr is not a terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+LABELS = {
+    "layers": "quantizing layers",
+    "evaluate": "evaluating",
+    "choices": "multiple choice",
+    "last_word": "last word",
+}
+FOLLOWED_BY = {"layers": "writing and reading back"}
+"""What happens after the last step of a stage, where that takes a while and reports nothing."""
+
+
+class Bar:
+    """The `progress` callback of the library, and a context manager around the work."""
+
+    def __init__(self, console: Console, first: str):
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
+        self.progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self.first, self.stage, self.task = first, "", None
+
+    def __enter__(self) -> Bar:
+        self.progress.start()
+        self._begin(self.first, None)
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.progress.stop()
+
+    def __call__(self, stage: str, done: int, total: int, text: str) -> None:
+        if stage != self.stage:
+            self.stage = stage
+            self._begin(LABELS.get(stage, stage), total)
+        assert self.task is not None
+        self.progress.update(self.task, completed=done, total=total, note="" if text == "windows" else text)
+        if done == total and stage in FOLLOWED_BY:
+            self.stage = ""
+            self._begin(FOLLOWED_BY[stage], None)
+
+    def _begin(self, label: str, total: int | None) -> None:
+        if self.task is not None:
+            self.progress.remove_task(self.task)
+        self.task = self.progress.add_task(label, total=total, note="")
