@@ -10,13 +10,16 @@ import typer
 from . import options as o
 from .session import Session
 
-bench = typer.Typer(help="Measure methods against each other; JSON with device, versions and date.", no_args_is_help=True)
+bench = typer.Typer(
+    help="Measure methods against each other; JSON with device, versions and date.", no_args_is_help=True
+)
 
 Methods = Annotated[str, typer.Option(help="Methods, comma-separated.", metavar="A,B,…")]
 Inputs = Annotated[str, typer.Option("--activations", help="none, fp8 or both, comma-separated.", metavar="A,B")]
 Sizes = Annotated[str, typer.Option("--group-sizes", help="Group sizes, comma-separated.", metavar="N,N")]
 Append = Annotated[bool, typer.Option("--append", help="Add rows to an existing --output file of the same model.")]
 Label = Annotated[str | None, typer.Option(help="Name of the rows when --set changes a method's options.")]
+Note = Annotated[str, typer.Option(help="A sentence to keep with the result, e.g. how it was run.")]
 Document = Annotated[
     Path | None, typer.Option("--into", help="Markdown file to put the table into.", metavar="FILE.md")
 ]
@@ -39,11 +42,12 @@ def weights(
     text: o.Text = "builtin",
     window: o.Window = 2048,
     windows: o.Windows = 0,
+    note: Note = "",
     append: Append = False,
     output: o.OutputFile = None,
     as_json: o.Json = False,
 ) -> None:
-    """Perplexity, KL, bits and calibration time of every method × activations × group size on MODEL (windows 0: all)."""
+    """Perplexity, KL, bits and calibration time of every method × activations × group size (--windows 0: all)."""
     from ..compress.assess import save_json
     from ..compress.calibration import CalibrationOptions
     from ..compress.recipe import EvaluationOptions
@@ -71,6 +75,7 @@ def weights(
             group_sizes=[int(size) if size.isdigit() else size for size in group_sizes.split(",")],
             calibration=calibration,
             evaluation=EvaluationOptions(text=text, window=window, windows=windows),
+            note=note,
             progress=bar,
         )
         if output is not None:

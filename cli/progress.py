@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.text import Text
 
 LABELS = {
     "layers": "quantizing layers",
@@ -17,20 +18,32 @@ FOLLOWED_BY = {"layers": "writing and reading back"}
 """What happens after the last step of a stage, where that takes a while and reports nothing."""
 
 
+class Steps(ProgressColumn):
+    """``12/30  error 3.1e-03  0:01:10, 0:01:45 left``, as far as it is known."""
+
+    def render(self, task: Task) -> Text:
+        """See `ProgressColumn`."""
+        parts = [] if task.total is None else [f"{task.completed:.0f}/{task.total:.0f}"]
+        if task.fields["note"]:
+            parts.append(task.fields["note"])
+        left = "" if task.total is None or not task.time_remaining else f", {clock(task.time_remaining)} left"
+        return Text("  ".join([*parts, f"{clock(task.elapsed or 0)}{left}"]))
+
+
+def clock(seconds: float) -> str:
+    """``h:mm:ss``."""
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
+
+
 class Bar:
     """The `progress` callback of the library, and a context manager around the work."""
 
     def __init__(self, console: Console, first: str):
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=30),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
+        columns = (TextColumn("{task.description}"), BarColumn(bar_width=30), Steps())
+        self.progress = Progress(
+            *columns, console=console, transient=True, refresh_per_second=4, disable=not console.is_terminal
         )
-        self.progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
         self.first, self.stage, self.task = first, "", None
 
     def __enter__(self) -> Bar:

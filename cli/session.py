@@ -79,6 +79,8 @@ class Session:
         if debug:
             warnings.simplefilter("default")
             logging.basicConfig(level=logging.INFO)
+        else:
+            os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported; some bars obey nothing else
 
     @contextlib.contextmanager
     def working(self) -> Iterator[None]:

@@ -169,13 +169,13 @@ def planned(content: dict[str, Any]) -> Shown:
         rows.add_row(f"cache of {int(tokens):,} tokens", size(count), size(count), "one sequence")
     memory = table("", "memory at the peak of", "device", "host", "of which")
     for stage in content["stages"]:
-        parts = {**stage["device"], **stage["host"]}
-        largest = sorted(parts.items(), key=lambda part: -part[1])
+        both = [sorted(stage[side].items(), key=lambda part: -part[1]) for side in ("device", "host")]
+        parts = [", ".join(f"{name} {size(count)}" for name, count in side) for side in both if side]
         memory.add_row(
             stage["name"],
             size(stage["device_bytes"]) if stage["device"] else "",
             size(stage["host_bytes"]) if stage["host"] else "",
-            ", ".join(f"{name} {size(count)}" for name, count in largest),
+            "; host: ".join(parts),
         )
     kernels = table("", "op", "runs on", "", "why")
     for op, found in content["kernels"].items():

@@ -7,6 +7,7 @@ tensors that a policy needs. Both stand beside an ordinary compressed-tensors ch
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -57,12 +58,12 @@ def staged(output: Path, *, overwrite: bool) -> Iterator[Path]:
     created = [folder for folder in (output.parent, *output.parent.parents) if not folder.exists()]
     staging = output.parent / STAGING.format(name=output.name, pid=os.getpid())
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(output)
-        staging.mkdir()
-    except OSError as error:
-        raise ValueError(f"output directory {output} cannot be created: {error.strerror}") from error
-    try:
+        try:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(output)
+            staging.mkdir()
+        except OSError as error:
+            raise ValueError(f"output directory {output} cannot be created: {error.strerror}") from error
         yield staging
         _publish(staging, output)
     except BaseException as error:
@@ -81,24 +82,22 @@ def _publish(staging: Path, output: Path) -> None:
     for file in staging.iterdir():
         with file.open("rb") as handle:
             os.fsync(handle.fileno())
-    old = None
-    if output.exists():
-        old = output.parent / STAGING.format(name=output.name, pid=f"{os.getpid()}-old")
-        output.rename(old)
+    old = output.parent / STAGING.format(name=output.name, pid=f"{os.getpid()}-old")
     try:
+        if output.exists():
+            output.rename(old)
         staging.rename(output)
-    except OSError:
-        if old is not None:
+    except BaseException:
+        if old.exists() and not output.exists():
             old.rename(output)
         raise
-    if old is not None:
-        shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def remove_leftovers(output: Path) -> list[Path]:
     """Removes staging siblings of `output` whose process is gone; returns them. A set-aside old output is put back."""
     removed = []
-    for path in sorted(output.parent.glob(STAGING.format(name=output.name, pid="*"))):
+    for path in sorted(output.parent.glob(STAGING.format(name=glob.escape(output.name), pid="*"))):
         pid, _, kind = path.name.rpartition("-kompakt-")[2].rpartition("kompakt-")[2].partition("-")
         if not pid.isdigit() or _alive(int(pid)):
             continue

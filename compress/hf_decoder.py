@@ -174,9 +174,7 @@ def layerwise_logits(
     return _head(model, layers, tokens, hidden).cpu()
 
 
-def _head(
-    model: Any, layers: list[tuple[str, nn.Module]], tokens: torch.Tensor, hidden: torch.Tensor
-) -> torch.Tensor:
+def _head(model: Any, layers: list[tuple[str, nn.Module]], tokens: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
     """What the model makes of `hidden` as the output of its last layer."""
     embedding = model.get_input_embeddings().weight.device
     originals = [(layer, vars(layer).get("forward")) for _, layer in layers]

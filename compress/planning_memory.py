@@ -21,14 +21,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..quant.grid import SEARCH_ELEMENTS, SHRINK_STEPS
 from .evaluation import CHUNK_ELEMENTS
 from .pipeline import PROBE_TOKENS
 from .recipe import Recipe
 from .walk import _home
 
 FLOAT32 = 4
-# float32 copies of one Linear while scales are searched, folds compared or columns solved.
-ROUNDED_COPIES = 7
+# float32 copies of one Linear that is rounded, and of all that a search of its scales, or the solver, tries at once.
+ROUNDED_COPIES, TRIED_COPIES = 4, 3
 # float32 matrices (in, in) while the Cholesky factor of the reordered inverse is formed.
 SOLVER_MATRICES = 5
 # A pass that is differentiated keeps what every operation read, and then the gradients.
@@ -121,8 +122,11 @@ class MemoryModel:
         one_pass = self.activations(layer, tokens)
         rounding = learning = 0
         for linear in linears:
-            matrices = SOLVER_MATRICES * linear.in_features**2 if method.needs_data else 0
-            rounding = max(rounding, FLOAT32 * (ROUNDED_COPIES * linear.weight.numel() + matrices))
+            count = linear.weight.numel()
+            tried = min(SHRINK_STEPS * count, SEARCH_ELEMENTS) if method.storage == "int4" else 0
+            searched = TRIED_COPIES * max(count, tried)
+            solved = TRIED_COPIES * count + SOLVER_MATRICES * linear.in_features**2 if method.needs_data else 0
+            rounding = max(rounding, FLOAT32 * (ROUNDED_COPIES * count + max(searched, solved)))
         codes = sum(linear.weight.numel() for linear in linears)
         if method.needs_reference:
             passes = max(1, getattr(method, "samples_per_step", 1) // self.recipe.calibration.batch_size)

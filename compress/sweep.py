@@ -38,11 +38,13 @@ def sweep(
     group_sizes: Iterable[int | str] = GROUP_SIZES,
     calibration: CalibrationOptions | None = None,
     evaluation: EvaluationOptions | None = None,
+    note: str = "",
     progress: Progress = quiet,
 ) -> dict[str, Any]:
     """Perplexity, KL, bits and calibration time of every combination; JSON-able.
 
-    methods: keys, or dicts with `method` and its options (a `label` names the row). Raises ValueError for bad input.
+    methods: keys, or dicts with `method` and its options (a `label` names the row). note: kept in the result and shown under the
+    table. Raises ValueError for bad input.
     """
     calibration, evaluation = calibration or CalibrationOptions(), evaluation or EvaluationOptions()
     path = resolve_model(model)
@@ -67,6 +69,7 @@ def sweep(
         "kompakt": package_version(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "environment": environment(next(subject.parameters()).device),
+        "note": note,
         "model": path.name,
         "text": {
             "source": description,
@@ -137,6 +140,7 @@ def markdown_table(result: dict[str, Any]) -> str:
         f"{text['windows']} windows of {text['window']} tokens; calibrated on {result['calibration']['samples']} × "
         f"{result['calibration']['length']} tokens of {result['calibration']['source']}; {environment_['device']}, "
         f"torch {environment_['torch']}, {result['date']}. Bits count codes, scales and shapes as stored."
+        f"{' ' + result['note'] if result['note'] else ''}"
     )
     return "\n".join(lines)
 

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from .block import Block
 from .folding import choose_fold, consumer_mean, normalised
-from .grid import storage_snap
+from .grid import Snap, storage_snap
 from .method import QuantizedWeight, WeightMethod
 from .solver import Rounding, round_linears
 
@@ -28,8 +28,14 @@ class AWQ(WeightMethod):
     def quantize(self, block: Block) -> dict[str, QuantizedWeight]:
         """See `WeightMethod.quantize`."""
         snap = storage_snap(block.scale_dtype)
-        ratios = [step / self.steps for step in range(self.steps)]
-        for fold in block.folds:
-            magnitude = consumer_mean(fold, block.statistics[fold.consumers[0]].abs_mean).clamp_min(1e-6)
-            choose_fold(block, fold, ratios, lambda ratio, magnitude=magnitude: normalised(magnitude**ratio), snap)
+        fold_activation_scales(block, self.steps, snap, self.rounding)
         return round_linears(block, self.rounding, snap)
+
+
+def fold_activation_scales(block: Block, steps: int, snap: Snap, rounding: Rounding) -> None:
+    """Folds (mean|x_j|)^r into every fold of the block, r chosen among `steps` values in [0, 1)."""
+    ratios = [step / steps for step in range(steps)]
+    for fold in block.folds:
+        magnitude = consumer_mean(fold, block.statistics[fold.consumers[0]].abs_mean).clamp_min(1e-6)
+        rule = lambda ratio, magnitude=magnitude: normalised(magnitude**ratio)  # noqa: E731
+        choose_fold(block, fold, ratios, rule, snap, rounding)

@@ -1,8 +1,16 @@
 """One decoder layer as a weight method sees it: float weights, calibration inputs, second moments, folds.
 
-Folding a positive scale s into the input channels of a Linear (W·s) and 1/s into whatever produces those channels leaves
-the layer's function as it is. A block keeps the folded scales beside the weights and applies them on demand, so the float
-layer stays intact until the pipeline commits the result; statistics are transformed along (x' = x/s, so H' = H/(s sᵀ)).
+Folding a positive scale s into the input channels of a Linear (W·s) and 1/s into whatever produces those channels
+leaves the layer's function as it is. A block keeps the folded scales beside the weights and applies them on demand, so
+the float layer stays intact until the pipeline commits the result; statistics are transformed along (x' = x/s, so
+H' = H/(s sᵀ)).
+
+Second moments are weighted per token by how much an error of that Linear at that token changes the layer's output. The
+output's error counts relative to the token's own size, Σ_t ‖δ_t‖²/‖h_t‖², because the next norm divides by it. With r_t
+random signs over ‖h_t‖, the gradient g of Σ_t r_t·h_t at a Linear's output y has E g² equal to the Gauss–Newton
+diagonal. Output channels share one H, each counted by its own energy, which no folding changes: H = Σ_t w_t x_t x_tᵀ
+with w_t = mean_c(g_tc² · mean_t y_tc²). Plain GPTQ weighs tokens equally and misses the first token of a sequence: its
+value vector is close to zero, every later token attends to it, and an error there spreads over the whole sequence.
 """
 
 from __future__ import annotations
@@ -22,7 +30,8 @@ from .method import WeightScheme
 class Fold:
     """A place where a channel scale can be moved without changing the function.
 
-    source: name of the module that produces the channels: a norm (its gain is divided by s) or a Linear (its output rows are).
+    source: name of the module that produces the channels: a norm (its gain is divided by s) or a Linear (its output
+    rows are).
     consumers: names of the Linears that read the channels (their input columns are multiplied by s).
     size: number of free scales. expand: (in_features of the consumers,) long, the scale each input channel uses.
     rows: for a Linear source, its output rows that carry the scales, in scale order; None for a norm.
@@ -40,25 +49,35 @@ class Fold:
 
 @dataclass
 class InputStatistics:
-    """Second moments of one input, shared by the Linears that read it.
+    """Second moments of the input of one Linear.
 
-    hessian: (in, in) float32, mean over tokens of x xᵀ. abs_mean: (in,) float32, mean of |x|.
+    hessian: (in, in) float32, mean over tokens of weight · x xᵀ. abs_mean: (in,) float32, mean of |x|. energy: mean
+    square of the output; tr(D H Dᵀ) over it compares between the Linears of a layer.
     """
 
     hessian: torch.Tensor
     abs_mean: torch.Tensor
+    energy: float = 0.0
     tokens: int = 0
 
-    def update(self, x: torch.Tensor) -> None:
-        """Adds a batch. x: (…, in)."""
-        x = x.reshape(-1, x.shape[-1])
+    @classmethod
+    def zeros(cls, size: int, device: torch.device) -> InputStatistics:
+        """Nothing seen yet. size: in_features."""
+        return cls(torch.zeros(size, size, device=device), torch.zeros(size, device=device))
+
+    def update(self, x: torch.Tensor, output: torch.Tensor, gradient: torch.Tensor | None) -> None:
+        """Adds a batch. x: (…, in). output, gradient: (…, out); without a gradient all tokens count alike."""
+        x, output = x.reshape(-1, x.shape[-1]), output.float().reshape(-1, output.shape[-1])
+        channel_energy = output.square().mean(0)
         total = self.tokens + x.shape[0]
         keep = self.tokens / total
-        if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16):
-            self.hessian.mul_(keep).add_(torch.mm(x.T, x, out_dtype=torch.float32), alpha=1 / total)
-        else:
-            self.hessian.mul_(keep).addmm_(x.T.float(), x.float(), alpha=1 / total)
+        scaled = x.float()
+        if gradient is not None:
+            weight = (gradient.float().reshape(output.shape).square() * channel_energy).mean(-1, keepdim=True)
+            scaled = scaled * weight.sqrt()
+        self.hessian.mul_(keep).addmm_(scaled.T, scaled, alpha=1 / total)
         self.abs_mean.mul_(keep).add_(x.abs().sum(0, dtype=torch.float32), alpha=1 / total)
+        self.energy = keep * self.energy + (1 - keep) * float(channel_energy.mean())
         self.tokens = total
 
     def divide(self, scale: torch.Tensor) -> None:
@@ -71,9 +90,10 @@ class InputStatistics:
 class Block:
     """One decoder layer on the compute device.
 
-    linears: the Linears to quantize, by name inside the layer. inputs: hidden states per batch, (batch, tokens, hidden).
-    arguments: what else the layer is called with, per batch. reference: the float model's output of this layer per batch,
-    present when the method's `needs_reference` is set. scale_dtype: the dtype group scales are stored in.
+    linears: the Linears to quantize, by name inside the layer. inputs: hidden states per batch,
+    (batch, tokens, hidden). arguments: what else the layer is called with, per batch. reference: the float model's
+    output of this layer per batch, present when the method's `needs_reference` is set. scale_dtype: the dtype group
+    scales are stored in.
     """
 
     name: str
@@ -94,7 +114,6 @@ class Block:
     _rows: dict[str, torch.Tensor] = field(default_factory=dict)
     _gains: dict[str, tuple[torch.Tensor, torch.Tensor | None]] = field(default_factory=dict)
     _statistics: dict[str, InputStatistics] | None = None
-    _groups: list[tuple[str, ...]] = field(default_factory=list)
 
     def weight(self, name: str) -> torch.Tensor:
         """Weight of a Linear with every fold applied: (out, in) float32, a copy."""
@@ -138,16 +157,14 @@ class Block:
             )
             rows[fold.rows.to(self.device)] *= scale
         expanded = scale[fold.expand.to(self.device)]
-        touched = []
         for name in fold.consumers:
             columns = self._columns.setdefault(name, torch.ones(self.linears[name].in_features, device=self.device))
             columns *= expanded
-            if self._statistics is not None and not any(self._statistics[name] is seen for seen in touched):
+            if self._statistics is not None:
                 self._statistics[name].divide(expanded)
-                touched.append(self._statistics[name])
 
     def _fold_norm(self, fold: Fold, scale: torch.Tensor) -> torch.Tensor:
-        norm = self.module.get_submodule(fold.source)
+        norm: Any = self.module.get_submodule(fold.source)
         stored, bias = self._gains.get(fold.source, (norm.weight.detach(), getattr(norm, "bias", None)))
         gain = stored.float() + fold.offset
         rounded = (gain / scale - fold.offset).to(stored.dtype)
@@ -188,61 +205,49 @@ class Block:
     def statistics(self) -> dict[str, InputStatistics]:
         """Second moments of the input of each Linear, from one pass over the calibration inputs (the first time)."""
         if self._statistics is None:
-            self._collect()
-        assert self._statistics is not None
+            self._statistics = self._collect()
         return self._statistics
 
-    @property
-    def input_groups(self) -> list[tuple[str, ...]]:
-        """Linears by shared input, in the order the layer runs them."""
-        _ = self.statistics
-        return self._groups
+    def take_statistics(self, name: str) -> InputStatistics:
+        """Statistics of a Linear for the last time: the block forgets them, so that their memory can be used again."""
+        return self.statistics.pop(name)
 
-    @torch.no_grad()
-    def _collect(self) -> None:
-        """One pass over the inputs; Linears that read the very same tensor share their statistics."""
+    def _collect(self) -> dict[str, InputStatistics]:
+        """One forward and one backward pass per batch; see the module docstring for the weights of the tokens."""
         assert not self._columns, "statistics are collected before anything is folded"
         found: dict[str, InputStatistics] = {}
-        leaders: dict[str, str] = {}
-        first_batch: list[tuple[str, torch.Tensor]] = []
-
-        def leader_of(name: str, x: torch.Tensor) -> str:
-            if (
-                name not in leaders
-            ):  # the first batch's inputs are kept alive, so that identity is not an address reused
-                leaders[name] = next((other for other, seen in first_batch if seen is x), name)
-                first_batch.append((leaders[name], x))
-            return leaders[name]
+        calls: list[tuple[str, torch.Tensor, torch.Tensor]] = []
 
         def observe(name: str) -> Callable:
-            def hook(module: nn.Module, args: tuple) -> None:
-                x = args[0]
-                if leader_of(name, x) != name:
-                    return
-                if name not in found:
-                    size = x.shape[-1]
-                    found[name] = InputStatistics(
-                        torch.zeros(size, size, device=x.device), torch.zeros(size, device=x.device)
-                    )
-                found[name].update(x)
+            def hook(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
+                calls.append((name, args[0].detach(), output))
 
             return hook
 
-        handles = [linear.register_forward_pre_hook(observe(name)) for name, linear in self.linears.items()]
+        generator = torch.Generator(self.device).manual_seed(self.seed)
+        handles = [linear.register_forward_hook(observe(name)) for name, linear in self.linears.items()]
         try:
             for index, hidden in enumerate(self.inputs):
-                self.run(hidden, index)
-                first_batch.clear()
+                calls.clear()
+                with torch.enable_grad():
+                    output = self.run(hidden.detach().to(self.device).requires_grad_(), index)
+                    signs = torch.randint(0, 2, output.shape, generator=generator, device=self.device) * 2.0 - 1
+                    weight = token_weight(output.detach())
+                    # Mean 1, so that gradients stay in the range of half precision.
+                    probe = (signs * (weight / weight.mean()).sqrt().unsqueeze(-1)).to(output.dtype)
+                    gradients = torch.autograd.grad(output, [call[2] for call in calls], probe, allow_unused=True)
+                for (name, x, y), gradient in zip(calls, gradients, strict=True):
+                    statistics = found.setdefault(name, InputStatistics.zeros(x.shape[-1], x.device))
+                    statistics.update(x, y.detach(), gradient)
         finally:
             for handle in handles:
                 handle.remove()
-        missing = [name for name in self.linears if name not in leaders]
+        missing = [name for name in self.linears if name not in found]
         if missing:
             raise ValueError(f"{self.name}: {', '.join(missing)} never ran on the calibration text; add it to `ignore`")
-        self._statistics = {name: found[leaders[name]] for name in self.linears}
-        self._groups = list(_by_leader(leaders))
+        return found
 
 
-def _by_leader(leaders: dict[str, str]) -> Iterator[tuple[str, ...]]:
-    for leader in dict.fromkeys(leaders.values()):
-        yield tuple(name for name, other in leaders.items() if other == leader)
+def token_weight(hidden: torch.Tensor) -> torch.Tensor:
+    """1 / mean square of each token: what an error in `hidden` counts for whoever normalises it. (…, hidden) → (…,)."""
+    return hidden.float().square().mean(-1).clamp_min(1e-12).reciprocal()

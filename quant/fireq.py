@@ -1,23 +1,26 @@
 """FireQ: INT4 weights under FP8 scales, with channel-wise scaling folded into the model.
 
-Scales are e4m3 numbers under one power of two per decoder layer: σ = e4m3(s·p)/p, p = 2^k, so that a kernel may keep them in FP8;
-both fit a bf16 exactly, so the stored checkpoint is an ordinary INT4 one. Channel-wise scaling multiplies input channel j by
-s_j = mean|x_j|^a · mean_i|W_ij|^−b and folds 1/s_j upstream: into the norm, from o into v, from down into up. The paper
-(arXiv 2505.20839) uses a = 0, b = 1 with hand-set constants and rounds to nearest; here (a, b) is chosen per fold from
-calibration data by output error (`folding.py`), and rounding is GPTQ by default.
+Scales are e4m3 numbers under one power of two per decoder layer: σ = e4m3(s·p)/p, p = 2^k, so that a kernel may keep
+them in FP8; both fit a bf16 exactly, so the stored checkpoint is an ordinary INT4 one. Channel-wise scaling multiplies
+input channel j by s_j = mean|x_j|^a · mean_i|W_ij|^−b and folds 1/s_j upstream: into the norm, from o into v, from down
+into up. The paper (arXiv 2505.20839) uses a = 0, b = 1 with hand-set constants and rounds to nearest; here (a, b) is
+chosen per fold from calibration data by output error (`folding.py`), and rounding is GPTQ by default.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
 
 from .block import Block, Fold
 from .folding import choose_fold, consumer_mean, normalised
 from .grid import E4M3_MAX, Snap, grouped, signed_scale
+from .learning import learn_rounding
 from .method import QuantizedWeight, WeightMethod
-from .solver import Rounding, round_linears
+from .solver import Rounding, round_linears, start_linears
 
 MAX_EXPONENT = 14
 E4M3_TINY = 2.0**-9
@@ -26,21 +29,36 @@ CANDIDATES = tuple((a, b) for a in (0.0, 0.2, 0.4, 0.6) for b in (0.0, 0.3, 0.6,
 
 @dataclass(frozen=True, kw_only=True)
 class FireQ(WeightMethod):
-    """FireQ INT4. rounding: "gptq" or "rtn". channel_scaling: fold channel scales chosen on calibration data."""
+    """FireQ INT4.
 
-    rounding: Rounding = "gptq"
+    rounding: "gptq", "rtn" or "learned" (`learning.py`, from GPTQ's solution). steps: updates per layer if learned.
+    channel_scaling: fold channel scales chosen on calibration data.
+    """
+
+    rounding: Rounding | Literal["learned"] = "gptq"
+    steps: Annotated[int, Field(ge=1)] = 200
     channel_scaling: bool = True
+
+    @property
+    def needs_reference(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Only learned rounding looks at the float model's outputs."""
+        return self.rounding == "learned"
 
     def quantize(self, block: Block) -> dict[str, QuantizedWeight]:
         """See `WeightMethod.quantize`. The exponents k are kept in `block.tensors`."""
         exponent = tensor_exponent([block.weight(name) for name in block.linears], block.scheme.group_size)
-        snap = e4m3_snap(exponent)
         if self.channel_scaling:
+            snap = e4m3_snap(exponent)
+            rounding = "rtn" if self.rounding == "rtn" else "gptq"
             for fold in block.folds:
-                choose_fold(block, fold, CANDIDATES, channel_scale(block, fold), snap)
+                choose_fold(block, fold, CANDIDATES, channel_scale(block, fold), snap, rounding)
             exponent = tensor_exponent([block.weight(name) for name in block.linears], block.scheme.group_size)
         block.tensors["scale_exponent"] = torch.tensor(exponent, dtype=torch.int32)
-        return round_linears(block, self.rounding, e4m3_snap(exponent))
+        snap = e4m3_snap(exponent)
+        if self.rounding != "learned":
+            return round_linears(block, self.rounding, snap)
+        start = dict(start_linears(block, "gptq", snap))
+        return learn_rounding(block, start, snap, steps=self.steps, samples_per_step=8, learning_rate=1 / self.steps)
 
 
 def channel_scale(block: Block, fold: Fold):

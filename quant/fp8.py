@@ -1,4 +1,4 @@
-"""FP8 weights: e4m3 with one scale per output channel, s = amax/448. The safe first step below 16 bits; needs no data."""
+"""FP8 weights: e4m3, one scale per output channel, s = amax/448. The safe first step below 16 bits; needs no data."""
 
 from __future__ import annotations
 

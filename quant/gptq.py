@@ -1,6 +1,7 @@
 """GPTQ: round column by column and push each column's error into the columns not yet rounded.
 
-Frantar et al., 2022. The mathematics, and where it departs from the paper, stand in `solver.py`; this file is its options.
+Frantar et al., 2022. The mathematics, and where it departs from the paper, stand in `solver.py` and, for the moments,
+`block.py`; this file is its options.
 """
 
 from __future__ import annotations

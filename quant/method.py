@@ -1,8 +1,9 @@
 """What a weight method is: a frozen dataclass of options that turns one decoder layer into quantized weights.
 
-A method lives in a file of its own; the file's name is its key in a recipe and its fields are the recipe's options. It sees
-a `Block` (one decoder layer on the compute device, with its calibration inputs) and returns one `QuantizedWeight` for every
-Linear in `block.linears`. It may also fold channel scales through `block.fold`; it never mutates a module itself.
+A method lives in a file of its own; the file's name is its key in a recipe and its fields are the recipe's options. It
+sees a `Block` (one decoder layer on the compute device, with its calibration inputs) and returns one `QuantizedWeight`
+for every Linear in `block.linears`. It may also fold channel scales through `block.fold`; it never mutates a module
+itself.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class WeightScheme:
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """codes: (out, in), int8 in [−8, 7] or float8_e4m3fn. scale: (out, groups), the dtype it is stored in; may be negative."""
+    """codes: (out, in), int8 in [−8, 7] or float8_e4m3fn. scale: (out, groups), as stored; may be negative."""
 
     codes: torch.Tensor
     scale: torch.Tensor
@@ -66,8 +67,8 @@ class WeightMethod:
     activations: "fp8" (e4m3 per token, dynamic) or "none".
     ignore: names of Linears to leave alone, or ``re:`` patterns matched against the full name.
 
-    A subclass says what it stores (`storage`), whether it looks at calibration data at all (`needs_data`), and whether it
-    wants the float model's own outputs to compare with (`needs_reference`).
+    A subclass says what it stores (`storage`), whether it looks at calibration data at all (`needs_data`), and whether
+    it wants the float model's own outputs to compare with (`needs_reference`).
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")  # pyright: ignore[reportUnannotatedClassAttribute]
@@ -97,7 +98,7 @@ def weight_methods() -> dict[str, type[WeightMethod]]:
     for path in sorted(Path(__file__).parent.glob("[a-z]*.py")):
         module = importlib.import_module(f".{path.stem}", __package__)
         for item in vars(module).values():
-            if isinstance(item, type) and issubclass(item, WeightMethod) and item.__module__ == module.__name__:
-                if item is not WeightMethod:
-                    found[path.stem] = item
+            local = isinstance(item, type) and item.__module__ == module.__name__
+            if local and issubclass(item, WeightMethod) and item is not WeightMethod:
+                found[path.stem] = item
     return found

@@ -1,7 +1,7 @@
 """Round to nearest: the baseline every other method must beat. No calibration data is used.
 
-`scale` chooses the grid: "signed" puts each group's extreme on code −8, "amax" is the textbook amax/7, "mse" searches the
-scale with the least squared error of the weights themselves.
+`scale` chooses the grid: "signed" puts each group's extreme on code −8, "amax" is the textbook amax/7, "mse" searches
+the scale with the least squared error of the weights themselves.
 """
 
 from __future__ import annotations

@@ -4,16 +4,20 @@
 ((w_j − ŵ_j)/U_jj)² and the best update of the rest is w_k −= (w_j − ŵ_j)·U_jk/U_jj. Columns are taken in blocks so that
 most of the work is matrix products. Differences from the paper:
 
-- Column order is group-aware: whole groups by falling mean diag(H), and inside a group by falling diag(H). Undoing it needs
-  no index at run time, because a group's columns stay together.
-- A group's scale is searched when its turn comes, on the weights as already corrected, with the cost GPTQ itself charges
-  (1/U_jj²) as the weight of each column.
+- H weighs each token by what an error there changes in the layer's output (`block.py`). With equal weights the first
+  token's values are rounded badly: SmolLM2-135M in groups of 64 loses 22 % of perplexity that way, and 9 % this way.
+- Column order is group-aware: whole groups by falling mean diag(H), and inside a group by falling diag(H). Undoing it
+  needs no index at run time, because a group's columns stay together.
+- A group's scale is searched when its turn comes, on the weights as already corrected, with the cost GPTQ itself
+  charges (1/U_jj²) as the weight of each column.
 - Dampening grows until the factorisation succeeds. Dead columns (no input ever) are set to zero.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -29,27 +33,40 @@ CHUNK = 128
 Rounding = Literal["rtn", "gptq"]
 
 
-def round_linears(block: Block, rounding: Rounding, snap: Snap, **options: float | bool) -> dict[str, QuantizedWeight]:
-    """Rounds every Linear of the block, folds applied. Linears with a common input are rounded together.
+@dataclass(frozen=True)
+class Rounded:
+    """codes: (out, in) int8. scale: (out, groups) float32, as stored. weight: (out, in) float32, what was rounded."""
 
-    rounding: "rtn" (nearest, scales searched with E[x_j²] as weight) or "gptq" (`solve`, which takes `options`).
+    codes: torch.Tensor
+    scale: torch.Tensor
+    weight: torch.Tensor
+
+
+def round_linears(block: Block, rounding: Rounding, snap: Snap, **options: float | bool) -> dict[str, QuantizedWeight]:
+    """`start_linears` without the weights that were rounded."""
+    return {
+        name: QuantizedWeight(rounded.codes, rounded.scale.to(block.scale_dtype))
+        for name, rounded in start_linears(block, rounding, snap, **options)
+    }
+
+
+def start_linears(
+    block: Block, rounding: Rounding, snap: Snap, **options: float | bool
+) -> Iterator[tuple[str, Rounded]]:
+    """Rounds every Linear of the block, folds applied, one at a time; its statistics are used up.
+
+    rounding: "rtn" (nearest, scales searched with diag(H) as weight) or "gptq" (`solve`, which takes `options`).
     snap: rounds a scale to what can be stored.
     """
-    result = {}
-    for names in block.input_groups:
-        hessian = block.statistics[names[0]].hessian
-        parts = [block.weight(name) for name in names]
-        weights, sizes = torch.cat(parts), [part.shape[0] for part in parts]
-        del parts
+    for name in block.linears:
+        hessian, group_size = block.take_statistics(name).hessian, block.scheme.group_size
         if rounding == "gptq":
-            codes, scale = solve(weights, hessian, block.scheme.group_size, snap, **options)  # pyright: ignore[reportArgumentType]
+            yield name, solve(block.weight(name), hessian, group_size, snap, **options)  # pyright: ignore[reportArgumentType]
         else:
-            groups = grouped(weights, block.scheme.group_size)
-            scale = search_scale(groups, grouped(hessian.diagonal().unsqueeze(0), block.scheme.group_size), snap)
-            codes = round_codes(groups, scale).view_as(weights).to(torch.int8)
-        for name, part, part_scale in zip(names, codes.split(sizes), scale.split(sizes), strict=True):
-            result[name] = QuantizedWeight(part.contiguous(), part_scale.to(block.scale_dtype).contiguous())
-    return result
+            weight = block.weight(name)
+            groups = grouped(weight, group_size)
+            scale = search_scale(groups, grouped(hessian.diagonal().unsqueeze(0), group_size), snap)
+            yield name, Rounded(round_codes(groups, scale).view_as(weight).to(torch.int8), scale, weight)
 
 
 def solve(
@@ -61,26 +78,27 @@ def solve(
     dampening: float = 0.01,
     activation_order: bool = True,
     search: bool = True,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes (out, in) int8 and scales (out, groups) float32 with small Σ ‖(W − Ŵ)x‖².
+) -> Rounded:
+    """Codes and scales with small E‖(W − Ŵ)x‖². The result's `weight` holds W with the error feedback.
 
-    weight: (out, in) float32, not changed. hessian: (in, in) float32, E[x xᵀ], not changed.
+    weight: (out, in) float32, overwritten. hessian: (in, in) float32, E[x xᵀ], not changed.
     """
     out, size = weight.shape
     width = group_size or size
     dead = hessian.diagonal() == 0
-    weight = weight.masked_fill(dead, 0)
+    weight.masked_fill_(dead, 0)
     order = column_order(hessian.diagonal(), width) if activation_order else torch.arange(size, device=weight.device)
     inverse = torch.argsort(order)
     upper = inverse_factor(hessian, dead, order, dampening)
     work = weight[:, order].contiguous()
+    del weight
     static = None if group_size else _scale(work, upper.diagonal(), snap, search)
-    codes = torch.empty(out, size, dtype=torch.int8, device=weight.device)
-    scales = torch.empty(out, size // width, device=weight.device)
+    codes = torch.empty(out, size, device=work.device)
+    scales = torch.empty(out, size // width, device=work.device)
     chunk = width if group_size and width >= CHUNK else (CHUNK // width) * width if group_size else CHUNK
     for start in range(0, size, chunk):
         stop = min(start + chunk, size)
-        block, errors = work[:, start:stop], torch.empty(out, stop - start, device=weight.device)
+        block, errors = work[:, start:stop], torch.empty(out, stop - start, device=work.device)
         factor = upper[start:stop, start:stop]
         scale = static
         for j in range(stop - start):
@@ -88,18 +106,18 @@ def solve(
                 scale = _scale(block[:, j : j + width], factor.diagonal()[j : j + width], snap, search)
                 scales[:, (start + j) // width] = scale
             assert scale is not None
-            column, pivot = block[:, j], factor[j, j]
-            code = torch.round(column / scale).clamp_(QMIN, QMAX)
-            codes[:, start + j] = code.to(torch.int8)
-            error = (column - code * scale) / pivot
+            column = block[:, j]
+            code = torch.div(column, scale, out=codes[:, start + j]).round_().clamp_(QMIN, QMAX)
+            error = torch.addcmul(column, code, scale, value=-1).div_(factor[j, j])
             errors[:, j] = error
             block[:, j + 1 :].addr_(error, factor[j, j + 1 :], alpha=-1)
         work[:, stop:].addmm_(errors, upper[start:stop, stop:], alpha=-1)
+    codes = codes.to(torch.int8)
     if static is not None:
         scales[:, 0] = static
-        return codes[:, inverse], scales
+        return Rounded(codes[:, inverse], scales, work[:, inverse])
     group_order = torch.argsort(order[::width] // width)
-    return codes[:, inverse], scales[:, group_order]
+    return Rounded(codes[:, inverse], scales[:, group_order], work[:, inverse])
 
 
 def _scale(block: torch.Tensor, diagonal: torch.Tensor, snap: Snap, search: bool) -> torch.Tensor:
@@ -117,24 +135,41 @@ def column_order(diagonal: torch.Tensor, width: int) -> torch.Tensor:
     return (inside + torch.arange(groups.shape[0], device=diagonal.device).unsqueeze(1) * width)[outside].flatten()
 
 
+def column_cost(hessian: torch.Tensor, group_size: int | None, dampening: float = 0.01) -> torch.Tensor:
+    """1/U_jj² of every column in its own place: (in,) float32, what a unit of rounding error there costs GPTQ."""
+    dead = hessian.diagonal() == 0
+    order = column_order(hessian.diagonal(), group_size or hessian.shape[0])
+    cost = reversed_cholesky(hessian, dead, order, dampening).diagonal().flip(0).square()
+    return cost[torch.argsort(order)].masked_fill(dead, 0)
+
+
 def inverse_factor(hessian: torch.Tensor, dead: torch.Tensor, order: torch.Tensor, dampening: float) -> torch.Tensor:
-    """Upper Cholesky factor of the inverse of the dampened, reordered Hessian: (in, in) float32."""
+    """Upper U with UᵀU = H⁻¹, for the dampened, reordered H: (in, in) float32.
+
+    The inverse is never formed. The factor of H in reversed order is the lower L; turned round it is the upper R with
+    R Rᵀ = H, so U = R⁻¹: less work than factor, invert, factor, more exact, and two matrices of memory less.
+    """
+    upper = reversed_cholesky(hessian, dead, order, dampening).flip(0, 1)
+    identity = torch.eye(len(order), device=hessian.device)
+    return torch.linalg.solve_triangular(upper, identity, upper=True, out=identity)
+
+
+def reversed_cholesky(hessian: torch.Tensor, dead: torch.Tensor, order: torch.Tensor, dampening: float) -> torch.Tensor:
+    """Lower Cholesky factor of the dampened Hessian in the reverse of `order`: (in, in) float32."""
     if not bool(hessian.isfinite().all()):
         raise ValueError("the second moments of a layer's input are not finite: its activations overflow on this text")
     mean = hessian.diagonal()[~dead].mean() if bool((~dead).any()) else torch.ones((), device=hessian.device)
+    backwards = order.flip(0)
     share = dampening
     for attempt in range(MAX_DAMPENING_STEPS):
-        damped = hessian[order][:, order]
+        damped = hessian[backwards.unsqueeze(1), backwards]
         diagonal = damped.diagonal()
-        diagonal[dead[order]] = mean
+        diagonal[dead[backwards]] = mean
         diagonal += share * mean
         lower, failed = torch.linalg.cholesky_ex(damped)
-        if int(failed) == 0:
-            inverse = torch.cholesky_inverse(lower, out=damped)
-            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
-            if int(failed) == 0 and bool(upper.isfinite().all()):
-                if attempt:
-                    log.warning("second moments are close to singular: dampening raised to %g", share)
-                return upper
+        if int(failed) == 0 and bool(lower.diagonal().isfinite().all()):
+            if attempt:
+                log.warning("second moments are close to singular: dampening raised to %g", share)
+            return lower
         share *= 4
     raise ValueError(f"second moments stay singular with dampening {share:g}: use more or other calibration text")

@@ -110,7 +110,10 @@ def test_folds_are_found_and_exact(family):
         block_statistics = {name: item.hessian.clone() for name, item in block.statistics.items()}
         fresh = block_of_same(block, replacements)
     torch.testing.assert_close(got, expected, rtol=2e-4, atol=2e-4)
+    rescaled = {fold.source for fold in folds}  # their outputs change, and with them what a token's error counts
     for name, hessian in block_statistics.items():
+        if name in rescaled:
+            continue
         torch.testing.assert_close(hessian, fresh[name], rtol=2e-3, atol=1e-4)
     assert torch.equal(block.run(block.inputs[0], 0), expected)
 

@@ -191,7 +191,7 @@ def test_memory_of_calibration_is_near_what_is_held(recipe, length, tmp_path):
         quantize_layers(model, method, list(tokens.split(1)), coverage, device=torch.device("cpu"))
     estimate = dict(next(stage for stage in found.stages if stage.name == "calibration").host)
     del estimate["base model"]
-    assert 0.9 < sum(estimate.values()) / held.peak < 2
+    assert 0.8 < sum(estimate.values()) / held.peak < 2
 
 
 def test_memory_grows_with_what_it_should(base):

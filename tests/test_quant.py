@@ -84,7 +84,8 @@ def output_error(difference: torch.Tensor, hessian: torch.Tensor) -> float:
 @pytest.mark.parametrize("activation_order", [True, False])
 def test_error_feedback_beats_rounding(columns, group_size, activation_order):
     weight, hessian = weights(48, columns), second_moments(columns)
-    codes, scale = solve(weight.clone(), hessian.clone(), group_size, BF16, activation_order=activation_order)[:2]
+    found = solve(weight.clone(), hessian.clone(), group_size, BF16, activation_order=activation_order)
+    codes, scale = found.codes, found.scale
     solved = (grouped(codes.float(), group_size) * scale.unsqueeze(-1)).view_as(weight)
     groups = grouped(weight, group_size)
     importance = grouped(hessian.diagonal().unsqueeze(0), group_size)
@@ -97,7 +98,8 @@ def test_error_feedback_beats_rounding(columns, group_size, activation_order):
 
 def test_solver_with_uncorrelated_inputs_is_rounding_to_nearest():
     weight = weights(16, 64)
-    codes, scale = solve(weight.clone(), torch.eye(64), 32, BF16, search=False)[:2]
+    found = solve(weight.clone(), torch.eye(64), 32, BF16, search=False)
+    codes, scale = found.codes, found.scale
     expected = BF16(signed_scale(grouped(weight, 32)))
     assert torch.equal(scale, expected)
     assert torch.equal(codes.float().view(16, 2, 32), round_codes(grouped(weight, 32), expected))
@@ -115,7 +117,7 @@ def test_order_keeps_groups_together():
 def test_dead_columns_become_zero_and_singular_moments_are_dampened(caplog):
     weight, hessian = weights(8, 64), second_moments(64, tokens=4)
     hessian[5], hessian[:, 5] = 0, 0
-    codes = solve(weight.clone(), hessian.clone(), 32, BF16, dampening=1e-9)[0]
+    codes = solve(weight.clone(), hessian.clone(), 32, BF16, dampening=1e-9).codes
     assert (codes[:, 5] == 0).all()
     assert "dampening raised" in caplog.text
 
@@ -136,5 +138,7 @@ def test_fireq_scales_are_e4m3_times_a_power_of_two_and_exact_in_bf16():
     assert torch.equal(scale.to(torch.bfloat16).float(), scale)
     assert (scale != 0).all()
     searched = dequantized(grouped(weight, 64), search_scale(grouped(weight, 64), ONE, BF16))
-    lost = sqnr_db(grouped(weight, 64), searched) - sqnr_db(grouped(weight, 64), dequantized(grouped(weight, 64), scale))
+    lost = sqnr_db(grouped(weight, 64), searched) - sqnr_db(
+        grouped(weight, 64), dequantized(grouped(weight, 64), scale)
+    )
     assert lost < 0.3
