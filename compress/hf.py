@@ -57,7 +57,7 @@ def _snapshot(name: str, what: str, weights: bool) -> Path:
     if name.count("/") > 1 or name.startswith((".", "/", "~")):
         raise ValueError(f"{what} {name} does not exist")
     try:
-        wanted = ["*.json", "*.safetensors", *COMPANIONS] if weights else ["config.json"]
+        wanted = ["*.json", "*.py", "*.safetensors", *COMPANIONS] if weights else ["config.json"]
         return Path(snapshot_download(name, allow_patterns=wanted))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

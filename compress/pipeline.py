@@ -17,7 +17,7 @@ import torch
 from ..kernels.int4_linear import available_backends
 from ..quant.method import WeightMethod
 from .artifact import check_output, staged, weight_bytes, write_sidecar, write_tensors
-from .assess import default_device_map, measure_text, read_text, save_json
+from .assess import measure_text, read_text, save_json
 from .calibration import CalibrationSet, calibration_tokens
 from .card import write_card
 from .coverage import Coverage, cover, resolve_group_size
@@ -106,7 +106,7 @@ def compress(
         while True:
             write_model(base, source, staging, method, coverage, max_shard_size)
             reload_and_compare(base, staging, probe, place, trust_remote_code)
-            evaluation = verify_quality(staging, source, windows, loaded, trust_remote_code, progress)
+            evaluation = verify_quality(staging, source, windows, loaded, place, trust_remote_code, progress)
             if not exceeds(evaluation, loaded):
                 break
             assert undo is not None and evaluation is not None
@@ -204,13 +204,14 @@ def verify_quality(
     source: Path,
     windows: torch.Tensor | None,
     recipe: Recipe,
+    device: torch.device,
     trust_remote_code: bool,
     progress: Progress,
 ) -> dict[str, Any] | None:
     """Perplexity, KL and agreement of the written directory against the base model."""
     if windows is None:
         return None
-    placement = default_device_map()
+    placement = None if device.type == "cpu" else {"": str(device)}
     compressed = load_compressed(staging, device_map=placement, trust_remote_code=trust_remote_code)
     base = load_base(source, device_map=placement, trust_remote_code=trust_remote_code)
     options = recipe.evaluation

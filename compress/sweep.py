@@ -43,8 +43,8 @@ def sweep(
 ) -> dict[str, Any]:
     """Perplexity, KL, bits and calibration time of every combination; JSON-able.
 
-    methods: keys, or dicts with `method` and its options (a `label` names the row). note: kept in the result and shown under the
-    table. Raises ValueError for bad input.
+    methods: keys, or dicts with `method` and its options (a `label` names the row). note: kept in the result and shown
+    under the table. Raises ValueError for bad input.
     """
     calibration, evaluation = calibration or CalibrationOptions(), evaluation or EvaluationOptions()
     path = resolve_model(model)

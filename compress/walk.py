@@ -102,6 +102,7 @@ def quantize_layers(
         torch.cuda.reset_peak_memory_stats(device)
     calls = LayerCalls(model, layers, batches)
     inputs = [hidden.to(_home(device, calls.hidden)) for hidden in calls.hidden]
+    calls.hidden.clear()
     reference = list(inputs) if method.needs_reference else None
     reports, tensors = [], {}
     for index, (name, layer) in enumerate(layers):

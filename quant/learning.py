@@ -44,11 +44,11 @@ def learn_rounding(
     with block.replaced(linears), torch.enable_grad():
         first = total_loss(block)
         for step in range(steps):
-            losses = [layer_loss(block, index) for index in next(batches)]
-            gradients = torch.autograd.grad(losses, parameters)
+            gradients = summed_gradients(block, next(batches), parameters)
             with torch.no_grad():
                 size = learning_rate * (1 - step / steps)
-                torch._foreach_sub_(parameters, torch._foreach_sign(gradients), alpha=size)
+                for parameter, gradient in zip(parameters, gradients, strict=True):
+                    parameter.sub_(gradient.sign_(), alpha=size)
                 for linear in linears.values():
                     linear.clamp()
             if step % 20 == 19:
@@ -59,6 +59,15 @@ def learn_rounding(
             linear.forget()
     block.notes["learning"] = {"loss_before": first, "loss_after": last if last <= first else first}
     return {name: linear.quantized(block.scale_dtype) for name, linear in linears.items()}
+
+
+def summed_gradients(block: Block, indices: list[int], parameters: list[nn.Parameter]) -> list[torch.Tensor]:
+    """Gradients of the summed losses of some batches, one batch's graph at a time."""
+    total = list(torch.autograd.grad(layer_loss(block, indices[0]), parameters))
+    for index in indices[1:]:
+        for kept, gradient in zip(total, torch.autograd.grad(layer_loss(block, index), parameters), strict=True):
+            kept.add_(gradient)
+    return total
 
 
 def _batches(block: Block, samples: int, generator: torch.Generator) -> Iterator[list[int]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -54,3 +55,14 @@ def demo_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from kompakt.compress.demo import build_demo_model
 
     return build_demo_model(tmp_path_factory.mktemp("demo") / "base", permute_seed=1234)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Models as small as the tests' gain nothing from threads, and lose much where cores are busy."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

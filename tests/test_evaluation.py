@@ -6,9 +6,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tiny import tiny_tokenizer
 from torch.nn import functional
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from kompakt.compress import evaluation, evaluation_tasks
 from kompakt.compress.calibration import builtin_text
@@ -16,24 +16,7 @@ from kompakt.compress.evaluation import compare, generation_speed, perplexity, r
 from kompakt.compress.evaluation_tasks import encode_pair, flips, last_word, multiple_choice
 
 VOCAB = 400
-
-
-def make_tokenizer(*, with_bos: bool = False) -> PreTrainedTokenizerFast:
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB,
-        special_tokens=["<s>", "</s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    core.train_from_iterator([builtin_text("evaluation")[:30_000]], trainer)
-    if with_bos:
-        core.post_processor = processors.TemplateProcessing(
-            single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
-        )
-    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", model_max_length=10**9)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make_model(seed: int = 0, *, vocab: int = VOCAB, scale: float = 6.0) -> LlamaForCausalLM:
@@ -59,18 +42,9 @@ def make_model(seed: int = 0, *, vocab: int = VOCAB, scale: float = 6.0) -> Llam
     return model
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Models this small gain nothing from threads, and lose much where cores are busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def tokenizer():
-    return make_tokenizer()
+    return tiny_tokenizer(VOCAB)
 
 
 @pytest.fixture(scope="module")
@@ -278,7 +252,7 @@ def test_unusable_models_are_refused(model, windows):
     with pytest.raises(ValueError, match="base model is nan"):
         compare(model, broken, windows)
     with pytest.raises(ValueError, match="not usable"):
-        last_word(broken, make_tokenizer(), LAST_WORD_ROWS)
+        last_word(broken, tiny_tokenizer(VOCAB), LAST_WORD_ROWS)
     with pytest.raises(ValueError, match="400 logits and its base 410"):
         compare(model, make_model(vocab=410), windows)
     with pytest.raises(ValueError, match=r"expected \(n, window\)"):
@@ -320,7 +294,7 @@ def test_encode_pair_like_the_harness(tokenizer):
     pair = encode_pair(tokenizer, "Question: x\nAnswer: ", " yes")
     assert pair.context == tokenizer("Question: x\nAnswer:").input_ids
     assert tokenizer.decode(pair.context + pair.target) == "Question: x\nAnswer:  yes"
-    with_special = make_tokenizer(with_bos=True)
+    with_special = tiny_tokenizer(VOCAB, with_bos=True)
     pair = encode_pair(with_special, "Hello", " you")
     assert pair.context[0] == 0 and 0 not in pair.target and 1 not in pair.target
     with pytest.raises(ValueError, match="adds no token"):
@@ -330,7 +304,7 @@ def test_encode_pair_like_the_harness(tokenizer):
 @pytest.mark.parametrize("batch_size", [1, 2, 8])
 @pytest.mark.parametrize("with_bos", [False, True])
 def test_scores_equal_one_by_one_scoring(model, batch_size, with_bos):
-    tokenizer = make_tokenizer(with_bos=with_bos)
+    tokenizer = tiny_tokenizer(VOCAB, with_bos=with_bos)
     pairs = [
         encode_pair(tokenizer, row["context"], " " + choice)
         for row in CHOICE_ROWS

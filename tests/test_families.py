@@ -16,6 +16,7 @@ from kompakt.quant.fireq import FireQ
 from kompakt.quant.method import weight_methods
 from kompakt.quant.rtn import RTN
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SIZES = {
     "vocab_size": 128,
     "hidden_size": 64,

@@ -17,6 +17,7 @@ from kompakt.compress.linear import CompressedLinear
 from kompakt.compress.recipe import EvaluationOptions
 from kompakt.compress.restore import REASON, LimitExceeded
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 TOKENS = torch.randint(3, 200, (2, 40), generator=torch.Generator().manual_seed(3))
 FAST = {
     "calibration.samples": 4,

@@ -20,6 +20,7 @@ from kompakt.quant.grid import (
 )
 from kompakt.quant.solver import column_order, solve
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 ONE = torch.ones(())
 BF16 = storage_snap(torch.bfloat16)
 

@@ -17,6 +17,7 @@ from kompakt.compress.calibration import CalibrationOptions
 from kompakt.compress.recipe import EvaluationOptions
 from kompakt.compress.sweep import insert_table, markdown_table, merged, sweep
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parents[1]
 
 
