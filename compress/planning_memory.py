@@ -30,12 +30,12 @@ from .walk import _home
 FLOAT32 = 4
 # float32 copies of one Linear that is rounded, and of all that a search of its scales, or the solver, tries at once.
 ROUNDED_COPIES, TRIED_COPIES = 4, 3
-# float32 matrices (in, in) while the Cholesky factor of the reordered inverse is formed.
-SOLVER_MATRICES = 5
+# float32 matrices (in, in) while the reordered Hessian is factored and its factor inverted.
+SOLVER_MATRICES = 3
 # A pass that is differentiated keeps what every operation read, and then the gradients.
 GRAPH_COPIES = 2
-# Bytes per weight of a learned rounding: weight, offset, gradient; and what autograd saves for each pass kept alive.
-LEARNED_BYTES, SAVED_BYTES = 12, 11
+# Bytes per weight of a learned rounding: weight, offset, two gradients; and what autograd saves in a pass.
+LEARNED_BYTES, SAVED_BYTES = 16, 11
 # float32 chunks of logits alive at once: both log-softmaxes, probabilities, the terms of the KL and two temporaries.
 LOGIT_CHUNKS = 6
 # float32 copies of the hidden states inside a norm.
@@ -109,7 +109,7 @@ class MemoryModel:
         ]
         most = max(needs, key=lambda need: sum(need.values()))
         states = {"hidden states": hidden.nbytes * (3 if method.needs_reference else 2)}
-        host = {"base model": self.base_bytes, "inputs of the first layer": hidden.nbytes, **extra}
+        host = {"base model": self.base_bytes, **extra}
         no_cuda_here = self.device.type == "cuda" and not torch.cuda.is_available()
         if no_cuda_here or _home(self.device, [hidden]).type == self.device.type:
             return Stage("calibration", {**most, **states}, host)
@@ -129,8 +129,7 @@ class MemoryModel:
             rounding = max(rounding, FLOAT32 * (ROUNDED_COPIES * count + max(searched, solved)))
         codes = sum(linear.weight.numel() for linear in linears)
         if method.needs_reference:
-            passes = max(1, getattr(method, "samples_per_step", 1) // self.recipe.calibration.batch_size)
-            learning = codes * (LEARNED_BYTES + SAVED_BYTES * passes) + passes * one_pass
+            learning = codes * (LEARNED_BYTES + SAVED_BYTES) + one_pass * GRAPH_COPIES
         return max(one_pass * (GRAPH_COPIES if method.needs_data else 1), rounding, learning) + codes
 
     def activations(self, layer: nn.Module, tokens: int) -> int:
