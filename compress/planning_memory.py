@@ -30,8 +30,8 @@ from .walk import _home
 FLOAT32 = 4
 # float32 copies of one Linear that is rounded, and of all that a search of its scales, or the solver, tries at once.
 ROUNDED_COPIES, TRIED_COPIES = 4, 3
-# float32 matrices (in, in) while the reordered Hessian is factored and its factor inverted.
-SOLVER_MATRICES = 3
+# float32 matrices (in, in) beside the Hessian: its factor, which is inverted in place.
+SOLVER_MATRICES = 1
 # A pass that is differentiated keeps what every operation read, and then the gradients.
 GRAPH_COPIES = 2
 # Bytes per weight of a learned rounding: weight, offset, two gradients; and what autograd saves in a pass.

@@ -29,6 +29,7 @@ from .method import QuantizedWeight
 log = logging.getLogger(__name__)
 MAX_DAMPENING_STEPS = 8
 CHUNK = 128
+FACTOR_BLOCK = 1024
 
 Rounding = Literal["rtn", "gptq"]
 
@@ -44,10 +45,11 @@ class Rounded:
 
 def round_linears(block: Block, rounding: Rounding, snap: Snap, **options: float | bool) -> dict[str, QuantizedWeight]:
     """`start_linears` without the weights that were rounded."""
-    return {
-        name: QuantizedWeight(rounded.codes, rounded.scale.to(block.scale_dtype))
-        for name, rounded in start_linears(block, rounding, snap, **options)
-    }
+    result = {}
+    for name, rounded in start_linears(block, rounding, snap, **options):
+        result[name] = QuantizedWeight(rounded.codes, rounded.scale.to(block.scale_dtype))
+        del rounded
+    return result
 
 
 def start_linears(
@@ -61,7 +63,7 @@ def start_linears(
     for name in block.linears:
         hessian, group_size = block.take_statistics(name).hessian, block.scheme.group_size
         if rounding == "gptq":
-            yield name, solve(block.weight(name), hessian, group_size, snap, **options)  # pyright: ignore[reportArgumentType]
+            yield name, solve(block.weight(name), hessian, group_size, snap, **options)  # pyright: ignore
         else:
             weight = block.weight(name)
             groups = grouped(weight, group_size)
@@ -112,6 +114,7 @@ def solve(
             errors[:, j] = error
             block[:, j + 1 :].addr_(error, factor[j, j + 1 :], alpha=-1)
         work[:, stop:].addmm_(errors, upper[start:stop, stop:], alpha=-1)
+    del upper, factor, block, errors
     codes = codes.to(torch.int8)
     if static is not None:
         scales[:, 0] = static
@@ -139,37 +142,64 @@ def column_cost(hessian: torch.Tensor, group_size: int | None, dampening: float 
     """1/U_jj² of every column in its own place: (in,) float32, what a unit of rounding error there costs GPTQ."""
     dead = hessian.diagonal() == 0
     order = column_order(hessian.diagonal(), group_size or hessian.shape[0])
-    cost = reversed_cholesky(hessian, dead, order, dampening).diagonal().flip(0).square()
+    cost = upper_factor(hessian, dead, order, dampening).diagonal().square()
     return cost[torch.argsort(order)].masked_fill(dead, 0)
 
 
 def inverse_factor(hessian: torch.Tensor, dead: torch.Tensor, order: torch.Tensor, dampening: float) -> torch.Tensor:
     """Upper U with UᵀU = H⁻¹, for the dampened, reordered H: (in, in) float32.
 
-    The inverse is never formed. The factor of H in reversed order is the lower L; turned round it is the upper R with
-    R Rᵀ = H, so U = R⁻¹: less work than factor, invert, factor, more exact, and two matrices of memory less.
+    The inverse of H is never formed: with the upper R of R Rᵀ = H, U is R⁻¹. Both steps work in the memory of one
+    matrix.
     """
-    upper = reversed_cholesky(hessian, dead, order, dampening).flip(0, 1)
-    identity = torch.eye(len(order), device=hessian.device)
-    return torch.linalg.solve_triangular(upper, identity, upper=True, out=identity)
+    return invert_upper_(upper_factor(hessian, dead, order, dampening))
 
 
-def reversed_cholesky(hessian: torch.Tensor, dead: torch.Tensor, order: torch.Tensor, dampening: float) -> torch.Tensor:
-    """Lower Cholesky factor of the dampened Hessian in the reverse of `order`: (in, in) float32."""
+def upper_factor(hessian: torch.Tensor, dead: torch.Tensor, order: torch.Tensor, dampening: float) -> torch.Tensor:
+    """Upper R with R Rᵀ = H, for the dampened, reordered H: (in, in) float32. Dampening grows until it exists."""
     if not bool(hessian.isfinite().all()):
         raise ValueError("the second moments of a layer's input are not finite: its activations overflow on this text")
     mean = hessian.diagonal()[~dead].mean() if bool((~dead).any()) else torch.ones((), device=hessian.device)
-    backwards = order.flip(0)
     share = dampening
     for attempt in range(MAX_DAMPENING_STEPS):
-        damped = hessian[backwards.unsqueeze(1), backwards]
+        damped = hessian[order.unsqueeze(1), order]
         diagonal = damped.diagonal()
-        diagonal[dead[backwards]] = mean
+        diagonal[dead[order]] = mean
         diagonal += share * mean
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        if int(failed) == 0 and bool(lower.diagonal().isfinite().all()):
+        if factor_upper_(damped):
             if attempt:
                 log.warning("second moments are close to singular: dampening raised to %g", share)
-            return lower
+            return damped
         share *= 4
     raise ValueError(f"second moments stay singular with dampening {share:g}: use more or other calibration text")
+
+
+def factor_upper_(matrix: torch.Tensor) -> bool:
+    """Overwrites a symmetric matrix with the upper R of R Rᵀ, from the last block to the first; False if it has
+    none.
+    """
+    size = matrix.shape[0]
+    for stop in range(size, 0, -FACTOR_BLOCK):
+        start = max(0, stop - FACTOR_BLOCK)
+        lower, failed = torch.linalg.cholesky_ex(matrix[start:stop, start:stop].flip(0, 1))
+        if int(failed) or not bool(lower.diagonal().isfinite().all()):
+            return False
+        corner = lower.flip(0, 1)
+        panel = torch.linalg.solve_triangular(corner.T, matrix[:start, start:stop], upper=False, left=False)
+        matrix[start:stop, start:stop] = corner
+        matrix[:start, start:stop] = panel
+        matrix[start:stop, :start] = 0
+        matrix[:start, :start].addmm_(panel, panel.T, alpha=-1)
+    return True
+
+
+def invert_upper_(matrix: torch.Tensor) -> torch.Tensor:
+    """Overwrites an upper triangular matrix with its inverse, from the first block to the last, and returns it."""
+    for start in range(0, matrix.shape[0], FACTOR_BLOCK):
+        stop = start + FACTOR_BLOCK
+        corner = matrix[start:stop, start:stop]
+        identity = torch.eye(corner.shape[0], device=matrix.device)
+        inverse = torch.linalg.solve_triangular(corner, identity, upper=True)
+        matrix[:start, start:stop] = -(matrix[:start, :start] @ matrix[:start, start:stop]) @ inverse
+        matrix[start:stop, start:stop] = inverse
+    return matrix

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from kompakt.quant import solver
 from kompakt.quant.fireq import e4m3_snap, tensor_exponent
 from kompakt.quant.grid import (
     QMAX,
@@ -143,3 +144,19 @@ def test_fireq_scales_are_e4m3_times_a_power_of_two_and_exact_in_bf16():
         grouped(weight, 64), dequantized(grouped(weight, 64), scale)
     )
     assert lost < 0.3
+
+
+@pytest.mark.parametrize(("size", "block"), [(192, 1024), (192, 64), (200, 64), (65, 64), (1, 64)])
+def test_inverse_factor_in_place_equals_the_factor_of_the_inverse(size, block, monkeypatch):
+    monkeypatch.setattr(solver, "FACTOR_BLOCK", block)
+    hessian = second_moments(size)
+    order = column_order(hessian.diagonal(), 1)
+    kept = hessian.clone()
+    upper = solver.inverse_factor(hessian, hessian.diagonal() == 0, order, 0.01)
+    exact = hessian[order][:, order].double()
+    exact.diagonal().add_(0.01 * hessian.diagonal().mean().double())
+    expected = torch.linalg.cholesky(torch.linalg.inv(exact), upper=True)
+    assert (upper.double() - expected).norm() < 1e-4 * expected.norm()
+    assert torch.equal(hessian, kept)
+    cost = solver.column_cost(hessian, 1)[order].double()
+    torch.testing.assert_close(cost, expected.diagonal().square().reciprocal(), rtol=1e-3, atol=0)
