@@ -17,6 +17,10 @@ bench = typer.Typer(
 Methods = Annotated[str, typer.Option(help="Methods, comma-separated.", metavar="A,B,…")]
 Inputs = Annotated[str, typer.Option("--activations", help="none, fp8 or both, comma-separated.", metavar="A,B")]
 Sizes = Annotated[str, typer.Option("--group-sizes", help="Group sizes, comma-separated.", metavar="N,N")]
+Options = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="An option of the methods, e.g. scale=amax; may be repeated.", metavar="KEY=VALUE"),
+]
 Append = Annotated[bool, typer.Option("--append", help="Add rows to an existing --output file of the same model.")]
 Label = Annotated[str | None, typer.Option(help="Name of the rows when --set changes a method's options.")]
 Note = Annotated[str, typer.Option(help="A sentence to keep with the result, e.g. how it was run.")]
@@ -32,7 +36,7 @@ def weights(
     methods: Methods = "rtn,gptq,awq,fireq,signround",
     activations: Inputs = "none,fp8",
     group_sizes: Sizes = "64,32",
-    set_: o.Set = None,
+    set_: Options = None,
     label: Label = None,
     dataset: o.Dataset = "builtin",
     samples: o.Samples = 128,

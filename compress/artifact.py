@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 SIDECAR_VERSION = 1
 SIDECAR = "kompakt.json"
@@ -165,11 +165,6 @@ def read_sidecar(directory: Path, *, verify: bool = True) -> dict[str, Any]:
         if verify and sha256(directory / name) != expected:
             raise ValueError(f"{directory / name} is truncated or was changed after it was written (checksum differs)")
     return content
-
-
-def read_tensors(directory: Path) -> dict[str, torch.Tensor]:
-    """Tensors of `kompakt.safetensors`."""
-    return load_file(directory / SIDECAR_TENSORS)
 
 
 def sha256(file: Path) -> str:

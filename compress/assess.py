@@ -44,6 +44,12 @@ def read_text(text: str) -> tuple[str, str]:
         raise ValueError(f"evaluation text {path} cannot be read: {error}") from error
 
 
+def describe_text(options: EvaluationOptions, source: str, windows: torch.Tensor) -> dict[str, Any]:
+    """What a perplexity was measured on, JSON-able. windows: (n, window)."""
+    stride = options.stride or options.window
+    return {"source": source, "window": options.window, "stride": stride, "windows": len(windows)}
+
+
 def evaluate(
     model: str | Path,
     *,
@@ -72,12 +78,7 @@ def evaluate(
     if options.windows:
         text, description = read_text(options.text)
         windows = text_windows(tokenizer, text, window=options.window, stride=options.stride, limit=options.windows)
-        result["text"] = {
-            "source": description,
-            "window": options.window,
-            "stride": options.stride or options.window,
-            "windows": len(windows),
-        }
+        result["text"] = describe_text(options, description, windows)
     subject = open_model(path, device_map=device_map, trust_remote_code=trust_remote_code)
     base = (
         None if base_path is None else open_model(base_path, device_map=device_map, trust_remote_code=trust_remote_code)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -88,3 +90,20 @@ class CompressedLinear(nn.Module):
     def stored_bytes(self) -> int:
         """Bytes of all tensors, metadata included."""
         return sum(parameter.numel() * parameter.element_size() for parameter in self.parameters())
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of what stands for the weight: codes, scales and shape, without the bias."""
+        return self.stored_bytes - (0 if self.bias is None else self.bias.numel() * self.bias.element_size())
+
+
+def storage(model: nn.Module) -> dict[str, Any]:
+    """Quantized weights of a model, their bytes as allocated, and bits per weight (None if there are none)."""
+    linears = [module for module in model.modules() if isinstance(module, CompressedLinear)]
+    weights = sum(linear.in_features * linear.out_features for linear in linears)
+    stored = sum(linear.weight_bytes for linear in linears)
+    return {
+        "quantized_weights": weights,
+        "quantized_bytes": stored,
+        "bits_per_weight": round(8 * stored / weights, 4) if weights else None,
+    }

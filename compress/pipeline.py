@@ -17,13 +17,14 @@ import torch
 from ..kernels.int4_linear import available_backends
 from ..quant.method import WeightMethod
 from .artifact import check_output, staged, weight_bytes, write_sidecar, write_tensors
-from .assess import measure_text, read_text, save_json
+from .assess import describe_text, measure_text, read_text, save_json
 from .calibration import CalibrationSet, calibration_tokens
 from .card import write_card
 from .coverage import Coverage, cover, resolve_group_size
 from .evaluation import text_windows
 from .hf import load_base, load_compressed, load_tokenizer, resolve_model, save_weights, transformers_version
 from .hf_decoder import decoder_layers, layerwise_logits, refuse_experts
+from .linear import storage
 from .recipe import Recipe
 from .restore import restore_worst
 from .walk import Undo, quantize_layers
@@ -119,7 +120,7 @@ def compress(
             "recipe": loaded.model_dump(mode="json", exclude_none=True),
             "environment": environment(place),
             "calibration": None if calibration is None else describe_calibration(calibration),
-            "sizes": sizes(source, staging, coverage, base),
+            "sizes": sizes(source, staging, base),
             "peak_device_bytes": walk.peak_bytes,
             "seconds": round(time.perf_counter() - started, 1),
             "layers": [layer.as_dict() for layer in walk.reports],
@@ -216,12 +217,7 @@ def verify_quality(
     base = load_base(source, device_map=placement, trust_remote_code=trust_remote_code)
     options = recipe.evaluation
     return {
-        "text": {
-            "source": read_text(options.text)[1],
-            "window": options.window,
-            "stride": options.stride or options.window,
-            "windows": len(windows),
-        },
+        "text": describe_text(options, read_text(options.text)[1], windows),
         **measure_text(compressed, base, windows, options.stride, progress),
     }
 
@@ -232,23 +228,9 @@ def exceeds(evaluation: dict[str, Any] | None, recipe: Recipe) -> bool:
     return limit is not None and evaluation is not None and evaluation["comparison"]["perplexity_increase"] > limit
 
 
-def sizes(source: Path, staging: Path, coverage: list[Coverage], model: Any) -> dict[str, Any]:
-    """Bytes on disk before and after, and bits per quantized weight from allocated storage, scales and shapes
-    included.
-    """
-    quantized = [line for line in coverage if line.status == "quantized"]
-    weights = sum(line.shape[0] * line.shape[1] for line in quantized)
-    stored = 0
-    for line in quantized:
-        module = model.get_submodule(line.name)
-        stored += sum(p.numel() * p.element_size() for name, p in module.named_parameters() if name != "bias")
-    return {
-        "base_bytes": weight_bytes(source),
-        "compressed_bytes": weight_bytes(staging),
-        "quantized_weights": weights,
-        "quantized_bytes": stored,
-        "bits_per_weight": round(8 * stored / weights, 4) if weights else None,
-    }
+def sizes(source: Path, staging: Path, model: Any) -> dict[str, Any]:
+    """Bytes on disk before and after, and what the quantized weights take."""
+    return {"base_bytes": weight_bytes(source), "compressed_bytes": weight_bytes(staging), **storage(model)}
 
 
 def write_companions(

@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 
-from .assess import default_device_map, measure_text, read_text
+from .assess import default_device_map, describe_text, measure_text, read_text
 from .calibration import CalibrationOptions
 from .evaluation import text_windows
 from .hf import load_base, load_tokenizer, resolve_model
-from .linear import CompressedLinear
+from .linear import storage
 from .patching import patch
 from .pipeline import Progress, environment, package_version, quiet
 from .recipe import EvaluationOptions, Recipe
@@ -71,12 +71,7 @@ def sweep(
         "environment": environment(next(subject.parameters()).device),
         "note": note,
         "model": path.name,
-        "text": {
-            "source": description,
-            "window": evaluation.window,
-            "stride": evaluation.stride or evaluation.window,
-            "windows": len(windows),
-        },
+        "text": describe_text(evaluation, description, windows),
         "calibration": {**calibration.model_dump(), "source": Path(calibration.source).name},
         "rows": rows,
     }
@@ -96,19 +91,12 @@ def _row(
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         seconds = time.perf_counter() - started
-        linears = [module for module in patched.modules() if isinstance(module, CompressedLinear)]
-        weights = sum(linear.in_features * linear.out_features for linear in linears)
-        stored = sum(
-            parameter.numel() * parameter.element_size()
-            for linear in linears
-            for name, parameter in linear.named_parameters()
-            if name != "bias"
-        )
+        bits = storage(patched)["bits_per_weight"]
         comparison = measure_text(patched, base, windows, evaluation.stride, progress)["comparison"]
     assert recipe.weights is not None
     return {
         "weights": recipe.model_dump(mode="json")["weights"],
-        "bits_per_weight": round(8 * stored / weights, 4),
+        "bits_per_weight": bits,
         "calibration_seconds": round(seconds, 1),
         **comparison,
     }
