@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.linalg import vector_norm
 
 from .method import WeightScheme
 
@@ -51,33 +52,35 @@ class Fold:
 class InputStatistics:
     """Second moments of the input of one Linear.
 
-    hessian: (in, in) float32, mean over tokens of weight · x xᵀ. abs_mean: (in,) float32, mean of |x|. energy: mean
-    square of the output; tr(D H Dᵀ) over it compares between the Linears of a layer.
+    hessian: (in, in) float32, mean over tokens of weight · x xᵀ. abs_mean: (in,) float32, mean of |x|. energy: ()
+    float32, mean square of the output; tr(D H Dᵀ) over it compares between the Linears of a layer.
     """
 
     hessian: torch.Tensor
     abs_mean: torch.Tensor
-    energy: float = 0.0
+    energy: torch.Tensor
     tokens: int = 0
 
     @classmethod
     def zeros(cls, size: int, device: torch.device) -> InputStatistics:
         """Nothing seen yet. size: in_features."""
-        return cls(torch.zeros(size, size, device=device), torch.zeros(size, device=device))
+        hessian, abs_mean, energy = (torch.zeros(shape, device=device) for shape in ((size, size), (size,), ()))
+        return cls(hessian, abs_mean, energy)
 
     def update(self, x: torch.Tensor, output: torch.Tensor, gradient: torch.Tensor | None) -> None:
         """Adds a batch. x: (…, in). output, gradient: (…, out); without a gradient all tokens count alike."""
-        x, output = x.reshape(-1, x.shape[-1]), output.float().reshape(-1, output.shape[-1])
-        channel_energy = output.square().mean(0)
+        x, output = x.reshape(-1, x.shape[-1]), output.reshape(-1, output.shape[-1])
         total = self.tokens + x.shape[0]
-        keep = self.tokens / total
+        keep, share = self.tokens / total, 1 / total
+        # Norms and products with float32 vectors make no float32 copy of what they read.
+        channel_size = vector_norm(output, dim=0, dtype=torch.float32) / x.shape[0] ** 0.5
         scaled = x.float()
         if gradient is not None:
-            weight = (gradient.float().reshape(output.shape).square() * channel_energy).mean(-1, keepdim=True)
-            scaled = scaled * weight.sqrt()
-        self.hessian.mul_(keep).addmm_(scaled.T, scaled, alpha=1 / total)
-        self.abs_mean.mul_(keep).add_(x.abs().sum(0, dtype=torch.float32), alpha=1 / total)
-        self.energy = keep * self.energy + (1 - keep) * float(channel_energy.mean())
+            felt = vector_norm(gradient.reshape(output.shape) * channel_size, dim=-1, keepdim=True)
+            scaled = x * (felt / output.shape[1] ** 0.5)
+        self.hessian.addmm_(scaled.T, scaled, beta=keep, alpha=share)
+        self.abs_mean.mul_(keep).add_(vector_norm(x, 1, dim=0, dtype=torch.float32), alpha=share)
+        self.energy.mul_(keep).add_(channel_size.square().mean(), alpha=1 - keep)
         self.tokens = total
 
     def divide(self, scale: torch.Tensor) -> None:
@@ -117,12 +120,12 @@ class Block:
 
     def weight(self, name: str) -> torch.Tensor:
         """Weight of a Linear with every fold applied: (out, in) float32, a copy."""
-        weight = self.linears[name].weight.detach().float()
+        weight = self.linears[name].weight.detach().to(torch.float32, copy=True)
         if name in self._columns:
-            weight = weight * self._columns[name]
+            weight *= self._columns[name]
         if name in self._rows:
-            weight = weight / self._rows[name].unsqueeze(1)
-        return weight.clone() if weight.data_ptr() == self.linears[name].weight.data_ptr() else weight
+            weight /= self._rows[name].unsqueeze(1)
+        return weight
 
     def bias(self, name: str) -> torch.Tensor | None:
         """Bias of a Linear with every fold applied, in its own dtype."""
@@ -216,6 +219,25 @@ class Block:
         """One forward and one backward pass per batch; see the module docstring for the weights of the tokens."""
         assert not self._columns, "statistics are collected before anything is folded"
         found: dict[str, InputStatistics] = {}
+        generator = torch.Generator(self.device).manual_seed(self.seed)
+        for index in range(len(self.inputs)):
+            calls = self._probe(index, generator)
+            while calls:
+                name, x, y, gradient = calls.pop()
+                if name not in found:
+                    found[name] = InputStatistics.zeros(x.shape[-1], x.device)
+                found[name].update(x, y, gradient)
+        missing = [name for name in self.linears if name not in found]
+        if missing:
+            raise ValueError(f"{self.name}: {', '.join(missing)} never ran on the calibration text; add it to `ignore`")
+        return found
+
+    def _probe(
+        self, index: int, generator: torch.Generator
+    ) -> list[tuple[str, torch.Tensor, torch.Tensor, torch.Tensor | None]]:
+        """Every call of a Linear in batch `index`: its name, input (…, in), output (…, out), and the gradient of
+        Σ_t r_t·h_t at that output.
+        """
         calls: list[tuple[str, torch.Tensor, torch.Tensor]] = []
 
         def observe(name: str) -> Callable:
@@ -224,28 +246,19 @@ class Block:
 
             return hook
 
-        generator = torch.Generator(self.device).manual_seed(self.seed)
         handles = [linear.register_forward_hook(observe(name)) for name, linear in self.linears.items()]
         try:
-            for index, hidden in enumerate(self.inputs):
-                calls.clear()
-                with torch.enable_grad():
-                    output = self.run(hidden.detach().to(self.device).requires_grad_(), index)
-                    signs = torch.randint(0, 2, output.shape, generator=generator, device=self.device) * 2.0 - 1
-                    weight = token_weight(output.detach())
-                    # Mean 1, so that gradients stay in the range of half precision.
-                    probe = (signs * (weight / weight.mean()).sqrt().unsqueeze(-1)).to(output.dtype)
-                    gradients = torch.autograd.grad(output, [call[2] for call in calls], probe, allow_unused=True)
-                for (name, x, y), gradient in zip(calls, gradients, strict=True):
-                    statistics = found.setdefault(name, InputStatistics.zeros(x.shape[-1], x.device))
-                    statistics.update(x, y.detach(), gradient)
+            with torch.enable_grad():
+                output = self.run(self.inputs[index].detach().to(self.device).requires_grad_(), index)
         finally:
             for handle in handles:
                 handle.remove()
-        missing = [name for name in self.linears if name not in found]
-        if missing:
-            raise ValueError(f"{self.name}: {', '.join(missing)} never ran on the calibration text; add it to `ignore`")
-        return found
+        signs = torch.randint(0, 2, output.shape, generator=generator, device=self.device) * 2.0 - 1
+        weight = token_weight(output.detach())
+        # Mean 1, so that gradients stay in the range of half precision.
+        probe = (signs * (weight / weight.mean()).sqrt().unsqueeze(-1)).to(output.dtype)
+        gradients = torch.autograd.grad(output, [call[2] for call in calls], probe, allow_unused=True)
+        return [(name, x, y.detach(), gradient) for (name, x, y), gradient in zip(calls, gradients, strict=True)]
 
 
 def token_weight(hidden: torch.Tensor) -> torch.Tensor:

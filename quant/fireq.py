@@ -9,6 +9,7 @@ chosen per fold from calibration data by output error (`folding.py`), and roundi
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -46,13 +47,13 @@ class FireQ(WeightMethod):
 
     def quantize(self, block: Block) -> dict[str, QuantizedWeight]:
         """See `WeightMethod.quantize`. The exponents k are kept in `block.tensors`."""
-        exponent = tensor_exponent([block.weight(name) for name in block.linears], block.scheme.group_size)
+        exponent = tensor_exponent((block.weight(name) for name in block.linears), block.scheme.group_size)
         if self.channel_scaling:
             snap = e4m3_snap(exponent)
             rounding = "rtn" if self.rounding == "rtn" else "gptq"
             for fold in block.folds:
                 choose_fold(block, fold, CANDIDATES, channel_scale(block, fold), snap, rounding)
-            exponent = tensor_exponent([block.weight(name) for name in block.linears], block.scheme.group_size)
+            exponent = tensor_exponent((block.weight(name) for name in block.linears), block.scheme.group_size)
         block.tensors["scale_exponent"] = torch.tensor(exponent, dtype=torch.int32)
         snap = e4m3_snap(exponent)
         if self.rounding != "learned":
@@ -69,12 +70,12 @@ def channel_scale(block: Block, fold: Fold):
     return lambda powers: normalised(activation ** powers[0] * magnitude ** -powers[1])
 
 
-def tensor_exponent(weights: list[torch.Tensor], group_size: int | None) -> int:
+def tensor_exponent(weights: Iterable[torch.Tensor], group_size: int | None) -> int:
     """Largest k in [0, 14] such that no group scale times 2^k exceeds half the e4m3 range.
 
     Half, because error feedback may grow a group before its scale is taken. weights: (out, in) float32 each.
     """
-    largest = max(float(signed_scale(grouped(weight, group_size)).abs().max()) for weight in weights)
+    largest = float(torch.stack([signed_scale(grouped(weight, group_size)).abs().max() for weight in weights]).max())
     exponent = MAX_EXPONENT
     while exponent > 0 and largest * 2.0**exponent > E4M3_MAX / 2:
         exponent -= 1

@@ -15,7 +15,7 @@ from typing import TypeVar
 import torch
 
 from .block import Block, Fold
-from .grid import Snap, grouped, round_codes, search_scale
+from .grid import SEARCH_ELEMENTS, Snap, grouped, round_codes, search_scale
 from .solver import Rounding, column_cost
 
 Candidate = TypeVar("Candidate")
@@ -49,29 +49,42 @@ def choose_fold(
     rounding: what will round the scaled weights. The choice is noted in `block.notes`.
     """
     expand, group_size = fold.expand.to(block.device), block.scheme.group_size
-    weights = [block.weight(name) for name in fold.consumers]
-    hessians = [block.statistics[name].hessian for name in fold.consumers]
-    energies = [max(block.statistics[name].energy, 1e-30) for name in fold.consumers]
-    costs = [column_cost(hessian, group_size) if rounding == "gptq" else hessian.diagonal() for hessian in hessians]
+    scales = [rule(candidate)[expand] for candidate in candidates]
+    total = torch.zeros(len(candidates), device=block.device)
+    for name in fold.consumers:
+        statistics = block.statistics[name]
+        hessian = statistics.hessian
+        cost = column_cost(hessian, group_size) if rounding == "gptq" else hessian.diagonal()
+        moments = None if rounding == "gptq" else hessian
+        for rows in block.weight(name).split(max(1, SEARCH_ELEMENTS // hessian.shape[0])):
+            errors = [scaling_error(rows, columns, cost, moments, group_size, snap) for columns in scales]
+            total += torch.stack(errors) / statistics.energy.clamp_min(1e-30)
+    errors = total.tolist()
+    best = min(range(len(candidates)), key=errors.__getitem__)
+    if best != 0:
+        block.fold(fold, rule(candidates[best]))
+    block.notes[f"fold.{fold.name}"] = candidates[best]
+    return candidates[best]
 
-    def error_of(candidate: Candidate) -> float:
-        columns = rule(candidate)[expand]
-        total = 0.0
-        for weight, hessian, cost, energy in zip(weights, hessians, costs, energies, strict=True):
-            importance = grouped((cost / columns.square()).unsqueeze(0), group_size)
-            scaled = grouped(weight * columns, group_size)
-            scale = search_scale(scaled, importance, snap, steps=TRIAL_STEPS)
-            rounded = (round_codes(scaled, scale) * scale.unsqueeze(-1)).view_as(weight) / columns
-            error = rounded - weight
-            change = (error.square() * cost).sum() if rounding == "gptq" else output_error(error, hessian)
-            total += float(change) / energy
-        return total
 
-    best = min(candidates, key=error_of)
-    if best != candidates[0]:
-        block.fold(fold, rule(best))
-    block.notes[f"fold.{fold.name}"] = best
-    return best
+def scaling_error(
+    weight: torch.Tensor,
+    columns: torch.Tensor,
+    cost: torch.Tensor,
+    hessian: torch.Tensor | None,
+    group_size: int | None,
+    snap: Snap,
+) -> torch.Tensor:
+    """Error of rounding W·s to nearest, with s divided out again: Σ cost·E², or tr(E H Eᵀ) where H is given.
+
+    weight: (out, in) float32. columns: (in,), s. cost: (in,). hessian: (in, in). Returns a scalar.
+    """
+    importance = grouped((cost / columns.square()).unsqueeze(0), group_size)
+    scaled = grouped(weight * columns, group_size)
+    scale = search_scale(scaled, importance, snap, steps=TRIAL_STEPS)
+    rounded = (round_codes(scaled, scale) * scale.unsqueeze(-1)).view_as(weight) / columns
+    error = rounded - weight
+    return (error.square() * cost).sum() if hessian is None else output_error(error, hessian)
 
 
 def output_error(difference: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:

@@ -50,7 +50,7 @@ def amax_scale(groups: torch.Tensor) -> torch.Tensor:
 
 def round_codes(groups: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """Nearest codes, float32, clamped to [−8, 7]. groups: (…, group_size); scale: (…,), not zero."""
-    return torch.round(groups / scale.unsqueeze(-1)).clamp_(QMIN, QMAX)
+    return torch.div(groups, scale.unsqueeze(-1)).round_().clamp_(QMIN, QMAX)
 
 
 def _weighted_error(groups: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, importance: torch.Tensor):
@@ -69,8 +69,14 @@ def search_scale(
     """Scales with the least Σ importance·(w − s·q)², over shrunken ranges and then least-squares refits of the best.
 
     groups: (…, group_size) float32. importance: broadcastable to groups, ≥ 0: the mean square of each input channel, or
-    any other curvature. Returns (…,) float32 values already rounded by `snap`.
+    any other curvature; the same for every index of the first dimension. Returns (…,) float32 values already rounded by
+    `snap`. Large tensors are searched some rows at a time.
     """
+    rows = max(1, SEARCH_ELEMENTS // groups[0].numel())
+    return torch.cat([_search_rows(part, importance, snap, steps) for part in groups.split(rows)])
+
+
+def _search_rows(groups: torch.Tensor, importance: torch.Tensor, snap: Snap, steps: int) -> torch.Tensor:
     start = signed_scale(groups)
     best = rounded_scale(start, snap)
     best_error = _weighted_error(groups, round_codes(groups, best), best, importance)
