@@ -11,6 +11,8 @@ most of the work is matrix products. Differences from the paper:
 - A group's scale is searched when its turn comes, on the weights as already corrected, with the cost GPTQ itself
   charges (1/U_jj²) as the weight of each column.
 - Dampening grows until the factorisation succeeds. Dead columns (no input ever) are set to zero.
+
+H is the largest matrix there is (0.8 GB for 14336 inputs), so everything that is made of it takes its place.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ log = logging.getLogger(__name__)
 MAX_DAMPENING_STEPS = 8
 CHUNK = 128
 FACTOR_BLOCK = 1024
+COPIED_ELEMENTS = 2**24
 
 Rounding = Literal["rtn", "gptq"]
 
@@ -61,14 +64,19 @@ def start_linears(
     snap: rounds a scale to what can be stored.
     """
     for name in block.linears:
-        hessian, group_size = block.take_statistics(name).hessian, block.scheme.group_size
         if rounding == "gptq":
-            yield name, solve(block.weight(name), hessian, group_size, snap, **options)  # pyright: ignore
+            hessian = block.take_statistics(name).hessian
+            yield name, solve(block.weight(name), hessian, block.scheme.group_size, snap, **options)  # pyright: ignore
         else:
-            weight = block.weight(name)
-            groups = grouped(weight, group_size)
-            scale = search_scale(groups, grouped(hessian.diagonal().unsqueeze(0), group_size), snap)
-            yield name, Rounded(round_codes(groups, scale).view_as(weight).to(torch.int8), scale, weight)
+            diagonal = block.take_statistics(name).hessian.diagonal().clone()
+            yield name, nearest(block.weight(name), diagonal, block.scheme.group_size, snap)
+
+
+def nearest(weight: torch.Tensor, diagonal: torch.Tensor, group_size: int | None, snap: Snap) -> Rounded:
+    """Codes to nearest under searched scales. weight: (out, in) float32. diagonal: (in,), what each column counts."""
+    groups = grouped(weight, group_size)
+    scale = search_scale(groups, grouped(diagonal.unsqueeze(0), group_size), snap)
+    return Rounded(round_codes(groups, scale).view_as(weight).to(torch.int8), scale, weight)
 
 
 def solve(
@@ -83,25 +91,22 @@ def solve(
 ) -> Rounded:
     """Codes and scales with small E‖(W − Ŵ)x‖². The result's `weight` holds W with the error feedback.
 
-    weight: (out, in) float32, overwritten. hessian: (in, in) float32, E[x xᵀ], not changed.
+    weight: (out, in) float32, overwritten and returned. hessian: (in, in) float32, E[x xᵀ], overwritten.
     """
     out, size = weight.shape
     width = group_size or size
-    dead = hessian.diagonal() == 0
-    weight.masked_fill_(dead, 0)
-    order = column_order(hessian.diagonal(), width) if activation_order else torch.arange(size, device=weight.device)
-    inverse = torch.argsort(order)
-    upper = inverse_factor(hessian, dead, order, dampening)
-    work = weight[:, order].contiguous()
-    del weight
-    static = None if group_size else _scale(work, upper.diagonal(), snap, search)
-    codes = torch.empty(out, size, device=work.device)
-    scales = torch.empty(out, size // width, device=work.device)
+    diagonal = hessian.diagonal().clone()
+    order = column_order(diagonal, width) if activation_order else torch.arange(size, device=weight.device)
+    permute_(weight.masked_fill_(diagonal == 0, 0), order, 1)
+    upper = inverse_factor_(hessian, order, dampening)
+    static = None if group_size else _scale(weight, upper.diagonal(), snap, search)
+    codes = torch.empty(out, size, dtype=torch.int8, device=weight.device)
+    scales = torch.empty(out, size // width, device=weight.device)
     chunk = width if group_size and width >= CHUNK else (CHUNK // width) * width if group_size else CHUNK
     for start in range(0, size, chunk):
         stop = min(start + chunk, size)
-        block, errors = work[:, start:stop], torch.empty(out, stop - start, device=work.device)
-        factor = upper[start:stop, start:stop]
+        block, factor = weight[:, start:stop], upper[start:stop, start:stop]
+        rounded, errors = torch.empty(2, stop - start, out, device=weight.device).transpose(1, 2)
         scale = static
         for j in range(stop - start):
             if group_size and (start + j) % width == 0:
@@ -109,18 +114,17 @@ def solve(
                 scales[:, (start + j) // width] = scale
             assert scale is not None
             column = block[:, j]
-            code = torch.div(column, scale, out=codes[:, start + j]).round_().clamp_(QMIN, QMAX)
-            error = torch.addcmul(column, code, scale, value=-1).div_(factor[j, j])
-            errors[:, j] = error
+            code = torch.div(column, scale, out=rounded[:, j]).round_().clamp_(QMIN, QMAX)
+            error = torch.addcmul(column, code, scale, value=-1, out=errors[:, j]).div_(factor[j, j])
             block[:, j + 1 :].addr_(error, factor[j, j + 1 :], alpha=-1)
-        work[:, stop:].addmm_(errors, upper[start:stop, stop:], alpha=-1)
-    del upper, factor, block, errors
-    codes = codes.to(torch.int8)
+        codes[:, start:stop] = rounded
+        weight[:, stop:].addmm_(errors, upper[start:stop, stop:], alpha=-1)
+    inverse = torch.argsort(order)
+    permute_(codes, inverse, 1)
+    permute_(weight, inverse, 1)
     if static is not None:
-        scales[:, 0] = static
-        return Rounded(codes[:, inverse], scales, work[:, inverse])
-    group_order = torch.argsort(order[::width] // width)
-    return Rounded(codes[:, inverse], scales[:, group_order], work[:, inverse])
+        return Rounded(codes, static.unsqueeze(1), weight)
+    return Rounded(codes, scales[:, torch.argsort(order[::width] // width)], weight)
 
 
 def _scale(block: torch.Tensor, diagonal: torch.Tensor, snap: Snap, search: bool) -> torch.Tensor:
@@ -139,58 +143,92 @@ def column_order(diagonal: torch.Tensor, width: int) -> torch.Tensor:
 
 
 def column_cost(hessian: torch.Tensor, group_size: int | None, dampening: float = 0.01) -> torch.Tensor:
-    """1/U_jj² of every column in its own place: (in,) float32, what a unit of rounding error there costs GPTQ."""
-    dead = hessian.diagonal() == 0
-    order = column_order(hessian.diagonal(), group_size or hessian.shape[0])
-    cost = upper_factor(hessian, dead, order, dampening).diagonal().square()
-    return cost[torch.argsort(order)].masked_fill(dead, 0)
+    """1/U_jj² of every column in its own place: (in,) float32, what a unit of rounding error there costs GPTQ.
 
-
-def inverse_factor(hessian: torch.Tensor, dead: torch.Tensor, order: torch.Tensor, dampening: float) -> torch.Tensor:
-    """Upper U with UᵀU = H⁻¹, for the dampened, reordered H: (in, in) float32.
-
-    The inverse of H is never formed: with the upper R of R Rᵀ = H, U is R⁻¹. Both steps work in the memory of one
-    matrix.
+    hessian: (in, in) float32; worked on in place and then put back, made exactly symmetric by its lower triangle.
     """
-    return invert_upper_(upper_factor(hessian, dead, order, dampening))
+    order = column_order(hessian.diagonal(), group_size or hessian.shape[0])
+    inverse = torch.argsort(order)
+    diagonal = upper_factor_(hessian, order, dampening)
+    cost = hessian.diagonal().square().masked_fill(diagonal == 0, 0)
+    restore_upper_(hessian, diagonal)
+    reorder_(hessian, inverse)
+    return cost[inverse]
 
 
-def upper_factor(hessian: torch.Tensor, dead: torch.Tensor, order: torch.Tensor, dampening: float) -> torch.Tensor:
-    """Upper R with R Rᵀ = H, for the dampened, reordered H: (in, in) float32. Dampening grows until it exists."""
-    if not bool(hessian.isfinite().all()):
+def inverse_factor_(hessian: torch.Tensor, order: torch.Tensor, dampening: float) -> torch.Tensor:
+    """Overwrites H with the upper U of UᵀU = H⁻¹, for the dampened, reordered H, and returns it.
+
+    The inverse of H is never formed: with the upper R of R Rᵀ = H, U is R⁻¹.
+    """
+    upper_factor_(hessian, order, dampening)
+    return invert_upper_(hessian.triu_())
+
+
+def upper_factor_(hessian: torch.Tensor, order: torch.Tensor, dampening: float) -> torch.Tensor:
+    """Overwrites the upper triangle with that R of R Rᵀ = H, for the dampened, reordered H.
+
+    Below the diagonal the reordered H stays as it is; its diagonal is returned, (in,). The two give H back
+    (`restore_upper_`), which is how dampening grows until the factor exists.
+    """
+    if not bool(torch.stack(hessian.aminmax()).isfinite().all()):
         raise ValueError("the second moments of a layer's input are not finite: its activations overflow on this text")
-    mean = hessian.diagonal()[~dead].mean() if bool((~dead).any()) else torch.ones((), device=hessian.device)
+    reorder_(hessian, order)
+    diagonal = hessian.diagonal().clone()
+    alive = (diagonal != 0).sum()
+    mean = torch.where(alive > 0, diagonal.sum() / alive.clamp_min(1), 1.0)
     share = dampening
     for attempt in range(MAX_DAMPENING_STEPS):
-        damped = hessian[order.unsqueeze(1), order]
-        diagonal = damped.diagonal()
-        diagonal[dead[order]] = mean
-        diagonal += share * mean
-        if factor_upper_(damped):
+        hessian.diagonal().copy_(torch.where(diagonal == 0, mean, diagonal) + share * mean)
+        if factor_upper_(hessian):
             if attempt:
                 log.warning("second moments are close to singular: dampening raised to %g", share)
-            return damped
+            return diagonal
+        restore_upper_(hessian, diagonal)
         share *= 4
     raise ValueError(f"second moments stay singular with dampening {share:g}: use more or other calibration text")
 
 
 def factor_upper_(matrix: torch.Tensor) -> bool:
-    """Overwrites a symmetric matrix with the upper R of R Rᵀ, from the last block to the first; False if it has
-    none.
+    """Overwrites the upper triangle of a symmetric matrix with that R of R Rᵀ, last block first; False if it has none.
+
+    Only the upper triangle is read, and what is below the diagonal stays.
     """
     size = matrix.shape[0]
+    failures = []
     for stop in range(size, 0, -FACTOR_BLOCK):
         start = max(0, stop - FACTOR_BLOCK)
-        lower, failed = torch.linalg.cholesky_ex(matrix[start:stop, start:stop].flip(0, 1))
-        if int(failed) or not bool(lower.diagonal().isfinite().all()):
-            return False
-        corner = lower.flip(0, 1)
-        panel = torch.linalg.solve_triangular(corner.T, matrix[:start, start:stop], upper=False, left=False)
-        matrix[start:stop, start:stop] = corner
-        matrix[:start, start:stop] = panel
-        matrix[start:stop, :start] = 0
-        matrix[:start, :start].addmm_(panel, panel.T, alpha=-1)
-    return True
+        panel, corner = matrix[:start, start:stop], matrix[start:stop, start:stop]
+        right = matrix[start:stop, stop:]
+        lower, failed = torch.linalg.cholesky_ex(torch.addmm(corner, right, right.T, alpha=-1).flip(0, 1))
+        factor = lower.flip(0, 1)
+        corner.tril_(-1).add_(factor)
+        panel.addmm_(matrix[:start, stop:], right.T, alpha=-1)
+        panel.copy_(torch.linalg.solve_triangular(factor.T, panel, upper=False, left=False))
+        failures.append(failed)
+    return bool((torch.stack(failures) == 0).all() & matrix.diagonal().isfinite().all())
+
+
+def restore_upper_(matrix: torch.Tensor, diagonal: torch.Tensor) -> None:
+    """Makes a matrix symmetric again from what is below its diagonal, and from its diagonal (in,)."""
+    for start in range(0, matrix.shape[0], FACTOR_BLOCK):
+        stop = start + FACTOR_BLOCK
+        corner = matrix[start:stop, start:stop].tril_(-1)
+        corner.copy_(corner + corner.T)
+        matrix[start:stop, stop:] = matrix[stop:, start:stop].T
+    matrix.diagonal().copy_(diagonal)
+
+
+def reorder_(matrix: torch.Tensor, order: torch.Tensor) -> None:
+    """Reorders rows and columns of a square matrix in place."""
+    permute_(matrix, order, 0)
+    permute_(matrix, order, 1)
+
+
+def permute_(matrix: torch.Tensor, order: torch.Tensor, dim: int) -> None:
+    """Takes the rows (dim 0) or columns (dim 1) of a matrix in another order, in place: a strip of it at a time."""
+    for strip in matrix.split(max(1, COPIED_ELEMENTS // matrix.shape[dim]), 1 - dim):
+        strip.copy_(strip.index_select(dim, order))
 
 
 def invert_upper_(matrix: torch.Tensor) -> torch.Tensor:

@@ -1,16 +1,19 @@
-"""Peak device memory while a layer of the size of an 8B model's is calibrated."""
+"""Peak memory of the solver, and of the device while a layer of the size of an 8B model's is calibrated."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from live_bytes import LiveBytes
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from kompakt.compress.coverage import cover, resolve_group_size
 from kompakt.compress.hf_decoder import decoder_layers
 from kompakt.compress.walk import quantize_layers
+from kompakt.quant import solver
 from kompakt.quant.fireq import FireQ
 from kompakt.quant.gptq import GPTQ
+from kompakt.quant.grid import storage_snap
 
 
 @pytest.mark.gpu
@@ -44,3 +47,22 @@ def test_one_layer_at_a_time_stays_within_its_budget(method, capsys):
             f"{[round(report.seconds, 1) for report in result.reports]} s per layer"
         )
     assert result.peak_bytes < budget
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_solver_copies_neither_the_moments_nor_the_weights(monkeypatch):
+    out, size, block, copied = 512, 2048, 64, 2**16
+    monkeypatch.setattr(solver, "FACTOR_BLOCK", block)
+    monkeypatch.setattr(solver, "COPIED_ELEMENTS", copied)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(size, size, generator=generator)
+    weight, hessian = torch.randn(out, size, generator=generator), x.T @ x / size
+    with LiveBytes() as held:
+        cost = solver.column_cost(hessian, 128)
+    strips = 4 * (3 * size * block + copied)
+    assert held.peak - hessian.nbytes < strips
+    with LiveBytes() as held:
+        found = solver.solve(weight, hessian, 128, storage_snap(torch.bfloat16), search=False)
+    extra = held.peak - hessian.nbytes - weight.nbytes
+    assert extra < strips + found.codes.nbytes + found.scale.nbytes < weight.nbytes < hessian.nbytes
+    assert found.weight.data_ptr() == weight.data_ptr() and cost.shape == (size,)

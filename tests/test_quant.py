@@ -149,14 +149,27 @@ def test_fireq_scales_are_e4m3_times_a_power_of_two_and_exact_in_bf16():
 @pytest.mark.parametrize(("size", "block"), [(192, 1024), (192, 64), (200, 64), (65, 64), (1, 64)])
 def test_inverse_factor_in_place_equals_the_factor_of_the_inverse(size, block, monkeypatch):
     monkeypatch.setattr(solver, "FACTOR_BLOCK", block)
+    monkeypatch.setattr(solver, "COPIED_ELEMENTS", 3 * size)
     hessian = second_moments(size)
     order = column_order(hessian.diagonal(), 1)
-    kept = hessian.clone()
-    upper = solver.inverse_factor(hessian, hessian.diagonal() == 0, order, 0.01)
     exact = hessian[order][:, order].double()
     exact.diagonal().add_(0.01 * hessian.diagonal().mean().double())
     expected = torch.linalg.cholesky(torch.linalg.inv(exact), upper=True)
+    upper = solver.inverse_factor_(hessian.clone(), order, 0.01)
     assert (upper.double() - expected).norm() < 1e-4 * expected.norm()
-    assert torch.equal(hessian, kept)
     cost = solver.column_cost(hessian, 1)[order].double()
     torch.testing.assert_close(cost, expected.diagonal().square().reciprocal(), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("block", [1024, 64])
+def test_moments_are_put_back_after_every_attempt(block, monkeypatch, caplog):
+    monkeypatch.setattr(solver, "FACTOR_BLOCK", block)
+    hessian = second_moments(200, tokens=4)
+    hessian[7], hessian[:, 7] = 0, 0
+    hessian = hessian.tril() + hessian.tril(-1).T
+    kept = hessian.clone()
+    cost = solver.column_cost(hessian, 1, dampening=1e-9)
+    assert "dampening raised" in caplog.text and torch.equal(hessian, kept)
+    assert cost[7] == 0 and cost.isfinite().all()
+    share = float(caplog.text.rpartition(" ")[2])
+    torch.testing.assert_close(solver.column_cost(kept.clone(), 1, dampening=share), cost, rtol=1e-6, atol=0)
