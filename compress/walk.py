@@ -106,55 +106,79 @@ def quantize_layers(
     reference = list(inputs) if method.needs_reference else None
     reports, tensors = [], {}
     for index, (name, layer) in enumerate(layers):
-        started = time.perf_counter()
-        with resident(layer, device), torch.no_grad():
-            check_finite(name, layer)
-            linears = {
-                child: module
-                for child, module in layer.named_modules()
-                if isinstance(module, nn.Linear) and f"{name}.{child}" in covered
-            }
-            block = Block(
-                name=name,
-                module=layer,
-                linears=linears,
-                folds=[],
-                inputs=inputs,
-                arguments=calls.of_layer(index, device),
-                scheme=method.scheme(),
-                scale_dtype=next(iter(linears.values())).weight.dtype if linears else torch.bfloat16,
-                device=device,
-                seed=seed + index,
-                progress=lambda text, index=index: progress("layers", index, len(layers), text),
-            )
-            expected = block.run(inputs[0], 0)
-            if reference is not None:
-                block.reference = [block.run(hidden, i).to(hidden.device) for i, hidden in enumerate(reference)]
-            if linears:
-                block.folds = find_folds(block) if method.needs_data else []
-                commit(block, method.quantize(block), undo)
-            outputs = [block.run(hidden, i).to(hidden.device) for i, hidden in enumerate(inputs)]
-            error = relative_error(outputs[0].to(device), expected, inputs[0].to(device))
-            tensors.update({f"{name}.{key}": tensor.cpu() for key, tensor in block.tensors.items()})
-            inputs, reference = outputs, block.reference
-        reports.append(LayerReport(name, error, time.perf_counter() - started, block.notes))
-        progress("layers", index + 1, len(layers), f"error {error:.2e}")
+        linears = {
+            child: module
+            for child, module in layer.named_modules()
+            if isinstance(module, nn.Linear) and f"{name}.{child}" in covered
+        }
+        block = Block(
+            name=name,
+            module=layer,
+            linears=linears,
+            folds=[],
+            inputs=inputs,
+            arguments=calls.of_layer(index, device),
+            scheme=method.scheme(),
+            scale_dtype=next(iter(linears.values())).weight.dtype if linears else torch.bfloat16,
+            device=device,
+            reference=reference,
+            seed=seed + index,
+            progress=lambda text, index=index: progress("layers", index, len(layers), text),
+        )
+        report = quantize_layer(block, method, undo)
+        tensors.update({f"{name}.{key}": tensor.cpu() for key, tensor in block.tensors.items()})
+        del block, linears  # or the float weights would stay until the next layer is done
+        reports.append(report)
+        progress("layers", index + 1, len(layers), f"error {report.error:.2e}")
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     return WalkResult(reports, tensors, peak)
 
 
-def commit(block: Block, quantized: dict[str, QuantizedWeight], undo: Undo | None) -> None:
-    """Swaps the quantized Linears into the layer and stores the folded norm parameters."""
+@torch.no_grad()
+def quantize_layer(block: Block, method: WeightMethod, undo: Undo | None) -> LayerReport:
+    """Quantizes one layer in place. Its outputs take the places of `block.inputs`, the float ones of `block.reference`.
+
+    A layer without Linears to quantize is only run.
+    """
+    started = time.perf_counter()
+    home = next(block.module.parameters()).device
+    home = torch.device("cpu") if home.type == "meta" else home
+    with resident(block.module, block.device):
+        check_finite(block.name, block.module)
+        hidden = block.inputs[0]
+        expected = block.run(hidden, 0)
+        if block.reference is not None:
+            advance(block, block.reference)
+        if block.linears:
+            block.folds = find_folds(block) if method.needs_data else []
+            commit(block, method.quantize(block), undo, home)
+        advance(block, block.inputs)
+        error = relative_error(block.inputs[0].to(block.device), expected, hidden.to(block.device))
+    return LayerReport(block.name, error, time.perf_counter() - started, block.notes)
+
+
+def advance(block: Block, states: list[torch.Tensor]) -> None:
+    """Replaces the hidden states of every batch, (batch, tokens, hidden), by what the layer makes of them."""
+    for index, hidden in enumerate(states):
+        states[index] = block.run(hidden, index).to(hidden.device)
+
+
+def commit(block: Block, quantized: dict[str, QuantizedWeight], undo: Undo | None, home: torch.device) -> None:
+    """Swaps the quantized Linears into the layer and stores the folded norm parameters.
+
+    home: where what `undo` keeps waits.
+    """
     for name, linear in block.linears.items():
         check_quantized(f"{block.name}.{name}", quantized[name])
         replacement = CompressedLinear.from_quantized(quantized[name], block.bias(name), block.scheme)
         block.module.set_submodule(name, replacement)
         if undo is not None:
             undo.modules.append((block.module, name, linear))
+            linear.to(home)
     for name, value in block.norm_parameters().items():
         parameter = block.module.get_parameter(name)
         if undo is not None:
-            undo.parameters.append((block.module, name, parameter.data.clone()))
+            undo.parameters.append((block.module, name, parameter.data.to(home, copy=True)))
         parameter.data = value.clone()
 
 
@@ -166,26 +190,31 @@ def relative_error(output: torch.Tensor, expected: torch.Tensor, hidden: torch.T
 
 def check_finite(name: str, layer: nn.Module) -> None:
     """ValueError naming the tensor if a weight of the layer is NaN or infinite."""
-    for child, parameter in layer.named_parameters():
-        if parameter.is_floating_point() and parameter.device.type != "meta" and not bool(parameter.isfinite().all()):
+    found = {
+        child: torch.stack(parameter.aminmax()).isfinite().all()
+        for child, parameter in layer.named_parameters()
+        if parameter.is_floating_point() and parameter.device.type != "meta" and parameter.numel()
+    }
+    for child, finite in found.items():
+        if not bool(finite):
             raise ValueError(f"{name}.{child} holds NaN or infinite values; the checkpoint is damaged")
 
 
 def check_quantized(name: str, quantized: QuantizedWeight) -> None:
     """ValueError if scales or codes are not what can be stored and multiplied."""
-    scale, codes = quantized.scale.float(), quantized.codes.float()
-    if not bool(scale.isfinite().all()) or bool((scale == 0).any()):
+    scale, codes = quantized.scale, quantized.codes
+    if not bool((scale.isfinite() & (scale != 0)).all()):
         raise ValueError(f"{name}: a scale is zero, NaN or infinite after quantization")
-    if not bool(codes.isfinite().all()):
+    if codes.is_floating_point() and not bool(codes.float().isfinite().all()):
         raise ValueError(f"{name}: a quantized weight is NaN or infinite")
 
 
 def _home(device: torch.device, hidden: list[torch.Tensor]) -> torch.device:
-    """Where hidden states wait between layers: on the device if three copies of them take under a quarter of what is
-    free.
+    """Where hidden states wait between layers: on the device if two copies of them take under a quarter of what is free
+    there.
     """
     if device.type != "cuda":
         return device
-    needed = 3 * sum(tensor.numel() * tensor.element_size() for tensor in hidden)
+    needed = 2 * sum(tensor.numel() * tensor.element_size() for tensor in hidden)
     free, _ = torch.cuda.mem_get_info(device)
     return device if needed < free / 4 else torch.device("cpu")
