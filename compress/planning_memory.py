@@ -1,10 +1,9 @@
 """Memory of a `compress` run, stage by stage, estimated from shapes: what is held at the same time, on device and host.
 
     loading       the whole base model on the host; the device holds nothing yet
-    calibration   one decoder layer, a float32 matrix of second moments for each of its Linears, hidden states of all
-                  samples (old, new and, for methods that compare with the float model, a third copy), and the largest
-                  transient: a pass over one batch, float32 copies of a Linear that is rounded, or gradients of learned
-                  rounding
+    calibration   one decoder layer, hidden states of all samples (twice for methods that compare with the float model),
+                  and the worst of these moments: a differentiated pass over one batch beside a float32 matrix of second
+                  moments for each Linear; the rounding of one Linear beside the matrices not used up; learned rounding
     reading back  the model in memory and the one reloaded from disk, on the host
     evaluation    base and compressed model on the device, the logits of one window of each, and one forward pass
 
@@ -14,7 +13,7 @@ the host until the end. Not counted: Python and its libraries (0.6 GB on the hos
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,20 +21,23 @@ import torch
 from torch import nn
 
 from ..quant.grid import SEARCH_ELEMENTS, SHRINK_STEPS
+from ..quant.solver import FACTOR_BLOCK
 from .evaluation import CHUNK_ELEMENTS
 from .pipeline import PROBE_TOKENS
 from .recipe import Recipe
 from .walk import _home
 
 FLOAT32 = 4
-# float32 copies of one Linear that is rounded, and of all that a search of its scales, or the solver, tries at once.
-ROUNDED_COPIES, TRIED_COPIES = 4, 3
-# float32 matrices (in, in) beside the Hessian: its factor, which is inverted in place.
-SOLVER_MATRICES = 1
-# A pass that is differentiated keeps what every operation read, and then the gradients.
-GRAPH_COPIES = 2
-# Bytes per weight of a learned rounding: weight, offset, two gradients; and what autograd saves in a pass.
-LEARNED_BYTES, SAVED_BYTES = 16, 11
+# float32 copies of one Linear that is rounded: itself, and its quotient by the scales; absolute values too in FP8.
+ROUNDED_COPIES = {"int4": 2, "fp8": 4}
+# float32 tensors of the size that a search of scales tries at once.
+TRIED_COPIES = 3
+# float32 strips of a matrix of second moments while it is factored: a panel, its update and the solution.
+FACTOR_STRIPS = 3
+# A pass that is differentiated keeps the outputs of all Linears, what other operations read, and then the gradients.
+GRAPH_COPIES = 3
+# Bytes per weight of a learned rounding: codes, weight, offset, two gradients; and what autograd saves in a pass.
+LEARNED_BYTES, SAVED_BYTES = 17, 11
 # float32 chunks of logits alive at once: both log-softmaxes, probabilities, the terms of the KL and two temporaries.
 LOGIT_CHUNKS = 6
 # float32 copies of the hidden states inside a norm.
@@ -100,45 +102,56 @@ class MemoryModel:
         )
         hidden = torch.empty(tokens, self.hidden_size, dtype=self.model.dtype, device="meta")
         needs = [
-            {
-                "decoder layer": _bytes(layer),
-                "second moments": sum(FLOAT32 * linear.in_features**2 for linear in linears) * method.needs_data,
-                "largest transient": self.transient(layer, linears, batch),
-            }
+            {"decoder layer": _bytes(layer), "second moments": moments, "largest transient": transient}
             for layer, linears in layers
+            for moments, transient in self.moments(layer, linears, batch)
         ]
         most = max(needs, key=lambda need: sum(need.values()))
-        states = {"hidden states": hidden.nbytes * (3 if method.needs_reference else 2)}
+        # The first batch is kept beside its output, for the error of the layer.
+        states = {"hidden states": hidden.nbytes * (2 if method.needs_reference else 1) + 2 * hidden[:batch].nbytes}
         host = {"base model": self.base_bytes, **extra}
         no_cuda_here = self.device.type == "cuda" and not torch.cuda.is_available()
         if no_cuda_here or _home(self.device, [hidden]).type == self.device.type:
             return Stage("calibration", {**most, **states}, host)
         return Stage("calibration", most, {**host, **states})
 
-    def transient(self, layer: nn.Module, linears: list[nn.Linear], tokens: int) -> int:
-        """Largest of: a pass over one batch, rounding one Linear, learning all; beside the codes found so far."""
+    def moments(self, layer: nn.Module, linears: list[nn.Linear], tokens: int) -> Iterator[tuple[int, int]]:
+        """(second moments, everything else) at each moment of a layer that may need most. tokens: of one batch."""
         method = self.recipe.weights
         assert method is not None
-        one_pass = self.activations(layer, tokens)
-        rounding = learning = 0
-        for linear in linears:
-            count = linear.weight.numel()
-            tried = min(SHRINK_STEPS * count, SEARCH_ELEMENTS) if method.storage == "int4" else 0
-            searched = TRIED_COPIES * max(count, tried)
-            solved = TRIED_COPIES * count + SOLVER_MATRICES * linear.in_features**2 if method.needs_data else 0
-            rounding = max(rounding, FLOAT32 * (ROUNDED_COPIES * count + max(searched, solved)))
-        codes = sum(linear.weight.numel() for linear in linears)
+        one_pass, graph = self.activations(layer, tokens), GRAPH_COPIES * self.activations(layer, tokens, False)
+        weights = sum(linear.weight.numel() for linear in linears)
+        matrices = [FLOAT32 * linear.in_features**2 * method.needs_data for linear in linears]
+        yield 0, one_pass + weights
+        if method.needs_data:
+            yield sum(matrices), graph
+            yield sum(matrices), max((self.rounding(linear) for linear in linears), default=0)
         if method.needs_reference:
-            learning = codes * (LEARNED_BYTES + SAVED_BYTES) + one_pass * GRAPH_COPIES
-        return max(one_pass * (GRAPH_COPIES if method.needs_data else 1), rounding, learning) + codes
+            yield 0, weights * (LEARNED_BYTES + SAVED_BYTES) + graph
+        done, kept = 0, 1 + FLOAT32 * method.needs_reference
+        for index, linear in enumerate(linears):
+            yield sum(matrices[index:]), done + self.rounding(linear)
+            done += kept * linear.weight.numel()
 
-    def activations(self, layer: nn.Module, tokens: int) -> int:
-        """One forward pass of a layer: outputs of all its Linears, float32 copies inside norms, expanded weights."""
+    def rounding(self, linear: nn.Linear) -> int:
+        """Rounding one Linear: float32 copies, codes, and the trials of its scales or the factor of its moments."""
+        method, count = self.recipe.weights, linear.weight.numel()
+        assert method is not None
+        tried = min(SHRINK_STEPS * count, SEARCH_ELEMENTS) if method.storage == "int4" else 0
+        strip = linear.in_features * min(linear.in_features, FACTOR_BLOCK) * method.needs_data
+        beside = max(TRIED_COPIES * tried, FACTOR_STRIPS * strip, (ROUNDED_COPIES[method.storage] - 1) * count)
+        return FLOAT32 * (count + beside) + count
+
+    def activations(self, layer: nn.Module, tokens: int, compressed: bool = True) -> int:
+        """One forward pass of a layer: outputs of all its Linears, float32 copies inside norms, expanded weights.
+
+        compressed: its Linears are, and are expanded where they run through the reference.
+        """
         linears = [module for module in layer.modules() if isinstance(module, nn.Linear)]
         size = tokens * (self.model.dtype.itemsize * _width(layer) + NORM_COPIES * FLOAT32 * self.hidden_size)
         if self.device.type == "cpu":
             size += 2 * FLOAT32 * tokens * max((linear.in_features for linear in linears), default=0)
-        if self.reference:
+        if self.reference and compressed:
             largest = max((linear.weight.numel() for linear in linears), default=0)
             size += largest * (2 * FLOAT32 + self.model.dtype.itemsize)
         return size

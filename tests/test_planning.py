@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-import weakref
 
 import pytest
 import torch
+from live_bytes import LiveBytes
 from safetensors import safe_open
 from tiny import tiny_directory, write_text
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, MixtralConfig, T5Config
 
 from kompakt.compress import compress, plan
@@ -139,46 +137,22 @@ def test_cache_is_bounded_by_a_sliding_window():
     assert kv_cache_bytes(config, 1000, 2) * 2000 == kv_cache_bytes(full, 1000, 2) * 1050
 
 
-class LiveBytes(TorchDispatchMode):
-    """Bytes of all tensor storages that operations have put out or touched and that still live, and their peak."""
-
-    def __init__(self):
-        super().__init__()
-        self.live = self.peak = 0
-        self.known = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                self._note(tensor.untyped_storage())
-        return result
-
-    def _note(self, storage):
-        key, size = storage._cdata, storage.nbytes()
-        if key not in self.known:
-            self.known.add(key)
-            self.live += size
-            self.peak = max(self.peak, self.live)
-            weakref.finalize(storage, self._forget, key, size)
-
-    def _forget(self, key, size):
-        self.known.discard(key)
-        self.live -= size
-
-
 @pytest.mark.parametrize(
-    ("recipe", "length"),
+    ("recipe", "length", "hidden", "most"),
     [
-        ("w4a16-rtn", 64),
-        ("w4a16-gptq", 64),
-        ("w4a8-fireq", 512),
-        ({"weights": {"method": "signround", "steps": 2}}, 512),
+        ("w4a16-rtn", 64, 128, 1.6),
+        ("w4a16-gptq", 64, 128, 1.6),
+        ("w4a16-gptq", 64, 512, 1.3),
+        ("w4a8-fireq", 512, 128, 1.6),
+        ("w4a8-fireq", 64, 512, 1.3),
+        ({"weights": {"method": "signround", "steps": 2}}, 512, 128, 1.6),
     ],
-    ids=["rtn", "gptq", "fireq", "signround"],
+    ids=["rtn", "gptq", "gptq-wide", "fireq", "fireq-wide", "signround"],
 )
-def test_memory_of_calibration_is_near_what_is_held(recipe, length, tmp_path):
-    config = LlamaConfig(**{**SMALL, "hidden_size": 128, "intermediate_size": 512}, dtype="bfloat16")
+def test_memory_of_calibration_is_near_what_is_held(recipe, length, hidden, most, tmp_path):
+    """What a search of scales tries at once weighs most at width 128, second moments do at 512."""
+    sizes = {"hidden_size": hidden, "intermediate_size": 4 * hidden, "num_hidden_layers": 1 if hidden > 128 else 2}
+    config = LlamaConfig(**{**SMALL, **sizes}, dtype="bfloat16")
     samples = 4
     overrides = {"calibration.samples": samples, "calibration.length": length}
     found = plan(write_config(config, tmp_path), recipe, overrides=overrides, device="cpu")
@@ -191,7 +165,7 @@ def test_memory_of_calibration_is_near_what_is_held(recipe, length, tmp_path):
         quantize_layers(model, method, list(tokens.split(1)), coverage, device=torch.device("cpu"))
     estimate = dict(next(stage for stage in found.stages if stage.name == "calibration").host)
     del estimate["base model"]
-    assert 0.8 < sum(estimate.values()) / held.peak < 2
+    assert 1 < sum(estimate.values()) / held.peak < most
 
 
 def test_memory_grows_with_what_it_should(base):
@@ -200,7 +174,7 @@ def test_memory_grows_with_what_it_should(base):
         return next((stage for stage in found.stages if stage.name == name), None)
 
     few, many = (stage("calibration", calibration__samples=count).host for count in (8, 16))
-    assert many["hidden states"] == 2 * few["hidden states"]
+    assert many["hidden states"] / few["hidden states"] == (16 + 2) / (8 + 2)  # one batch is kept, with its output
     assert many["second moments"] == few["second moments"] > 0
     assert stage("calibration", "w4a16-rtn").host["second moments"] == 0
     assert stage("evaluation", evaluation__windows=0) is None
