@@ -15,6 +15,8 @@ bench = typer.Typer(
 )
 
 Methods = Annotated[str, typer.Option(help="Methods, comma-separated.", metavar="A,B,…")]
+Method = Annotated[str, typer.Option(help="The method that quantizes everything else.", metavar="A")]
+Ranges = Annotated[int, typer.Option(help="Into how many ranges the decoder layers are divided.", min=1)]
 Inputs = Annotated[str, typer.Option("--activations", help="none, fp8 or both, comma-separated.", metavar="A,B")]
 Sizes = Annotated[str, typer.Option("--group-sizes", help="Group sizes, comma-separated.", metavar="N,N")]
 Options = Annotated[
@@ -52,8 +54,6 @@ def weights(
     as_json: o.Json = False,
 ) -> None:
     """Perplexity, KL, bits and calibration time of every method × activations × group size (--windows 0: all)."""
-    from ..compress.assess import save_json
-    from ..compress.calibration import CalibrationOptions
     from ..compress.recipe import EvaluationOptions
     from ..compress.sweep import markdown_table, merged, sweep
     from .main import settings
@@ -64,13 +64,7 @@ def weights(
     chosen: list[dict[str, Any]] = [
         {"method": method, **options, **({"label": label} if label else {})} for method in methods.split(",")
     ]
-    calibration = CalibrationOptions(
-        source=dataset or "builtin",
-        samples=samples or 128,
-        length=length or 2048,
-        batch_size=batch_size or 1,
-        seed=seed or 0,
-    )
+    calibration = calibration_options(dataset, samples, length, batch_size, seed)
     with session.working(), Bar(session.stderr, "loading the model") as bar:
         result = sweep(
             model,
@@ -84,19 +78,91 @@ def weights(
         )
         if output is not None:
             result = merged(output, result) if append else result
-            output.parent.mkdir(parents=True, exist_ok=True)
-            save_json(result, output)
+            save(result, output)
     session.show(result, lambda content: [markdown_table(content)], as_json)
 
 
 @bench.command()
+def sensitivity(
+    context: typer.Context,
+    model: o.Model,
+    method: Method = "gptq",
+    activations: o.Activations = "none",
+    group_size: o.GroupSize = "64",
+    set_: Options = None,
+    ranges: Ranges = 5,
+    dataset: o.Dataset = "builtin",
+    samples: o.Samples = 128,
+    length: o.Length = 2048,
+    batch_size: o.BatchSize = 8,
+    seed: o.Seed = 0,
+    text: o.Text = "builtin",
+    window: o.Window = 2048,
+    windows: o.Windows = 0,
+    note: Note = "",
+    output: o.OutputFile = None,
+    as_json: o.Json = False,
+) -> None:
+    """Which projections and which ranges of layers carry the loss: each in float again, all else quantized."""
+    from ..compress.recipe import EvaluationOptions
+    from ..compress.sensitivity import part_table
+    from ..compress.sensitivity import sensitivity as measure
+    from .main import settings
+    from .progress import Bar
+
+    session: Session = context.obj
+    weights: dict[str, Any] = {"method": method, **settings(set_), "activations": activations}
+    weights["group_size"] = int(group_size) if group_size and group_size.isdigit() else group_size
+    calibration = calibration_options(dataset, samples, length, batch_size, seed)
+    with session.working(), Bar(session.stderr, "loading the model") as bar:
+        result = measure(
+            model,
+            weights,
+            ranges=ranges,
+            calibration=calibration,
+            evaluation=EvaluationOptions(text=text, window=window, windows=windows),
+            note=note,
+            progress=bar,
+        )
+        if output is not None:
+            save(result, output)
+    session.show(result, lambda content: [part_table(content)], as_json)
+
+
+def calibration_options(
+    dataset: str | None, samples: int | None, length: int | None, batch_size: int | None, seed: int | None
+) -> Any:
+    """The calibration that a measurement's options ask for."""
+    from ..compress.calibration import CalibrationOptions
+
+    return CalibrationOptions(
+        source=dataset or "builtin",
+        samples=samples or 128,
+        length=length or 2048,
+        batch_size=batch_size or 1,
+        seed=seed or 0,
+    )
+
+
+def save(result: dict[str, Any], output: Path) -> None:
+    """Writes a result, in a folder that need not exist."""
+    from ..compress.assess import save_json
+
+    output.parent.mkdir(parents=True, exist_ok=True)
+    save_json(result, output)
+
+
+@bench.command()
 def table(context: typer.Context, file: Path, into: Document = None) -> None:
-    """The Markdown table of a FILE that `bench weights` wrote."""
+    """The Markdown table of a FILE that `bench weights` or `bench sensitivity` wrote."""
     import json
 
+    from ..compress.sensitivity import part_table
     from ..compress.sweep import insert_table, markdown_table
 
+    result = json.loads(file.read_text("utf-8"))
+    render = part_table if "part" in result["rows"][0] else markdown_table
     if into is not None:
-        insert_table(into, file)
+        insert_table(into, file, render)
     else:
-        context.obj.print(markdown_table(json.loads(file.read_text("utf-8"))))
+        context.obj.print(render(result))

@@ -46,16 +46,15 @@ def load(
 
 class Patch:
     """What `patch` did to a model. `unpatch()` undoes it, as does leaving a ``with`` block; coverage says what
-    changed.
+    changed, undo holds what was there before.
     """
 
     def __init__(self, model: Any, undo: Undo, coverage: list[Coverage] | None):
-        self.model, self.coverage = model, coverage
-        self._undo = undo
+        self.model, self.undo, self.coverage = model, undo, coverage
 
     def unpatch(self) -> None:
         """Restores the original modules and values, bit for bit. A second call does nothing."""
-        self._undo.restore()
+        self.undo.restore()
         unmark_quantized(self.model)
 
     def __enter__(self) -> Any:

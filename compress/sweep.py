@@ -10,7 +10,8 @@ import datetime
 import itertools
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,15 +47,8 @@ def sweep(
     methods: keys, or dicts with `method` and its options (a `label` names the row). note: kept in the result and shown
     under the table. Raises ValueError for bad input.
     """
-    calibration, evaluation = calibration or CalibrationOptions(), evaluation or EvaluationOptions()
-    path = resolve_model(model)
-    tokenizer = load_tokenizer(path)
-    text, description = read_text(evaluation.text)
-    windows = text_windows(
-        tokenizer, text, window=evaluation.window, stride=evaluation.stride, limit=evaluation.windows or None
-    )
-    placement = default_device_map()
-    base, subject = load_base(path, device_map=placement), load_base(path, device_map=placement)
+    calibration = calibration or CalibrationOptions()
+    bench = Bench.open(model, evaluation or EvaluationOptions())
     combinations = list(itertools.product(methods, activations, group_sizes))
     rows = []
     for index, (method, inputs, group_size) in enumerate(combinations):
@@ -63,36 +57,62 @@ def sweep(
         slot = {**options, "activations": inputs, "group_size": group_size}
         recipe = Recipe.load({"name": label, "weights": slot, "calibration": calibration.model_dump()})
         progress("sweep", index, len(combinations), f"{label} {inputs} g{group_size}")
-        rows.append({"label": label, **_row(subject, base, recipe, tokenizer, windows, evaluation, progress)})
+        rows.append({"label": label, **_row(bench, recipe, progress)})
     progress("sweep", len(combinations), len(combinations), "done")
-    return {
-        "kompakt": package_version(),
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "environment": environment(next(subject.parameters()).device),
-        "note": note,
-        "model": path.name,
-        "text": describe_text(evaluation, description, windows),
-        "calibration": {**calibration.model_dump(), "source": Path(calibration.source).name},
-        "rows": rows,
-    }
+    return {**bench.heading(note, calibration), "rows": rows}
 
 
-def _row(
-    subject: Any,
-    base: Any,
-    recipe: Recipe,
-    tokenizer: Any,
-    windows: torch.Tensor,
-    evaluation: EvaluationOptions,
-    progress: Progress,
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Bench:
+    """What measurements of one model share: two copies of it, one to be patched, and windows (n, window) of a text."""
+
+    path: Path
+    tokenizer: Any
+    base: Any
+    subject: Any
+    windows: torch.Tensor
+    evaluation: EvaluationOptions
+    source: str
+
+    @classmethod
+    def open(cls, model: str | Path, evaluation: EvaluationOptions) -> Bench:
+        """Loads everything. Raises ValueError for a model or a text that cannot be used."""
+        path = resolve_model(model)
+        tokenizer = load_tokenizer(path)
+        text, source = read_text(evaluation.text)
+        windows = text_windows(
+            tokenizer, text, window=evaluation.window, stride=evaluation.stride, limit=evaluation.windows or None
+        )
+        base, subject = (load_base(path, device_map=default_device_map()) for _ in range(2))
+        return cls(path, tokenizer, base, subject, windows, evaluation, source)
+
+    def compare(self, progress: Progress) -> dict[str, Any]:
+        """The subject beside the base, as it is at the moment (`evaluation.Comparison`)."""
+        return measure_text(self.subject, self.base, self.windows, self.evaluation.stride, progress)["comparison"]
+
+    def heading(self, note: str, calibration: CalibrationOptions | None) -> dict[str, Any]:
+        """Versions, date, device, model, text and calibration, JSON-able."""
+        return {
+            "kompakt": package_version(),
+            "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+            "environment": environment(next(self.subject.parameters()).device),
+            "note": note,
+            "model": self.path.name,
+            "text": describe_text(self.evaluation, self.source, self.windows),
+            "calibration": None
+            if calibration is None
+            else {**calibration.model_dump(), "source": Path(calibration.source).name},
+        }
+
+
+def _row(bench: Bench, recipe: Recipe, progress: Progress) -> dict[str, Any]:
     started = time.perf_counter()
-    with patch(subject, recipe, tokenizer=tokenizer, progress=progress) as patched:
+    with patch(bench.subject, recipe, tokenizer=bench.tokenizer, progress=progress) as patched:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         seconds = time.perf_counter() - started
         bits = storage(patched)["bits_per_weight"]
-        comparison = measure_text(patched, base, windows, evaluation.stride, progress)["comparison"]
+        comparison = bench.compare(progress)
     assert recipe.weights is not None
     return {
         "weights": recipe.model_dump(mode="json")["weights"],
@@ -117,29 +137,42 @@ def markdown_table(result: dict[str, Any]) -> str:
         f"|---|{'---|' * len(head)}---|",
     ]
     for label, found in cells.items():
-        increases = [_cell(found.get(key)) for key in columns]
+        increases = [increase(found.get(key)) for key in columns]
         slowest = max(row["calibration_seconds"] for row in found.values())
         lines.append(f"| {label} | {' | '.join(increases)} | {slowest:.0f} s |")
-    base = result["rows"][0]["base"]["perplexity"]
-    text, environment_ = result["text"], result["environment"]
-    lines.append("")
-    lines.append(
-        f"Perplexity over the base model's {base:.2f}, ± standard error of the paired difference; {text['source']}, "
-        f"{text['windows']} windows of {text['window']} tokens; calibrated on {result['calibration']['samples']} × "
-        f"{result['calibration']['length']} tokens of {result['calibration']['source']}; {environment_['device']}, "
-        f"torch {environment_['torch']}, {result['date']}. Bits count codes, scales and shapes as stored."
-        f"{' ' + result['note'] if result['note'] else ''}"
-    )
+    lines += ["", f"{conditions(result)} Bits count codes, scales and shapes as stored.{noted(result)}"]
     return "\n".join(lines)
 
 
-def _cell(row: dict[str, Any] | None) -> str:
+def conditions(result: dict[str, Any]) -> str:
+    """A sentence on how the perplexities of a result were measured."""
+    text, environment_, calibration = result["text"], result["environment"], result["calibration"]
+    calibrated = (
+        f"calibrated on {calibration['samples']} × {calibration['length']} tokens of {calibration['source']}; "
+        if calibration
+        else ""
+    )
+    base = result["rows"][0]["base"]["perplexity"]
+    return (
+        f"Perplexity over the base model's {base:.2f}, ± standard error of the paired difference; "
+        f"{text['source']}, {text['windows']} windows of {text['window']} tokens; {calibrated}"
+        f"{environment_['device']}, torch {environment_['torch']}, {result['date']}."
+    )
+
+
+def noted(result: dict[str, Any]) -> str:
+    """The note of a result, with a space before it."""
+    return f" {result['note']}" if result["note"] else ""
+
+
+def increase(row: dict[str, Any] | None) -> str:
+    """Perplexity increase with its standard error, in percent."""
     if row is None:
         return "–"
     return f"{100 * row['perplexity_increase']:+.1f} ± {100 * (row['perplexity_increase_stderr'] or 0):.1f} %"
 
 
-def insert_table(document: Path, file: Path) -> None:
+def insert_table(document: Path, file: Path, render: Callable[[dict[str, Any]], str] = markdown_table) -> None:
     """Puts the table of the JSON `file` between ``<!-- FILE -->`` and ``<!-- end -->`` of a Markdown document.
 
     The marker names the file relative to the document. Raises ValueError if the document has no such marker.
@@ -150,7 +183,7 @@ def insert_table(document: Path, file: Path) -> None:
     _, closed, tail = rest.partition("<!-- end -->")
     if not found or not closed:
         raise ValueError(f"{document} holds no lines {start} … <!-- end --> to put the table between")
-    table = markdown_table(json.loads(file.read_text("utf-8")))
+    table = render(json.loads(file.read_text("utf-8")))
     document.write_text(f"{head}{start}\n{table}\n{closed}{tail}", "utf-8")
 
 

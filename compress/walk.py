@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -48,10 +49,39 @@ class LayerReport:
 class Undo:
     """What a walk changed, so that it can be put back bit for bit: (layer, name, original module or parameter
     values).
+
+    folded: channel scales were moved between modules of a layer, which can then only be put back together.
     """
 
     modules: list[tuple[nn.Module, str, nn.Module]] = field(default_factory=list)
     parameters: list[tuple[nn.Module, str, torch.Tensor]] = field(default_factory=list)
+    folded: bool = False
+
+    @contextmanager
+    def given_back(self, chosen: Callable[[nn.Module, str], bool]) -> Iterator[None]:
+        """For a while, the chosen modules as they were, and the parameters of layers whose modules are all chosen.
+
+        chosen: (layer, name) → bool.
+        """
+        modules = [item for item in self.modules if chosen(item[0], item[1])]
+        partly = {id(layer) for layer, name, _ in self.modules if not chosen(layer, name)}
+        parameters = [item for item in self.parameters if id(item[0]) not in partly]
+        replaced = [(layer, name, layer.get_submodule(name)) for layer, name, _ in modules]
+        values = [(layer, name, layer.get_parameter(name).data) for layer, name, _ in parameters]
+        try:
+            self._put(modules, parameters)
+            yield
+        finally:
+            self._put(replaced, values)
+
+    @staticmethod
+    def _put(
+        modules: list[tuple[nn.Module, str, nn.Module]], parameters: list[tuple[nn.Module, str, torch.Tensor]]
+    ) -> None:
+        for layer, name, module in modules:
+            layer.set_submodule(name, module)
+        for layer, name, value in parameters:
+            layer.get_parameter(name).data = value
 
     def restore(self) -> None:
         """Puts everything back."""
@@ -60,12 +90,9 @@ class Undo:
 
     def restore_layer(self, layer: nn.Module) -> None:
         """Puts one decoder layer back."""
-        for owner, name, module in self.modules:
-            if owner is layer:
-                layer.set_submodule(name, module)
-        for owner, name, value in self.parameters:
-            if owner is layer:
-                layer.get_parameter(name).data = value
+        self._put(
+            [item for item in self.modules if item[0] is layer], [item for item in self.parameters if item[0] is layer]
+        )
         self.modules = [item for item in self.modules if item[0] is not layer]
         self.parameters = [item for item in self.parameters if item[0] is not layer]
 
@@ -174,6 +201,7 @@ def commit(block: Block, quantized: dict[str, QuantizedWeight], undo: Undo | Non
         block.module.set_submodule(name, replacement)
         if undo is not None:
             undo.modules.append((block.module, name, linear))
+            undo.folded |= block.folded
             linear.to(home)
     for name, value in block.norm_parameters().items():
         parameter = block.module.get_parameter(name)

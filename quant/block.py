@@ -134,6 +134,11 @@ class Block:
             return bias
         return (bias.float() / self._rows[name]).to(bias.dtype)
 
+    @property
+    def folded(self) -> bool:
+        """Whether any channel scale has been moved."""
+        return bool(self._columns)
+
     def norm_parameters(self) -> dict[str, torch.Tensor]:
         """New values of the norm parameters that folds have changed, by name inside the layer."""
         changed = {}
