@@ -57,7 +57,7 @@ def demo_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_demo_model(tmp_path_factory.mktemp("demo") / "base", permute_seed=1234)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
     """Models as small as the tests' gain nothing from threads, and lose much where cores are busy."""
     import torch

@@ -19,18 +19,10 @@ from kompakt.cli.main import dashed, main
 from kompakt.compress import pipeline
 from kompakt.compress.recipe import recipe_names
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).resolve().parents[1]
 FAST = ["--num-calibration-samples", "4", "--max-seq-length", "32", "--evaluation-window", "32"]
 FAST = [*FAST, "--evaluation-windows", "4"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Models this small gain nothing from threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

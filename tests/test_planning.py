@@ -19,6 +19,7 @@ from kompakt.compress.hf_decoder import decoder_layers
 from kompakt.compress.planning import kv_cache_bytes
 from kompakt.compress.walk import quantize_layers
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 FAST = {"calibration.samples": 2, "calibration.length": 32, "evaluation.windows": 0}
 SMALL = {
     "vocab_size": 128,
@@ -28,15 +29,6 @@ SMALL = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Models this small gain nothing from threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
