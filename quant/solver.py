@@ -99,7 +99,9 @@ def solve(
     order = column_order(diagonal, width) if activation_order else torch.arange(size, device=weight.device)
     permute_(weight.masked_fill_(diagonal == 0, 0), order, 1)
     upper = inverse_factor_(hessian, order, dampening)
-    static = None if group_size else _scale(weight, upper.diagonal(), snap, search)
+    diagonal = upper.diagonal().clone()
+    upper.div_(diagonal.unsqueeze(1))
+    static = None if group_size else _scale(weight, diagonal, snap, search)
     codes = torch.empty(out, size, dtype=torch.int8, device=weight.device)
     scales = torch.empty(out, size // width, device=weight.device)
     chunk = width if group_size and width >= CHUNK else (CHUNK // width) * width if group_size else CHUNK
@@ -110,12 +112,12 @@ def solve(
         scale = static
         for j in range(stop - start):
             if group_size and (start + j) % width == 0:
-                scale = _scale(block[:, j : j + width], factor.diagonal()[j : j + width], snap, search)
+                scale = _scale(block[:, j : j + width], diagonal[start + j : start + j + width], snap, search)
                 scales[:, (start + j) // width] = scale
             assert scale is not None
             column = block[:, j]
             code = torch.div(column, scale, out=rounded[:, j]).round_().clamp_(QMIN, QMAX)
-            error = torch.addcmul(column, code, scale, value=-1, out=errors[:, j]).div_(factor[j, j])
+            error = torch.addcmul(column, code, scale, value=-1, out=errors[:, j])
             block[:, j + 1 :].addr_(error, factor[j, j + 1 :], alpha=-1)
         codes[:, start:stop] = rounded
         weight[:, stop:].addmm_(errors, upper[start:stop, stop:], alpha=-1)

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from kompakt.compress.coverage import cover, resolve_group_size
 from kompakt.compress.hf_decoder import decoder_layers
 from kompakt.compress.walk import quantize_layers
-from kompakt.quant import solver
+from kompakt.quant import grid, solver
 from kompakt.quant.fireq import FireQ
 from kompakt.quant.gptq import GPTQ
 from kompakt.quant.grid import storage_snap
@@ -47,6 +47,24 @@ def test_one_layer_at_a_time_stays_within_its_budget(method, capsys):
             f"{[round(report.seconds, 1) for report in result.reports]} s per layer"
         )
     assert result.peak_bytes < budget
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("method", [GPTQ(group_size=32), FireQ(group_size=32)], ids=["gptq", "fireq"])
+def test_walk_holds_every_matrix_of_moments_once(method, monkeypatch):
+    """All else that this layer needs takes less than half of down_proj's matrix; a second one would take all of it."""
+    monkeypatch.setattr(solver, "FACTOR_BLOCK", 64)
+    monkeypatch.setattr(solver, "COPIED_ELEMENTS", 2**14)
+    monkeypatch.setattr(grid, "SEARCH_ELEMENTS", 2**14)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=2048, num_hidden_layers=2, num_attention_heads=2
+    )
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval().requires_grad_(False)
+    coverage = cover(model, [name for name, _ in decoder_layers(model)], method)
+    batches = list(torch.randint(0, 64, (3, 16)).split(1))
+    with LiveBytes() as held:
+        quantize_layers(model, method, batches, coverage, device=torch.device("cpu"))
+    assert held.peak < 1.5 * 4 * 2048**2
 
 
 @pytest.mark.usefixtures("one_thread")
