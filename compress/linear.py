@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from ..kernels.fp8_linear import fp8_linear, fp8_w8a16_linear
-from ..kernels.int4_linear import w4a8_linear, w4a16_linear
+from ..kernels.int4_linear import w4a16_linear
 from ..kernels.packing import pack_int4
+from ..kernels.w4a8_linear import w4a8_linear
 from ..quant.method import QuantizedWeight, WeightScheme
 
 OPS = {

@@ -2,15 +2,15 @@
 
 For every row x of K values::
 
-    scale = max|x| / 448        448 is the largest e4m3fn value
-    x8    = e4m3fn(x / scale)   to nearest, ties to even
+    scale = max|x| / 448              448 is the largest e4m3fn value
+    x8    = e4m3fn(x · (1 / scale))   to nearest, ties to even; 1 / scale is rounded to FP32 first
 
 Departures from the formula, so that no row yields silent garbage: an all-zero row gets scale 1; a scale that would be
-an FP32 subnormal is raised to the smallest normal 2⁻¹²⁶ (a quotient by it keeps full precision, and 0/0 cannot arise);
-a row that holds an infinity or a NaN gets scale NaN and NaN codes, so that everything computed from it is NaN.
+an FP32 subnormal is raised to the smallest normal 2⁻¹²⁶, whose reciprocal is finite and exact; a row that holds an
+infinity or a NaN gets scale NaN and NaN codes, so that everything computed from it is NaN.
 
-|x| / scale exceeds 448 by less than three FP32 roundings, far from 464 where e4m3fn would overflow: the cast saturates
-at ±448 without a clamp.
+|x| · (1 / scale) exceeds 448 by less than four FP32 roundings, far from 464 where e4m3fn would overflow: the cast
+saturates at ±448 without a clamp.
 """
 
 import functools
@@ -93,7 +93,7 @@ def quantize_fp8_ref(x: Tensor) -> tuple[Tensor, Tensor]:
     # On CUDA torch divides by a Python number through its reciprocal, which may be off by one rounding.
     scale = (amax / torch.full_like(amax, E4M3_MAX)).clamp_min(MIN_SCALE)
     scale = scale.masked_fill(amax == 0, 1.0).masked_fill(~amax.isfinite(), torch.nan)
-    return (values / scale).contiguous().to(torch.float8_e4m3fn), scale
+    return (values * scale.reciprocal()).contiguous().to(torch.float8_e4m3fn), scale
 
 
 def quantize_fp8(x: Tensor, *, interpret: bool = False) -> tuple[Tensor, Tensor]:

@@ -47,7 +47,7 @@ def quantize_rows_kernel(
     scale = tl.where(amax == 0.0, 1.0, scale)
     scale = tl.where(broken, float("nan"), scale)
 
-    quotient = tl.math.div_rn(values, scale)
+    quotient = values * tl.math.div_rn(1.0, scale)
     if INTERPRET:
         x8 = e4m3_by_bits(quotient)
     else:

@@ -1,16 +1,16 @@
-"""Linear layers with INT4 weights in the compressed-tensors layout, with FP8 (W4A8) or plain (W4A16) activations.
+"""INT4 weights in the compressed-tensors layout, and linear layers of them with unquantized activations (W4A16).
 
 With codes q in [-8, 7], a scale σ per output row and group g of consecutive inputs, and activations x::
 
-    W4A8    y = (Σ_g σ_g · Σ_{k∈g} x8_k · q_k) · s_x + bias        x ≈ x8 · s_x, e4m3fn, one s_x per token
-    W4A16   y = Σ_k x_k · ŵ_k + bias                               ŵ = q · σ rounded to the dtype of x
+    y = Σ_k x_k · ŵ_k + bias        ŵ = q · σ rounded to the dtype of x
 
-Sums, scales and bias are FP32; y has the dtype of x. Scales may be negative. INT4 codes are exact in e4m3fn, so the
-W4A8 kernel multiplies in FP8 without a further rounding; 4 bits save bytes, never multiplications.
+Sums and bias are FP32; y has the dtype of x. Scales may be negative. 4 bits save bytes, never multiplications. The
+layout on disk is the one the kernels read: nothing is repacked at load, and nothing has to be undone to save.
 
-The W4A16 reference is one ``F.linear`` in the dtype of x, as a dequantized layer would run. The kernels need a group
-size that is a multiple of 32, or one group per row. Whatever they do not take runs through the reference, with one
-logged reason. Inference only: no gradient is registered.
+The reference is one ``F.linear`` in the dtype of x, as a dequantized layer would run. The kernel needs a group size
+that is a multiple of 32, or one group per row; from `EXPAND_TOKENS` tokens the weights are expanded, half of the
+outputs at a time, and multiplied by the library's product. Whatever these do not take runs through the reference, with
+one logged reason. Inference only: no gradient is registered.
 """
 
 from dataclasses import dataclass
@@ -25,10 +25,9 @@ from .activations import (
     check_activations,
     cuda_refusal,
     log_fallback,
-    quantize_fp8,
-    quantize_fp8_ref,
     triton_refusal,
 )
+from .int4_expand import expand_16bit
 from .packing import packed_width, unpack_int4
 
 TRITON_OPS = {
@@ -38,6 +37,7 @@ TRITON_OPS = {
     "w4a16_linear": (8, 0),
 }
 SCALED_MM_OPS = {"fp8_linear": FP8_CAPABILITY}
+EXPAND_TOKENS = 128
 
 
 @dataclass(frozen=True)
@@ -100,8 +100,8 @@ def dequantize_int4(weight_packed: Tensor, weight_scale: Tensor, in_features: in
     return (codes.float() * weight_scale.float().unsqueeze(-1)).to(dtype).view(out_features, in_features)
 
 
-def w4a8_linear(x: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor | None = None) -> Tensor:
-    """INT4 weights times activations that are quantized to FP8 per token on the fly.
+def w4a16_linear(x: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """INT4 weights, rounded to the dtype of ``x`` after scaling, times unquantized activations.
 
     Args:
         x: (..., in_features) bf16, fp16 or fp32, any strides, any number of tokens from 0.
@@ -116,43 +116,13 @@ def w4a8_linear(x: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: Te
         ValueError: shapes, dtypes or devices that do not belong together.
     """
     check_int4_linear(x, weight_packed, weight_scale, bias)
-    return w4a8_op(x, weight_packed, weight_scale, bias)
-
-
-def w4a16_linear(x: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor | None = None) -> Tensor:
-    """INT4 weights, rounded to the dtype of ``x`` after scaling, times unquantized activations.
-
-    Arguments, result and errors are those of :func:`w4a8_linear`.
-    """
-    check_int4_linear(x, weight_packed, weight_scale, bias)
     return w4a16_op(x, weight_packed, weight_scale, bias)
-
-
-def w4a8_ref(x: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Torch specification of :func:`w4a8_linear`, any device."""
-    x8, scale = quantize_fp8_ref(x)
-    weight = dequantize_int4(weight_packed, weight_scale, x.shape[-1], torch.float32)
-    y = (x8.float() @ weight.t()) * scale
-    return (y if bias is None else y + bias.float()).to(x.dtype)
 
 
 def w4a16_ref(x: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor | None = None) -> Tensor:
     """Torch specification of :func:`w4a16_linear`, any device."""
     weight = dequantize_int4(weight_packed, weight_scale, x.shape[-1], x.dtype)
     return torch.nn.functional.linear(x.contiguous(), weight, None if bias is None else bias.to(x.dtype))
-
-
-def run_w4a8(
-    x: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor | None = None, *, interpret: bool = False
-) -> Tensor:
-    """Dispatch of :func:`w4a8_linear` without checks."""
-    if not kernel_takes("w4a8_linear", x, weight_scale, interpret=interpret):
-        return w4a8_ref(x, weight_packed, weight_scale, bias)
-    from .int4_linear_triton import int4_matmul
-
-    x8, scale = quantize_fp8(x.reshape(-1, x.shape[-1]), interpret=interpret)
-    y = int4_matmul(x8, weight_packed, weight_scale, bias, x_scale=scale, out_dtype=x.dtype, interpret=interpret)
-    return y.view(*x.shape[:-1], weight_packed.shape[0])
 
 
 def run_w4a16(
@@ -164,8 +134,28 @@ def run_w4a16(
     from .int4_linear_triton import int4_matmul
 
     rows = x.reshape(-1, x.shape[-1])
-    y = int4_matmul(rows, weight_packed, weight_scale, bias, x_scale=None, out_dtype=x.dtype, interpret=interpret)
+    if rows.shape[0] >= EXPAND_TOKENS and x.element_size() == 2 and not interpret:
+        y = multiply_expanded(rows, weight_packed, weight_scale, bias)
+    else:
+        y = int4_matmul(rows, weight_packed, weight_scale, bias, x_scale=None, out_dtype=x.dtype, interpret=interpret)
     return y.view(*x.shape[:-1], weight_packed.shape[0])
+
+
+def multiply_expanded(rows: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+    """rows: (tokens, in_features) bf16 or fp16 → (tokens, out_features), over weights expanded half by half.
+
+    The workspace is as large as the weight in FP8.
+    """
+    out_features = weight_packed.shape[0]
+    y = rows.new_empty((rows.shape[0], out_features))
+    half = -(-out_features // 16) * 8
+    for part in (slice(0, half), slice(half, out_features)):
+        weight = expand_16bit(weight_packed[part], weight_scale[part], rows.shape[1], rows.dtype).t()
+        if bias is None:
+            torch.mm(rows, weight, out=y[:, part])
+        else:
+            torch.addmm(bias[part].to(rows.dtype), rows, weight, out=y[:, part])
+    return y
 
 
 def kernel_takes(op: str, x: Tensor, weight_scale: Tensor, *, interpret: bool) -> bool:
@@ -182,19 +172,12 @@ def kernel_takes(op: str, x: Tensor, weight_scale: Tensor, *, interpret: bool) -
     return True
 
 
-@torch.library.custom_op("kompakt::w4a8_linear", mutates_args=())
-def w4a8_op(x: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
-    """Registered op behind :func:`w4a8_linear`; opaque to torch.compile."""
-    return run_w4a8(x, weight_packed, weight_scale, bias)
-
-
 @torch.library.custom_op("kompakt::w4a16_linear", mutates_args=())
 def w4a16_op(x: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
     """Registered op behind :func:`w4a16_linear`; opaque to torch.compile."""
     return run_w4a16(x, weight_packed, weight_scale, bias)
 
 
-@w4a8_op.register_fake
 @w4a16_op.register_fake
 def _(x: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight_packed.shape[0]))

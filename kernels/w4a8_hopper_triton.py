@@ -1,0 +1,482 @@
+"""Gluon kernel for INT4 weights × FP8 activations on Hopper, and its launch options.
+
+A program computes Yᵀ = W·Xᵀ for 64·CONSUMERS outputs and BLOCK_M tokens. One warp loads with TMA: the weights' tiles do
+not wait for the kernel that quantizes the activations, the activations' tiles do. Each consumer warpgroup owns 64
+outputs: its packed weights go from shared memory to registers, become FP8 there, and are the left operand of WGMMA.
+
+*Unpacking costs three instructions per eight weights.* The stored nibble is u = q + 8, and the byte u read as e4m3 is
+exactly u·2⁻⁹ for every u in 0…15. The low nibbles of a row's bytes are the even input channels, the high nibbles the
+odd ones, so the activations come in two planes, even and odd channels, and nothing is interleaved. What u has too much,
+8·Σx, is taken off again: with one scale per row from the finished sum, with groups by one more matrix product per
+group, of constants and the digits that `planes.py` made of the group's Σx. Decoding to
+q in registers instead (eleven instructions per eight weights) took 1.1 to 1.2 times as long at 64 to 256 tokens.
+
+*Promotion.* Hopper's FP8 accumulator keeps about 14 bits, so no more than 256 products are summed in it; the sum of a
+group is scaled and added in FP32.
+
+*Split K.* Where there are fewer tiles than multiprocessors, several programs share a tile's K. They leave partial sums
+in a workspace; the last one to arrive adds them in order, so results do not depend on timing, and resets the tile's
+counter.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.language.extra.cuda import gdc_wait
+
+from .planes import COUNTERS, DIGITS, Planes
+
+ROWS = 64
+LOADER_REGISTERS = 24
+
+
+@gluon.jit
+def unpack(packed):
+    """Bytes of two nibbles → their low and high nibbles as e4m3 values u·2⁻⁹."""
+    low, high = gl.inline_asm_elementwise(
+        "{ .reg .b32 t; and.b32 $0, $2, 0x0F0F0F0F; shr.u32 t, $2, 4; and.b32 $1, t, 0x0F0F0F0F; }",
+        "=r,=r,r",
+        [packed],
+        dtype=(gl.uint8, gl.uint8),
+        is_pure=True,
+        pack=4,
+    )
+    return low, high
+
+
+@gluon.jit
+def digit_weights(layout: gl.constexpr):
+    """The constants that multiply the digits of Σx, e4m3: −2, −2⁻³, −2⁻⁶, −2⁻⁹ three times, then zeros. (64, 32)."""
+    k = gl.arange(0, 32, gl.SliceLayout(0, layout))
+    code = gl.where(k == 0, 0xC0, gl.where(k == 1, 0xA0, gl.where(k == 2, 0x88, gl.where(k < 6, 0x81, 0))))
+    rows = gl.zeros([64, 32], gl.uint8, layout)
+    return (rows + code.to(gl.uint8)[None, :]).to(gl.float8e4nv, bitcast=True)
+
+
+@gluon.jit
+def load_weights(
+    w_desc, w_tiles, full, slot, n0, block, TILES: gl.constexpr, HALF: gl.constexpr, CONSUMERS: gl.constexpr
+):
+    for t in gl.static_range(TILES):
+        for c in gl.static_range(CONSUMERS):
+            tile = w_tiles.index((slot * TILES + t) * CONSUMERS + c)
+            tma.async_copy_global_to_shared(w_desc, [n0 + 64 * c, (block * TILES + t) * HALF], full.index(slot), tile)
+
+
+@gluon.jit
+def load_activations(
+    x_desc, digit_desc, x_tiles, digit_tiles, full, slot, m0, block, plane,
+    TILES: gl.constexpr, HALF: gl.constexpr, SUMS: gl.constexpr, GROUPED: gl.constexpr,
+):  # fmt: skip
+    for t in gl.static_range(TILES):
+        k = (block * TILES + t) * HALF
+        tma.async_copy_global_to_shared(x_desc, [m0, k], full.index(slot), x_tiles.index((slot * TILES + t) * 2))
+        tma.async_copy_global_to_shared(
+            x_desc, [m0, plane + k], full.index(slot), x_tiles.index((slot * TILES + t) * 2 + 1)
+        )
+    if GROUPED:
+        for s in gl.static_range(SUMS):
+            tile = digit_tiles.index(slot * SUMS + s)
+            tma.async_copy_global_to_shared(digit_desc, [m0, (block * SUMS + s) * 32], full.index(slot), tile)
+
+
+@gluon.jit
+def load_partition(
+    x_desc, w_desc, digit_desc, x_tiles, w_tiles, digit_tiles, full, empty, n0, m0, first, count, plane,
+    STAGES: gl.constexpr, TILES: gl.constexpr, HALF: gl.constexpr, SUMS: gl.constexpr, GROUPED: gl.constexpr,
+    CONSUMERS: gl.constexpr, STAGE_BYTES: gl.constexpr,
+):  # fmt: skip
+    ahead = gl.minimum(count, STAGES)
+    for i in range(ahead):
+        mbarrier.expect(full.index(i), STAGE_BYTES)
+        load_weights(w_desc, w_tiles, full, i, n0, first + i, TILES, HALF, CONSUMERS)
+    # Everything before this line runs beside the kernel that quantizes the activations.
+    gdc_wait()
+    for i in range(ahead):
+        load_activations(
+            x_desc, digit_desc, x_tiles, digit_tiles, full, i, m0, first + i, plane, TILES, HALF, SUMS, GROUPED
+        )
+    slot = 0
+    phase = 0
+    for i in range(STAGES, count):
+        mbarrier.wait(empty.index(slot), phase)
+        mbarrier.expect(full.index(slot), STAGE_BYTES)
+        load_weights(w_desc, w_tiles, full, slot, n0, first + i, TILES, HALF, CONSUMERS)
+        load_activations(
+            x_desc, digit_desc, x_tiles, digit_tiles, full, slot, m0, first + i, plane, TILES, HALF, SUMS, GROUPED
+        )
+        slot += 1
+        if slot == STAGES:
+            slot = 0
+            phase ^= 1
+
+
+@gluon.jit
+def issue(
+    x_tiles, w_tiles, digit_tiles, slot, weights_of_digits, zero,
+    SUM: gl.constexpr, TILES: gl.constexpr, SUMS: gl.constexpr, GROUPED: gl.constexpr, CONSUMERS: gl.constexpr,
+    PART: gl.constexpr, layout: gl.constexpr,
+):  # fmt: skip
+    """Starts the products of one sum: a whole tile, or the half of one whose two groups need scales of their own."""
+    t = slot * TILES + SUM % TILES
+    low, high = unpack(w_tiles.index(t * CONSUMERS + PART).load(layout))
+    if SUMS > TILES:
+        HALF: gl.constexpr = w_tiles.shape[2]
+        mine = (gl.arange(0, HALF, gl.SliceLayout(0, layout)) // (HALF // 2) == SUM)[None, :]
+        low = gl.where(mine, low, gl.zeros_like(low))
+        high = gl.where(mine, high, gl.zeros_like(high))
+    low = low.to(gl.float8e4nv, bitcast=True)
+    high = high.to(gl.float8e4nv, bitcast=True)
+    total = warpgroup_mma(low, x_tiles.index(2 * t).permute((1, 0)), zero, use_acc=False, is_async=True)
+    if GROUPED:
+        digits = digit_tiles.index(slot * SUMS + SUM).permute((1, 0))
+        total = warpgroup_mma(weights_of_digits, digits, total, is_async=True)
+    return warpgroup_mma(high, x_tiles.index(2 * t + 1).permute((1, 0)), total, is_async=True)
+
+
+@gluon.jit
+def group_scale(row, inside_n, index, groups, sums_per_group):
+    """Scale of the group that sum number `index` of a row belongs to; past the row's end, where all sums are 0, 0."""
+    group = index // sums_per_group
+    return gl.load(row + group, mask=inside_n & (group < groups), other=0.0).to(gl.float32)
+
+
+@gluon.jit
+def add_partials(accumulator, partial_ptr, counter_ptr, tile, part, inner, SPLIT: gl.constexpr, SIZE: gl.constexpr):
+    """Leaves this program's sums in the workspace; the last program of the tile gets the sum of all, and True."""
+    base = partial_ptr + tile.to(gl.int64) * (SPLIT * SIZE)
+    gl.store(base + part * SIZE + inner, accumulator)
+    gl.thread_barrier()
+    last = gl.atomic_add(counter_ptr + tile, 1, sem="acq_rel", scope="gpu") == SPLIT - 1
+    if last:
+        gl.store(counter_ptr + tile, 0)
+        accumulator = gl.zeros_like(accumulator)
+        for s in gl.static_range(SPLIT):
+            accumulator += gl.load(base + s * SIZE + inner, cache_modifier=".cg")
+    return accumulator, last
+
+
+@gluon.jit
+def consume_partition(
+    x_tiles, w_tiles, digit_tiles, full, empty, x_scale_ptr, x_sum_ptr, scale_ptr, bias_ptr, y_ptr, partial_ptr,
+    counter_ptr, n0, m0, first, count, tokens, out_features, groups, sums_per_group, tile,
+    BLOCK_M: gl.constexpr, STAGES: gl.constexpr, TILES: gl.constexpr, SUMS: gl.constexpr, GROUPED: gl.constexpr,
+    SPLIT: gl.constexpr, HAS_BIAS: gl.constexpr, CONSUMERS: gl.constexpr, PART: gl.constexpr,
+):  # fmt: skip
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 32])
+    operand: gl.constexpr = gl.DotOperandLayout(0, mma, 4)
+    n = n0 + 64 * PART + gl.arange(0, 64, gl.SliceLayout(1, mma))
+    m = m0 + gl.arange(0, BLOCK_M, gl.SliceLayout(0, mma))
+    inside_n = n < out_features
+    inside_m = m < tokens
+    row = scale_ptr + n.to(gl.int64) * groups
+    # What the end needs is asked for here where registers allow, so that its latency is not added to the loop's.
+    EARLY: gl.constexpr = BLOCK_M <= 16
+    gdc_wait()
+    if EARLY:
+        token_scale = gl.load(x_scale_ptr + m, mask=inside_m, other=0.0)
+        if not GROUPED:
+            token_sum = gl.load(x_sum_ptr + m, mask=inside_m, other=0.0)
+            channel_scale = gl.load(row, mask=inside_n, other=0.0)
+    accumulator = gl.zeros([64, BLOCK_M], gl.float32, mma)
+    zero = gl.zeros([64, BLOCK_M], gl.float32, mma)
+    weights_of_digits = digit_weights(operand)
+    scale0 = 1.0
+    scale1 = 1.0
+    if GROUPED:
+        scale0 = group_scale(row, inside_n, first * SUMS, groups, sums_per_group)
+        if SUMS == 2:
+            scale1 = group_scale(row, inside_n, first * SUMS + 1, groups, sums_per_group)
+    slot = 0
+    phase = 0
+    for i in range(count):
+        if GROUPED:
+            # Scales are fetched one round ahead.
+            following = (first + i + 1) * SUMS
+            next0 = group_scale(row, inside_n, following, groups, sums_per_group)
+            if SUMS == 2:
+                next1 = group_scale(row, inside_n, following + 1, groups, sums_per_group)
+        mbarrier.wait(full.index(slot), phase)
+        total0 = issue(
+            x_tiles,
+            w_tiles,
+            digit_tiles,
+            slot,
+            weights_of_digits,
+            zero,
+            0,
+            TILES,
+            SUMS,
+            GROUPED,
+            CONSUMERS,
+            PART,
+            operand,
+        )
+        if SUMS == 2:
+            total1 = issue(
+                x_tiles,
+                w_tiles,
+                digit_tiles,
+                slot,
+                weights_of_digits,
+                zero,
+                1,
+                TILES,
+                SUMS,
+                GROUPED,
+                CONSUMERS,
+                PART,
+                operand,
+            )
+            total0 = warpgroup_mma_wait(3 if GROUPED else 2, deps=[total0])
+            accumulator += total0 * scale0[:, None] if GROUPED else total0
+            total1 = warpgroup_mma_wait(0, deps=[total1])
+            mbarrier.arrive(empty.index(slot), count=1)
+            accumulator += total1 * scale1[:, None] if GROUPED else total1
+        else:
+            total0 = warpgroup_mma_wait(0, deps=[total0])
+            mbarrier.arrive(empty.index(slot), count=1)
+            accumulator += total0 * scale0[:, None] if GROUPED else total0
+        if GROUPED:
+            scale0 = next0
+            if SUMS == 2:
+                scale1 = next1
+        slot += 1
+        if slot == STAGES:
+            slot = 0
+            phase ^= 1
+    last = True
+    if SPLIT > 1:
+        inner = (
+            gl.arange(0, 64, gl.SliceLayout(1, mma))[:, None] * BLOCK_M
+            + gl.arange(0, BLOCK_M, gl.SliceLayout(0, mma))[None, :]
+        )
+        accumulator, last = add_partials(
+            accumulator, partial_ptr, counter_ptr, tile * CONSUMERS + PART, gl.program_id(2), inner, SPLIT, 64 * BLOCK_M
+        )
+    if last:
+        if not EARLY:
+            token_scale = gl.load(x_scale_ptr + m, mask=inside_m, other=0.0)
+            if not GROUPED:
+                token_sum = gl.load(x_sum_ptr + m, mask=inside_m, other=0.0)
+                channel_scale = gl.load(row, mask=inside_n, other=0.0)
+        if not GROUPED:
+            accumulator = (accumulator - token_sum[None, :]) * channel_scale.to(gl.float32)[:, None]
+        # Products are in units of the subnormal step 2⁻⁹.
+        accumulator *= (token_scale * 512.0)[None, :]
+        if HAS_BIAS:
+            accumulator += gl.load(bias_ptr + n, mask=inside_n, other=0.0).to(gl.float32)[:, None]
+        store(accumulator, y_ptr, n0 + 64 * PART, m0, tokens, out_features, BLOCK_M)
+
+
+@gluon.jit
+def store(accumulator, y_ptr, n0, m0, tokens, out_features, BLOCK_M: gl.constexpr):
+    """(64, BLOCK_M) → y: (tokens, out_features); neighbouring lanes write neighbouring outputs."""
+    layout: gl.constexpr = gl.BlockedLayout([8, 1], [8, 4], [1, 4], [0, 1])
+    y = gl.convert_layout(accumulator.to(y_ptr.dtype.element_ty), layout)
+    n = n0 + gl.arange(0, 64, gl.SliceLayout(1, layout))
+    m = m0 + gl.arange(0, BLOCK_M, gl.SliceLayout(0, layout))
+    inside = (n < out_features)[:, None] & (m < tokens)[None, :]
+    gl.store(y_ptr + m.to(gl.int64)[None, :] * out_features + n[:, None], y, mask=inside)
+
+
+@gluon.jit
+def w4a8_hopper_kernel(
+    x_desc, w_desc, digit_desc, x_scale_ptr, x_sum_ptr, scale_ptr, bias_ptr, y_ptr, partial_ptr, counter_ptr,
+    tokens, out_features, row_bytes, groups, sums_per_group,
+    BLOCK_M: gl.constexpr, CONSUMERS: gl.constexpr, HALF: gl.constexpr, TILES: gl.constexpr, SUMS: gl.constexpr,
+    STAGES: gl.constexpr, SPLIT: gl.constexpr, GROUPED: gl.constexpr, HAS_BIAS: gl.constexpr,
+    CONSUMER_REGISTERS: gl.constexpr, LOADER: gl.constexpr,
+):  # fmt: skip
+    """Grid (outputs, tokens, SPLIT). HALF: bytes of a weight row in one tile, that is 2·HALF input channels. TILES:
+    tiles in a stage. SUMS: sums in a stage that are scaled on their own.
+    """
+    n0 = gl.program_id(0) * (64 * CONSUMERS)
+    m0 = gl.program_id(1) * BLOCK_M
+    tile = gl.program_id(1) * gl.num_programs(0) + gl.program_id(0)
+    blocks = gl.cdiv(row_bytes, HALF * TILES)
+    share = gl.cdiv(blocks, SPLIT)
+    first = gl.program_id(2) * share
+    count = gl.minimum(first + share, blocks) - first
+
+    x_tiles = gl.allocate_shared_memory(gl.float8e4nv, [STAGES * TILES * 2, BLOCK_M, HALF], x_desc.layout)
+    w_tiles = gl.allocate_shared_memory(gl.uint8, [STAGES * TILES * CONSUMERS, 64, HALF], w_desc.layout)
+    digit_tiles = gl.allocate_shared_memory(
+        gl.float8e4nv, [STAGES * SUMS if GROUPED else 1, BLOCK_M, 32], digit_desc.layout
+    )
+    STAGE_BYTES: gl.constexpr = TILES * HALF * (64 * CONSUMERS + 2 * BLOCK_M) + (SUMS * BLOCK_M * 32 if GROUPED else 0)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=CONSUMERS)
+    fence_async_shared()
+    if CONSUMERS == 1:
+        gl.warp_specialize(
+            [
+                (
+                    consume_partition,
+                    (
+                        x_tiles, w_tiles, digit_tiles, full, empty, x_scale_ptr, x_sum_ptr, scale_ptr, bias_ptr, y_ptr,
+                        partial_ptr, counter_ptr, n0, m0, first, count, tokens, out_features, groups, sums_per_group,
+                        tile, BLOCK_M, STAGES, TILES, SUMS, GROUPED, SPLIT, HAS_BIAS, CONSUMERS, 0,
+                    ),
+                ),
+                (
+                    load_partition,
+                    (
+                        x_desc, w_desc, digit_desc, x_tiles, w_tiles, digit_tiles, full, empty, n0, m0, first, count,
+                        row_bytes, STAGES, TILES, HALF, SUMS, GROUPED, CONSUMERS, STAGE_BYTES,
+                    ),
+                ),
+            ],
+            [1],
+            [LOADER],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (
+                    consume_partition,
+                    (
+                        x_tiles, w_tiles, digit_tiles, full, empty, x_scale_ptr, x_sum_ptr, scale_ptr, bias_ptr, y_ptr,
+                        partial_ptr, counter_ptr, n0, m0, first, count, tokens, out_features, groups, sums_per_group,
+                        tile, BLOCK_M, STAGES, TILES, SUMS, GROUPED, SPLIT, HAS_BIAS, CONSUMERS, 0,
+                    ),
+                ),
+                (
+                    consume_partition,
+                    (
+                        x_tiles, w_tiles, digit_tiles, full, empty, x_scale_ptr, x_sum_ptr, scale_ptr, bias_ptr, y_ptr,
+                        partial_ptr, counter_ptr, n0, m0, first, count, tokens, out_features, groups, sums_per_group,
+                        tile, BLOCK_M, STAGES, TILES, SUMS, GROUPED, SPLIT, HAS_BIAS, CONSUMERS, 1,
+                    ),
+                ),
+                (
+                    load_partition,
+                    (
+                        x_desc, w_desc, digit_desc, x_tiles, w_tiles, digit_tiles, full, empty, n0, m0, first, count,
+                        row_bytes, STAGES, TILES, HALF, SUMS, GROUPED, CONSUMERS, STAGE_BYTES,
+                    ),
+                ),
+            ],
+            [4, 1],
+            [CONSUMER_REGISTERS, LOADER],
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """Tiles and launch options of one call; the kernel's docstring has their meaning.
+
+    consumers: warpgroups of 64 outputs each. registers: per thread, on average over the program.
+    """
+
+    block_m: int
+    consumers: int
+    half: int
+    tiles: int
+    sums: int
+    stages: int
+    split: int
+    registers: int
+
+    @property
+    def consumer_registers(self) -> int:
+        """What is left for a thread of a consumer when the loader's warpgroup keeps its minimum."""
+        threads = 4 * self.consumers
+        return min(240, (self.registers * (threads + 4) - 4 * LOADER_REGISTERS) // threads // 8 * 8)
+
+
+def launch_config(tokens: int, out_features: int, row_bytes: int, sum_size: int, processors: int) -> LaunchConfig:
+    """Tiles for (tokens, 2·row_bytes) × (out_features, 2·row_bytes); `processors`: multiprocessors of the device."""
+    block_m = 16 if tokens <= 16 else 64 if tokens <= 64 else 128
+    half, tiles, sums = {0: (128, 1, 1), 128: (64, 2, 2), 64: (32, 2, 2), 32: (32, 1, 2)}[sum_size]
+    columns = triton.cdiv(tokens, block_m)
+    consumers = 2 if triton.cdiv(out_features, 2 * ROWS) * columns >= processors // 2 else 1
+    programs = triton.cdiv(out_features, consumers * ROWS) * columns
+    blocks = triton.cdiv(row_bytes, half * tiles)
+    split = 1
+    while programs * split * 2 <= 2 * processors and blocks >= 8 * split and programs * consumers <= COUNTERS:
+        split *= 2
+    registers = {16: 80 if consumers == 2 else 64, 64: 168 if consumers == 2 else 128, 128: 168}[block_m]
+    stages = 3 if block_m == 128 else 4
+    return LaunchConfig(block_m, consumers, half, tiles, sums, stages, split, registers)
+
+
+def descriptor(tensor: Tensor, rows: int, width: int) -> TensorDescriptor:
+    """TMA view of a (rows, bytes) tensor in boxes of `rows` × `width` bytes, swizzled over the whole width."""
+    return TensorDescriptor.from_tensor(tensor, [rows, width], gl.NVMMASharedLayout(width, 8, 2))
+
+
+def w4a8_hopper(
+    planes: Planes,
+    weight_packed: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    sum_size: int,
+    out_dtype: torch.dtype,
+    config: LaunchConfig | None = None,
+) -> Tensor:
+    """planes of (tokens, in_features) with their correction → (tokens, out_features).
+
+    weight_packed: (out_features, words) int32, rows 16-byte aligned. weight_scale: (out_features, groups).
+    """
+    packed = weight_packed.view(torch.uint8)
+    out_features, row_bytes = packed.shape
+    tokens, groups = planes.scale.shape[0], weight_scale.shape[1]
+    y = torch.empty((tokens, out_features), dtype=out_dtype, device=packed.device)
+    processors = torch.cuda.get_device_properties(packed.device).multi_processor_count
+    c = config or launch_config(tokens, out_features, row_bytes, sum_size, processors)
+    grid = (triton.cdiv(out_features, c.consumers * ROWS), triton.cdiv(tokens, c.block_m), c.split)
+    partials = torch.empty(
+        grid[0] * grid[1] * c.consumers * c.split * ROWS * c.block_m if c.split > 1 else 0,
+        dtype=torch.float32,
+        device=packed.device,
+    )
+    values = planes.values.view(tokens, 2 * row_bytes)
+    grouped = sum_size > 0
+    w4a8_hopper_kernel[grid](
+        descriptor(values, c.block_m, c.half),
+        descriptor(packed, ROWS, c.half),
+        descriptor(planes.correction if grouped else values, c.block_m, DIGITS),
+        planes.scale,
+        None if grouped else planes.correction,
+        weight_scale,
+        bias,
+        y,
+        partials,
+        planes.counters,
+        tokens,
+        out_features,
+        row_bytes,
+        groups,
+        2 * row_bytes // groups // sum_size if grouped else 1,
+        BLOCK_M=c.block_m,
+        CONSUMERS=c.consumers,
+        HALF=c.half,
+        TILES=c.tiles,
+        SUMS=c.sums,
+        STAGES=c.stages,
+        SPLIT=c.split,
+        GROUPED=grouped,
+        HAS_BIAS=bias is not None,
+        CONSUMER_REGISTERS=c.consumer_registers,
+        LOADER=LOADER_REGISTERS,
+        num_warps=4,
+        maxnreg=c.registers,
+        launch_pdl=True,
+    )
+    return y

@@ -1,0 +1,224 @@
+"""Linear layers with INT4 weights and FP8 activations (W4A8).
+
+With codes q in [-8, 7], a scale σ per output row and group g of consecutive inputs, and activations x ≈ x8 · s_x::
+
+    y = (Σ_g σ_g · Σ_{k∈g} x8_k · q_k) · s_x + bias        x8: e4m3fn, one s_x per token
+
+Sums, scales and bias are FP32; y has the dtype of x. INT4 codes are exact in e4m3fn, so that the products have no
+further rounding; 4 bits save bytes, never multiplications. Two steps, so that layers with the same input share the
+first: `quantize_w4a8_input`, then `w4a8_matmul`. How they run:
+
+| device | tokens | input | product |
+|---|---|---|---|
+| compute capability 9.0 | up to `EXPAND_TOKENS`, or `exact` | `planes.py` | `w4a8_hopper_triton.py` |
+| | more | `planes.py` | weights expanded to FP8 (`int4_expand.py`), then ``torch._scaled_mm`` |
+| 8.9 and from 10.0 | any | `activations.py` | `int4_linear_triton.py` |
+| elsewhere | any | `activations.py` | reference |
+
+Expanding rounds the weights of layers with groups once more (`int4_expand.py` has the error); with ``exact=True`` group
+scales are applied in FP32 at any number of tokens. What a way does not take falls to the one below it in the table,
+with one logged reason. Inference only: no gradient is registered.
+"""
+
+import functools
+import importlib.util
+from math import gcd
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .activations import log_fallback, quantize_fp8, quantize_fp8_ref, triton_refusal
+from .fp8_linear import SCALED_MM_MULTIPLE, scaled_matmul
+from .int4_expand import expand_fp8
+from .int4_linear import check_int4_linear, dequantize_int4, kernel_takes
+from .planes import Planes, empty_planes, quantize_planes
+
+EXPAND_TOKENS = 384
+HOPPER = (9, 0)
+SUM_SIZES = (32, 64, 128)
+
+
+class QuantizedInput(NamedTuple):
+    """What `w4a8_matmul` multiplies. `values` is (tokens, in_features), with `scale` (tokens, 1) and the rest empty, or
+    in planes: see `planes.Planes`.
+    """
+
+    values: Tensor
+    scale: Tensor
+    correction: Tensor
+    counters: Tensor
+
+
+def w4a8_linear(
+    x: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor | None = None, *, exact: bool = False
+) -> Tensor:
+    """INT4 weights times activations that are quantized to FP8 per token on the fly.
+
+    Args:
+        x: (..., in_features) bf16, fp16 or fp32, any strides, any number of tokens from 0.
+        weight_packed: (out_features, ceil(in_features / 8)) int32, compressed-tensors layout.
+        weight_scale: (out_features, groups) bf16, fp16 or fp32, any sign; groups divides in_features.
+        bias: (out_features,) floating, or None.
+        exact: never fold group scales into rounded FP8 weights, however many tokens there are.
+
+    Returns:
+        (..., out_features) in the dtype of ``x``, contiguous.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not belong together.
+    """
+    quantized = quantize_w4a8_input(x, weight_packed, weight_scale, bias, exact=exact)
+    return w4a8_matmul(quantized, weight_packed, weight_scale, bias, x.shape, x.dtype)
+
+
+def quantize_w4a8_input(
+    x: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor | None = None, *, exact: bool = False
+) -> QuantizedInput:
+    """First step of `w4a8_linear`, with its arguments and errors.
+
+    The result serves every layer for which `input_key` is the same.
+    """
+    check_int4_linear(x, weight_packed, weight_scale, bias)
+    rows = x.reshape(-1, x.shape[-1])
+    groups, direct = input_key(rows.shape[0], weight_packed, weight_scale, exact=exact)
+    return QuantizedInput(*quantize_op(rows, groups, direct))
+
+
+def input_key(tokens: int, weight_packed: Tensor, weight_scale: Tensor, *, exact: bool) -> tuple[int, bool]:
+    """(groups, direct): what the quantized input depends on besides x. direct: the packed weights are multiplied."""
+    groups = weight_scale.shape[1]
+    expandable = weight_packed.shape[0] % SCALED_MM_MULTIPLE == 0 and not (exact and groups > 1)
+    return groups, tokens <= EXPAND_TOKENS or not expandable
+
+
+def w4a8_matmul(
+    quantized: QuantizedInput,
+    weight_packed: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    shape: torch.Size,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Second step of `w4a8_linear`. shape, dtype: those of x."""
+    y = matmul_op(*quantized, weight_packed, weight_scale, bias, shape[-1], dtype)
+    return y.view(*shape[:-1], weight_packed.shape[0])
+
+
+def w4a8_ref(x: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Torch specification of :func:`w4a8_linear`, any device."""
+    x8, scale = quantize_fp8_ref(x)
+    return matmul_ref(x8, scale, weight_packed, weight_scale, bias, x.dtype)
+
+
+def matmul_ref(
+    x8: Tensor, scale: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """x8: (..., in_features) float8_e4m3fn, scale: (..., 1) → (..., out_features)."""
+    weight = dequantize_int4(weight_packed, weight_scale, x8.shape[-1], torch.float32)
+    y = (x8.float() @ weight.t()) * scale
+    return (y if bias is None else y + bias.float()).to(dtype)
+
+
+@functools.cache
+def planes_refusal(device: torch.device, in_features: int, groups: int) -> str | None:
+    """Why the input of such a layer is not quantized into planes on ``device``; None if it is."""
+    refusal = triton_refusal(device, HOPPER)
+    if refusal is None and torch.cuda.get_device_capability(device) >= (10, 0):
+        refusal = "the kernel needs the matrix instructions of compute capability 9.0"
+    if refusal is None and importlib.util.find_spec("triton.experimental.gluon") is None:
+        refusal = "this Triton has no Gluon"
+    if refusal is None and in_features % 32:
+        refusal = f"{in_features} input channels are no multiple of 32"
+    if refusal is None and groups > 1 and sum_size(in_features, groups) not in SUM_SIZES:
+        refusal = f"group size {in_features // groups} is no multiple of 32"
+    return refusal
+
+
+def sum_size(in_features: int, groups: int) -> int:
+    """Channels summed before a scale is applied: 0 for a whole row, else the largest of 32, 64, 128 in a group."""
+    return 0 if groups == 1 else gcd(in_features // groups, 128)
+
+
+def in_planes(x: Tensor, groups: int) -> bool:
+    """Whether x is quantized into planes; if not, the reason is logged once where a faster way was to be expected."""
+    refusal = planes_refusal(x.device, x.shape[-1], groups)
+    if refusal is not None and triton_refusal(x.device, HOPPER) is None:
+        log_fallback("w4a8_linear on Hopper", refusal)
+    return refusal is None
+
+
+def run_quantize(x: Tensor, groups: int, direct: bool, *, interpret: bool = False) -> QuantizedInput:
+    """x: (tokens, in_features). Dispatch of `quantize_w4a8_input` without checks."""
+    if in_planes(x, groups):
+        row_bytes = x.shape[-1] // 2
+        return QuantizedInput(*quantize_planes(x, row_bytes, sum_size(x.shape[-1], groups) if direct else None))
+    x8, scale = quantize_fp8(x, interpret=interpret)
+    return QuantizedInput(x8, scale, x.new_empty(0), x.new_empty(0))
+
+
+def run_matmul(
+    quantized: QuantizedInput,
+    weight_packed: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    in_features: int,
+    dtype: torch.dtype,
+    *,
+    interpret: bool = False,
+) -> Tensor:
+    """Dispatch of `w4a8_matmul` without checks: (tokens, out_features)."""
+    values, scale = quantized.values, quantized.scale
+    tokens, groups = values.shape[0], weight_scale.shape[1]
+    if values.dim() == 3:
+        if tokens == 0:
+            return values.new_empty((0, weight_packed.shape[0]), dtype=dtype)
+        weight_scale, bias = weight_scale.contiguous(), None if bias is None else bias.contiguous()
+        if quantized.correction.numel() == 0:
+            codes, row_scale = expand_fp8(weight_packed, weight_scale, in_features)
+            return scaled_matmul(values.flatten(1), scale.unsqueeze(1), codes, row_scale, bias, dtype)
+        from .w4a8_hopper_triton import w4a8_hopper
+
+        size = sum_size(in_features, groups)
+        return w4a8_hopper(Planes(*quantized), weight_packed.contiguous(), weight_scale, bias, size, dtype)
+    if not kernel_takes("w4a8_linear", values, weight_scale, interpret=interpret):
+        return matmul_ref(values, scale, weight_packed, weight_scale, bias, dtype)
+    from .int4_linear_triton import int4_matmul
+
+    return int4_matmul(values, weight_packed, weight_scale, bias, x_scale=scale, out_dtype=dtype, interpret=interpret)
+
+
+@torch.library.custom_op("kompakt::w4a8_quantize", mutates_args=())
+def quantize_op(x: Tensor, groups: int, direct: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Registered op behind `quantize_w4a8_input`; x: (tokens, in_features). Opaque to torch.compile."""
+    return tuple(run_quantize(x, groups, direct))
+
+
+@quantize_op.register_fake
+def _(x: Tensor, groups: int, direct: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if in_planes(x, groups):
+        return tuple(empty_planes(x, x.shape[-1] // 2, sum_size(x.shape[-1], groups) if direct else None))
+    scale = x.new_empty((x.shape[0], 1), dtype=torch.float32)
+    return x.new_empty(x.shape, dtype=torch.float8_e4m3fn), scale, x.new_empty(0), x.new_empty(0)
+
+
+@torch.library.custom_op("kompakt::w4a8_matmul", mutates_args=())
+def matmul_op(
+    values: Tensor,
+    scale: Tensor,
+    correction: Tensor,
+    counters: Tensor,
+    weight_packed: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    in_features: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Registered op behind `w4a8_matmul`; (tokens, out_features). Opaque to torch.compile."""
+    quantized = QuantizedInput(values, scale, correction, counters)
+    return run_matmul(quantized, weight_packed, weight_scale, bias, in_features, dtype)
+
+
+@matmul_op.register_fake
+def _(values, scale, correction, counters, weight_packed, weight_scale, bias, in_features, dtype) -> Tensor:
+    return values.new_empty((values.shape[0], weight_packed.shape[0]), dtype=dtype)
