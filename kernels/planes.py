@@ -32,6 +32,8 @@ DIGIT_STEPS = (
     (2.0**3, 2.0**-3),
 )
 """(factor of the rest before rounding, value of one unit of the digit)."""
+DIGIT_SUMS = 128
+"""Channels per sum where digits pay: with shorter sums the nibbles are decoded instead."""
 DIGIT_WEIGHTS = (-2.0, -(2.0**-3), -(2.0**-6), -(2.0**-9), -(2.0**-9), -(2.0**-9))
 SUM_UNIT = 2.0**-6
 COUNTERS = 512
@@ -86,7 +88,7 @@ def quantize_planes_ref(x: Tensor, row_bytes: int, sum_size: int | None) -> Plan
     elif sum_size == 0:
         correction = x8.float().sum(-1) * SUM_UNIT
     else:
-        correction = digits_ref(x8.float().view(tokens, -1, sum_size).sum(-1))
+        correction = digits_ref(x8.float().view(tokens, in_features // sum_size, sum_size).sum(-1))
     return Planes(values, scale.view(tokens), correction, counters)
 
 

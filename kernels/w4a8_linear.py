@@ -10,7 +10,7 @@ first: `quantize_w4a8_input`, then `w4a8_matmul`. How they run:
 
 | device | tokens | input | product |
 |---|---|---|---|
-| compute capability 9.0 | up to `EXPAND_TOKENS`, or `exact` | `planes.py` | `w4a8_hopper_triton.py` |
+| compute capability 9.0 | below `EXPAND_TOKENS`, or `exact` | `planes.py` | `w4a8_hopper_triton.py` |
 | | more | `planes.py` | weights expanded to FP8 (`int4_expand.py`), then ``torch._scaled_mm`` |
 | 8.9 and from 10.0 | any | `activations.py` | `int4_linear_triton.py` |
 | elsewhere | any | `activations.py` | reference |
@@ -32,9 +32,13 @@ from .activations import log_fallback, quantize_fp8, quantize_fp8_ref, triton_re
 from .fp8_linear import SCALED_MM_MULTIPLE, scaled_matmul
 from .int4_expand import expand_fp8
 from .int4_linear import check_int4_linear, dequantize_int4, kernel_takes
-from .planes import Planes, empty_planes, quantize_planes
+from .packing import CODES_PER_WORD
+from .planes import DIGIT_SUMS, Planes, empty_planes, quantize_planes
 
-EXPAND_TOKENS = 384
+EXPAND_TOKENS = {"row": 1536, "groups": 640}
+"""Tokens from which expanding pays. µs on an H200 for 14336×4096, packed and expanded: one scale per row at 1024 tokens
+118 and 127, at 2048 238 and 220; groups of 128 at 512 77 and 93, at 768 about 119 and 117."""
+DIGIT_TOKENS = 64
 HOPPER = (9, 0)
 SUM_SIZES = (32, 64, 128)
 
@@ -69,7 +73,7 @@ def w4a8_linear(
         ValueError: shapes, dtypes or devices that do not belong together.
     """
     quantized = quantize_w4a8_input(x, weight_packed, weight_scale, bias, exact=exact)
-    return w4a8_matmul(quantized, weight_packed, weight_scale, bias, x.shape, x.dtype)
+    return w4a8_matmul(quantized, weight_packed, weight_scale, bias, x.shape, x.dtype, exact=exact)
 
 
 def quantize_w4a8_input(
@@ -81,15 +85,28 @@ def quantize_w4a8_input(
     """
     check_int4_linear(x, weight_packed, weight_scale, bias)
     rows = x.reshape(-1, x.shape[-1])
-    groups, direct = input_key(rows.shape[0], weight_packed, weight_scale, exact=exact)
-    return QuantizedInput(*quantize_op(rows, groups, direct))
+    groups, correction = input_key(rows.shape[0], weight_packed, weight_scale, exact=exact)
+    return QuantizedInput(*quantize_op(rows, groups, correction))
 
 
-def input_key(tokens: int, weight_packed: Tensor, weight_scale: Tensor, *, exact: bool) -> tuple[int, bool]:
-    """(groups, direct): what the quantized input depends on besides x. direct: the packed weights are multiplied."""
+def takes_packed(tokens: int, weight_packed: Tensor, weight_scale: Tensor, *, exact: bool) -> bool:
+    """Whether the packed weights are multiplied, rather than weights expanded to FP8."""
+    grouped = weight_scale.shape[1] > 1
+    expandable = weight_packed.shape[0] % SCALED_MM_MULTIPLE == 0 and not (exact and grouped)
+    return not expandable or tokens < EXPAND_TOKENS["groups" if grouped else "row"]
+
+
+def input_key(tokens: int, weight_packed: Tensor, weight_scale: Tensor, *, exact: bool) -> tuple[int, int | None]:
+    """(groups, sum_size of `planes.quantize_planes_ref`): what the quantized input depends on besides x.
+
+    Products with one scale per row take off the row's sum, those with groups take digits for few tokens and decode the
+    weights for more, expanded weights need neither.
+    """
     groups = weight_scale.shape[1]
-    expandable = weight_packed.shape[0] % SCALED_MM_MULTIPLE == 0 and not (exact and groups > 1)
-    return groups, tokens <= EXPAND_TOKENS or not expandable
+    if not takes_packed(tokens, weight_packed, weight_scale, exact=exact):
+        return groups, None
+    size = sum_size(weight_packed.shape[1] * CODES_PER_WORD, groups)
+    return groups, size if size == 0 or (size == DIGIT_SUMS and tokens <= DIGIT_TOKENS) else None
 
 
 def w4a8_matmul(
@@ -99,9 +116,12 @@ def w4a8_matmul(
     bias: Tensor | None,
     shape: torch.Size,
     dtype: torch.dtype,
+    *,
+    exact: bool = False,
 ) -> Tensor:
     """Second step of `w4a8_linear`. shape, dtype: those of x."""
-    y = matmul_op(*quantized, weight_packed, weight_scale, bias, shape[-1], dtype)
+    packed = takes_packed(quantized.values.shape[0], weight_packed, weight_scale, exact=exact)
+    y = matmul_op(*quantized, weight_packed, weight_scale, bias, shape[-1], dtype, packed)
     return y.view(*shape[:-1], weight_packed.shape[0])
 
 
@@ -148,11 +168,10 @@ def in_planes(x: Tensor, groups: int) -> bool:
     return refusal is None
 
 
-def run_quantize(x: Tensor, groups: int, direct: bool, *, interpret: bool = False) -> QuantizedInput:
+def run_quantize(x: Tensor, groups: int, correction: int | None, *, interpret: bool = False) -> QuantizedInput:
     """x: (tokens, in_features). Dispatch of `quantize_w4a8_input` without checks."""
     if in_planes(x, groups):
-        row_bytes = x.shape[-1] // 2
-        return QuantizedInput(*quantize_planes(x, row_bytes, sum_size(x.shape[-1], groups) if direct else None))
+        return QuantizedInput(*quantize_planes(x, x.shape[-1] // 2, correction))
     x8, scale = quantize_fp8(x, interpret=interpret)
     return QuantizedInput(x8, scale, x.new_empty(0), x.new_empty(0))
 
@@ -164,17 +183,18 @@ def run_matmul(
     bias: Tensor | None,
     in_features: int,
     dtype: torch.dtype,
+    packed: bool,
     *,
     interpret: bool = False,
 ) -> Tensor:
-    """Dispatch of `w4a8_matmul` without checks: (tokens, out_features)."""
+    """Dispatch of `w4a8_matmul` without checks: (tokens, out_features). packed: see `takes_packed`."""
     values, scale = quantized.values, quantized.scale
     tokens, groups = values.shape[0], weight_scale.shape[1]
     if values.dim() == 3:
         if tokens == 0:
             return values.new_empty((0, weight_packed.shape[0]), dtype=dtype)
         weight_scale, bias = weight_scale.contiguous(), None if bias is None else bias.contiguous()
-        if quantized.correction.numel() == 0:
+        if not packed:
             codes, row_scale = expand_fp8(weight_packed, weight_scale, in_features)
             return scaled_matmul(values.flatten(1), scale.unsqueeze(1), codes, row_scale, bias, dtype)
         from .w4a8_hopper_triton import w4a8_hopper
@@ -189,15 +209,17 @@ def run_matmul(
 
 
 @torch.library.custom_op("kompakt::w4a8_quantize", mutates_args=())
-def quantize_op(x: Tensor, groups: int, direct: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def quantize_op(x: Tensor, groups: int, correction: int | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Registered op behind `quantize_w4a8_input`; x: (tokens, in_features). Opaque to torch.compile."""
-    return tuple(run_quantize(x, groups, direct))
+    values, scale, taken_off, counters = run_quantize(x, groups, correction)
+    return values, scale, taken_off, counters
 
 
 @quantize_op.register_fake
-def _(x: Tensor, groups: int, direct: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(x: Tensor, groups: int, correction: int | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if in_planes(x, groups):
-        return tuple(empty_planes(x, x.shape[-1] // 2, sum_size(x.shape[-1], groups) if direct else None))
+        values, scale, taken_off, counters = empty_planes(x, x.shape[-1] // 2, correction)
+        return values, scale, taken_off, counters
     scale = x.new_empty((x.shape[0], 1), dtype=torch.float32)
     return x.new_empty(x.shape, dtype=torch.float8_e4m3fn), scale, x.new_empty(0), x.new_empty(0)
 
@@ -213,12 +235,13 @@ def matmul_op(
     bias: Tensor | None,
     in_features: int,
     dtype: torch.dtype,
+    packed: bool,
 ) -> Tensor:
     """Registered op behind `w4a8_matmul`; (tokens, out_features). Opaque to torch.compile."""
     quantized = QuantizedInput(values, scale, correction, counters)
-    return run_matmul(quantized, weight_packed, weight_scale, bias, in_features, dtype)
+    return run_matmul(quantized, weight_packed, weight_scale, bias, in_features, dtype, packed)
 
 
 @matmul_op.register_fake
-def _(values, scale, correction, counters, weight_packed, weight_scale, bias, in_features, dtype) -> Tensor:
+def _(values, scale, correction, counters, weight_packed, weight_scale, bias, in_features, dtype, packed) -> Tensor:
     return values.new_empty((values.shape[0], weight_packed.shape[0]), dtype=dtype)
