@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,9 +24,15 @@ Options = Annotated[
     list[str] | None,
     typer.Option("--set", help="An option of the methods, e.g. scale=amax; may be repeated.", metavar="KEY=VALUE"),
 ]
-Append = Annotated[bool, typer.Option("--append", help="Add rows to an existing --output file of the same model.")]
+Append = Annotated[bool, typer.Option("--append", help="Add rows to an --output file measured in the same way.")]
 Label = Annotated[str | None, typer.Option(help="Name of the rows when --set changes a method's options.")]
 Note = Annotated[str, typer.Option(help="A sentence to keep with the result, e.g. how it was run.")]
+Shapes = Annotated[str, typer.Option(help="llama-8b, llama-70b, qwen-0.6b or OUTxIN, comma-separated.", metavar="A,B")]
+Tokens = Annotated[str, typer.Option("--m", help="Numbers of tokens, comma-separated.", metavar="N,N")]
+Peers = Annotated[
+    str, typer.Option(help="What to stand beside: bf16, fp8, fp8-mm, torch-int4, gemlite.", metavar="A,B")
+]
+Exact = Annotated[bool, typer.Option("--exact", help="Also w4a8 that never folds group scales into FP8 weights.")]
 Document = Annotated[
     Path | None, typer.Option("--into", help="Markdown file to put the table into.", metavar="FILE.md")
 ]
@@ -129,6 +136,45 @@ def sensitivity(
     session.show(result, lambda content: [part_table(content)], as_json)
 
 
+@bench.command()
+def linear(
+    context: typer.Context,
+    shapes: Shapes = "llama-8b,llama-70b,qwen-0.6b",
+    tokens: Tokens = "1,4,16,64,128,256,512,2048,8192",
+    methods: Methods = "w4a8",
+    group_sizes: Sizes = "channel,128",
+    exact: Exact = False,
+    against: Peers = "bf16,fp8,fp8-mm,torch-int4,gemlite",
+    note: Note = "",
+    append: Append = False,
+    output: o.OutputFile = None,
+    as_json: o.Json = False,
+) -> None:
+    """Speed of INT4 linear layers on this CUDA device beside other layers, checked against the reference first."""
+    from ..compress.device_speed import Machine
+    from ..compress.linear_contenders import PEERS
+    from ..compress.linear_speed import linear_speed, parse_names, parse_shapes, parse_tokens, parse_variants
+    from ..compress.linear_speed_table import check_speeds, merged_speeds
+    from ..compress.quantization_speed import quantization_speed
+    from .progress import Bar
+    from .tables import speeds
+
+    session: Session = context.obj
+    layers, counts = parse_shapes(shapes), parse_tokens(tokens)
+    variants = parse_variants(methods, group_sizes, exact, layers)
+    peers = parse_names(against, list(PEERS), "peer")
+    with session.working(), Bar(session.stderr, "measuring the ceilings") as bar:
+        machine = Machine.cuda(list(dict.fromkeys(f"{variant.method}_linear" for variant in variants)))
+        result = linear_speed(machine, layers, counts, variants, peers, note=note, progress=bar)
+        widths = sorted({layer.in_features for layer in layers})
+        result["quantization"] = quantization_speed(machine, widths, counts, variants, progress=bar)
+        if output is not None:
+            result = merged_speeds(output, result) if append else result
+            save(result, output)
+    session.show(result, speeds, as_json)
+    check_speeds(result)
+
+
 def calibration_options(
     dataset: str | None, samples: int | None, length: int | None, batch_size: int | None, seed: int | None
 ) -> Any:
@@ -152,16 +198,26 @@ def save(result: dict[str, Any], output: Path) -> None:
     save_json(result, output)
 
 
+def renderer(result: dict[str, Any]) -> Callable[[dict[str, Any]], str]:
+    """What makes the Markdown table of a result of any `bench` command."""
+    from ..compress.linear_speed_table import speed_table
+    from ..compress.sensitivity import part_table
+    from ..compress.sweep import markdown_table
+
+    if result.get("bench") == "linear":
+        return speed_table
+    return part_table if "part" in result["rows"][0] else markdown_table
+
+
 @bench.command()
 def table(context: typer.Context, file: Path, into: Document = None) -> None:
-    """The Markdown table of a FILE that `bench weights` or `bench sensitivity` wrote."""
+    """The Markdown table of a FILE that a `bench` command wrote."""
     import json
 
-    from ..compress.sensitivity import part_table
-    from ..compress.sweep import insert_table, markdown_table
+    from ..compress.sweep import insert_table
 
     result = json.loads(file.read_text("utf-8"))
-    render = part_table if "part" in result["rows"][0] else markdown_table
+    render = renderer(result)
     if into is not None:
         insert_table(into, file, render)
     else:

@@ -13,6 +13,8 @@ LABELS = {
     "evaluate": "evaluating",
     "choices": "multiple choice",
     "last_word": "last word",
+    "linear": "timing linear layers",
+    "quantization": "timing quantization",
 }
 FOLLOWED_BY = {"layers": "writing and reading back"}
 """What happens after the last step of a stage, where that takes a while and reports nothing."""

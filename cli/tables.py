@@ -204,3 +204,46 @@ def listed(content: dict[str, Any]) -> Shown:
 
 def _option(value: Any) -> str:
     return " ".join(value) if isinstance(value, list) else _word(value)
+
+
+def speeds(content: dict[str, Any]) -> Shown:
+    """The result of `bench linear`: one table per shape, then one of the quantization of activations."""
+    from ..compress.linear_speed_table import measured
+
+    shown: Shown = []
+    shapes = dict.fromkeys(
+        (row["model"], row["layer"], row["out_features"], row["in_features"]) for row in content["rows"]
+    )
+    for shape in shapes:
+        model, layer, out_features, in_features = shape
+        title = f"{out_features}×{in_features} ({', '.join(filter(None, (model, layer)))})"
+        peers = [f"× {peer}" for peer in content["against"]]
+        rows = table(title, "layer", "tokens", "µs", *peers, "weights GB/s", "TFLOP/s", "share", "error")
+        for row in content["rows"]:
+            if (row["model"], row["layer"], row["out_features"], row["in_features"]) == shape:
+                rows.add_row(row["label"], f"{row['tokens']:,}", *_speed_cells(row, list(content["against"])))
+        shown += [rows, ""]
+    rows = table("quantization of activations", "layout", "tokens × inputs", "µs", "GB/s", "share of copying", "")
+    for row in content["quantization"]:
+        numbers = ("microseconds", ".1f"), ("gb_per_second", ",.0f"), ("share", ".0%")
+        cells = [f"{row[key]:{form}}" if row["correct"] else "" for key, form in numbers]
+        rows.add_row(
+            row["layout"], f"{row['tokens']:,} × {row['in_features']}", *cells, "" if row["correct"] else "wrong"
+        )
+    return [*shown, rows, "", measured(content)]
+
+
+def _speed_cells(row: dict[str, Any], peers: list[str]) -> list[str]:
+    error = "none" if row["error"] is None else f"{row['error']:.1e}"
+    if not row["correct"]:
+        return ["", *("" for _ in peers), "", "", "", f"wrong: {row.get('reason') or error}"]
+    ratios = [row["peers"].get(peer, {}).get("ratio") for peer in peers]
+    folded = "" if row["fold_error"] is None else f", folded weights {row['fold_error']:.1e}"
+    return [
+        f"{row['microseconds']:.1f}",
+        *("–" if ratio is None else f"{ratio:.2f}" for ratio in ratios),
+        f"{row['weight_gb_per_second']:,.0f}",
+        f"{row['tflops']:,.0f}",
+        f"{row['share']:.0%}",
+        f"{error}{folded}",
+    ]

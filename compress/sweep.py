@@ -187,20 +187,34 @@ def insert_table(document: Path, file: Path, render: Callable[[dict[str, Any]], 
     document.write_text(f"{head}{start}\n{table}\n{closed}{tail}", "utf-8")
 
 
-def merged(file: Path, result: dict[str, Any]) -> dict[str, Any]:
+def row_identity(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What tells the rows of a sweep apart."""
+    return row["label"], row["weights"]["activations"], row["weights"]["group_size"]
+
+
+def merged(
+    file: Path,
+    result: dict[str, Any],
+    *,
+    same: Iterable[str] = ("kompakt", "environment", "model", "text", "calibration"),
+    identity: Callable[[dict[str, Any]], tuple[Any, ...]] = row_identity,
+) -> dict[str, Any]:
     """`result` with the rows of an earlier file in front; a row measured again replaces the old one.
 
-    Raises ValueError if the file was measured on another model, text, calibration, device or version.
+    Raises ValueError if the file was measured under other conditions: with another value of a key in `same`.
     """
     if not file.is_file():
         return result
     earlier = json.loads(file.read_text("utf-8"))
-    for key in ("kompakt", "environment", "model", "text", "calibration"):
-        if earlier[key] != result[key]:
-            raise ValueError(f"{file} was measured with another {key}: {earlier[key]} there, {result[key]} here")
+    for key in same:
+        if earlier.get(key) != result[key]:
+            raise ValueError(f"{file} was measured with another {key}: {earlier.get(key)} there, {result[key]} here")
+    return {**result, "rows": joined(earlier["rows"], result["rows"], identity)}
 
-    def identity(row: dict[str, Any]) -> tuple[Any, ...]:
-        return row["label"], row["weights"]["activations"], row["weights"]["group_size"]
 
-    replaced = {identity(row) for row in result["rows"]}
-    return {**result, "rows": [row for row in earlier["rows"] if identity(row) not in replaced] + result["rows"]}
+def joined(
+    earlier: list[dict[str, Any]], rows: list[dict[str, Any]], identity: Callable[[dict[str, Any]], tuple[Any, ...]]
+) -> list[dict[str, Any]]:
+    """Earlier rows that were not measured again, then `rows`."""
+    replaced = {identity(row) for row in rows}
+    return [row for row in earlier if identity(row) not in replaced] + rows
