@@ -19,6 +19,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..quant.method import WeightScheme
 from .coverage import is_ignored
 from .linear import CompressedLinear
+from .shared_input import share_inputs, unshare_inputs
 
 QUANT_METHOD = "kompakt"
 FORMATS = {"int4": "pack-quantized", "fp8": "float-quantized"}
@@ -110,6 +111,10 @@ class KompaktQuantizer(HfQuantizer):
                 model.set_submodule(name, swapped)
         return model
 
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        share_inputs(model)
+        return model
+
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         """The tensors to save, tied ones once: transformers finds ties by storage, which offloaded weights do not
         have.
@@ -132,15 +137,19 @@ register_quantizer(QUANT_METHOD)(KompaktQuantizer)
 
 
 def mark_quantized(model: Any, scheme: WeightScheme, kept: list[str]) -> None:
-    """Tells transformers that `model` holds packed weights, so that `save_pretrained` writes the right config."""
+    """Tells transformers that `model` holds packed weights, so that `save_pretrained` writes the right config, and lets
+    their Linears share quantized inputs.
+    """
     config = KompaktConfig(scheme, kept)
     model.config.quantization_config = config
     model.hf_quantizer = KompaktQuantizer(config, pre_quantized=True)
     model.is_quantized = True
+    share_inputs(model)
 
 
 def unmark_quantized(model: Any) -> None:
     """Undoes `mark_quantized`."""
+    unshare_inputs(model)
     for owner, name in ((model.config, "quantization_config"), (model, "hf_quantizer"), (model, "is_quantized")):
         if name in vars(owner):
             delattr(owner, name)

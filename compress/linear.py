@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -10,16 +10,24 @@ from torch import nn
 from ..kernels.fp8_linear import fp8_linear, fp8_w8a16_linear
 from ..kernels.int4_linear import w4a16_linear
 from ..kernels.packing import pack_int4
-from ..kernels.w4a8_linear import w4a8_linear
+from ..kernels.w4a8_linear import QuantizedInput, w4a8_linear, w4a8_matmul
 from ..quant.method import QuantizedWeight, WeightScheme
 
+
+class InputQuantizer(Protocol):
+    """Where a W4A8 Linear gets its quantized input when it is not the only one that reads it (`shared_input.py`)."""
+
+    def quantize(self, x: torch.Tensor, linear: CompressedLinear) -> QuantizedInput:
+        """x: (…, in)."""
+        ...
+
+
 OPS = {
-    ("int4", "fp8"): w4a8_linear,
     ("int4", "none"): w4a16_linear,
     ("fp8", "fp8"): fp8_linear,
     ("fp8", "none"): fp8_w8a16_linear,
 }
-"""(weights, activations) → op(x, weight, scale, bias)."""
+"""(weights, activations) → op(x, weight, scale, bias), where the op is one step."""
 
 
 class CompressedLinear(nn.Module):
@@ -28,7 +36,13 @@ class CompressedLinear(nn.Module):
     INT4: `weight_packed` int32 (out, ⌈in/8⌉), `weight_scale` (out, groups), `weight_shape` int64 (2,).
     FP8: `weight` float8_e4m3fn (out, in), `weight_scale` (out, 1).
     They are Parameters without gradient, not buffers, so that accelerate offloads them.
+
+    exact: with FP8 activations, never fold group scales into rounded FP8 weights, however many tokens there are.
+    shared: who quantizes the input, if it is read by other Linears as well.
     """
+
+    exact: bool = False
+    shared: InputQuantizer | None = None
 
     def __init__(
         self,
@@ -80,12 +94,23 @@ class CompressedLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (…, in) → (…, out), same dtype."""
+        if self.shares:
+            packed, scale, bias = self.weight_packed, self.weight_scale, self.bias
+            if self.shared is None:
+                return w4a8_linear(x, packed, scale, bias, exact=self.exact)
+            quantized = self.shared.quantize(x, self)
+            return w4a8_matmul(quantized, packed, scale, bias, x.shape, x.dtype, exact=self.exact)
         stored = self.weight_packed if self.scheme.weights == "int4" else self.weight
         return OPS[self.scheme.weights, self.scheme.activations](x, stored, self.weight_scale, self.bias)
 
     def extra_repr(self) -> str:
         """Shape and scheme, for `print(model)`."""
         return f"in_features={self.in_features}, out_features={self.out_features}, {self.scheme.describe()}"
+
+    @property
+    def shares(self) -> bool:
+        """Whether the input is quantized in a step of its own."""
+        return self.scheme.weights == "int4" and self.scheme.activations == "fp8"
 
     @property
     def stored_bytes(self) -> int:

@@ -298,8 +298,10 @@ def w4a8_hopper_kernel(
     PAIRED: gl.constexpr, DIGITS: gl.constexpr, EXACT: gl.constexpr, HAS_BIAS: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, LOADER: gl.constexpr,
 ):  # fmt: skip
-    """Grid (outputs, tokens, SPLIT). HALF: bytes of a weight row in one tile, that is 2·HALF input channels. TILES:
-    tiles in a stage. SUMS: sums in a stage that are scaled on their own.
+    """Grid (outputs, tokens, SPLIT). A stage is 128 bytes of each weight row, 256 channels.
+
+    SUMS: sums in a stage that are scaled on their own; 1 for one scale per row. PAIRED: two of them in the tensor cores
+    at a time. EXACT: decode nibbles to q; else take off what u has too much, by DIGITS or, for SUMS = 1, at the end.
     """
     n0 = gl.program_id(0) * (64 * CONSUMERS)
     m0 = gl.program_id(1) * BLOCK_M

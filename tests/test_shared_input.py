@@ -1,0 +1,136 @@
+"""Linears of a layer quantize a shared input once, and never use what was made from another tensor."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from unittest import mock
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from kompakt.compress import patch, shared_input
+from kompakt.compress.linear import CompressedLinear
+from kompakt.compress.shared_input import share_inputs, unshare_inputs
+
+CONFIG = {
+    "vocab_size": 64,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+TOKENS = torch.arange(10).unsqueeze(0)
+
+
+def recipe(activations: str) -> dict:
+    return {"name": "rtn", "weights": {"method": "rtn", "group_size": 32, "activations": activations}}
+
+
+@pytest.fixture
+def model() -> Iterator[LlamaForCausalLM]:
+    torch.manual_seed(0)
+    with torch.no_grad():
+        yield LlamaForCausalLM(LlamaConfig(**CONFIG)).to(torch.bfloat16).eval()
+
+
+@pytest.fixture
+def quantizations() -> Iterator[mock.Mock]:
+    counted = mock.Mock(wraps=shared_input.quantize_w4a8_input)
+    with mock.patch.object(shared_input, "quantize_w4a8_input", counted):
+        yield counted
+
+
+def test_each_input_is_quantized_once_and_results_are_those_of_separate_layers(model, quantizations):
+    with patch(model, recipe("fp8")):
+        shared = model(TOKENS).logits
+        # A layer has four different inputs: of q, k, v; of o; of gate, up; of down.
+        assert quantizations.call_count == 4 * CONFIG["num_hidden_layers"]
+        unshare_inputs(model)
+        for module in model.modules():
+            if isinstance(module, CompressedLinear):
+                module.shared = None
+        assert torch.equal(model(TOKENS).logits, shared)
+
+
+def test_nothing_is_held_after_a_forward_pass(model):
+    with patch(model, recipe("fp8")):
+        model(TOKENS)
+        for layer in model.model.layers:
+            assert layer.shared_input.held is None and not layer.shared_input.running
+
+
+def test_layers_without_quantized_inputs_are_left_alone(model):
+    with patch(model, recipe("none")):
+        assert all("shared_input" not in vars(layer) for layer in model.model.layers)
+
+
+def test_unpatching_removes_the_hooks(model):
+    before = model(TOKENS).logits
+    hooks = [(len(layer._forward_pre_hooks), len(layer._forward_hooks)) for layer in model.model.layers]
+    with patch(model, recipe("fp8")):
+        assert all(len(layer._forward_pre_hooks) > pre for layer, (pre, _) in zip(model.model.layers, hooks))
+    assert hooks == [(len(layer._forward_pre_hooks), len(layer._forward_hooks)) for layer in model.model.layers]
+    assert all("shared_input" not in vars(layer) for layer in model.model.layers)
+    assert torch.equal(model(TOKENS).logits, before)
+
+
+def test_a_linear_called_by_itself_does_not_share(model, quantizations):
+    with patch(model, recipe("fp8")):
+        attention, x = model.model.layers[0].self_attn, torch.randn(3, 64, dtype=torch.bfloat16)
+        attention.q_proj(x), attention.k_proj(x)
+        assert quantizations.call_count == 2
+
+
+def test_a_tensor_changed_in_place_is_quantized_again(model, quantizations):
+    with patch(model, recipe("fp8")):
+        layer, x = model.model.layers[0], torch.randn(3, 64, dtype=torch.bfloat16)
+        layer.shared_input.begin()
+        attention = layer.self_attn
+        attention.q_proj(x)
+        x.mul_(2)
+        changed = attention.q_proj(x)
+        assert quantizations.call_count == 2
+        layer.shared_input.end()
+        assert torch.equal(attention.q_proj(x), changed)
+
+
+def test_equal_values_in_another_tensor_are_not_taken_for_the_same(model, quantizations):
+    with patch(model, recipe("fp8")):
+        layer, x = model.model.layers[0], torch.randn(3, 64, dtype=torch.bfloat16)
+        layer.shared_input.begin()
+        layer.self_attn.q_proj(x), layer.self_attn.k_proj(x.clone())
+        assert quantizations.call_count == 2
+
+
+def test_tensors_of_inference_mode_are_quantized_every_time(model, quantizations):
+    with patch(model, recipe("fp8")):
+        with torch.inference_mode():
+            inferred = model(TOKENS).logits
+        assert quantizations.call_count == 7 * CONFIG["num_hidden_layers"]
+        assert torch.equal(inferred, model(TOKENS).logits)
+
+
+def test_a_copied_model_shares_within_itself(model, quantizations):
+    with patch(model, recipe("fp8")):
+        twin = copy.deepcopy(model)
+        assert twin.model.layers[0].shared_input is not model.model.layers[0].shared_input
+        assert torch.equal(twin(TOKENS).logits, model(TOKENS).logits)
+        assert quantizations.call_count == 8 * CONFIG["num_hidden_layers"]
+
+
+def test_compiled_layers_neither_break_nor_hold_anything(model):
+    with patch(model, recipe("fp8")):
+        expected = model(TOKENS).logits
+        compiled = torch.compile(model, backend="aot_eager")
+        assert torch.allclose(compiled(TOKENS).logits, expected, atol=1e-2)
+        assert all(layer.shared_input.held is None for layer in model.model.layers)
+
+
+def test_sharing_twice_attaches_once(model):
+    with patch(model, recipe("fp8")):
+        hooks = len(model.model.layers[0]._forward_pre_hooks)
+        share_inputs(model)
+        assert len(model.model.layers[0]._forward_pre_hooks) == hooks
