@@ -8,13 +8,15 @@ that start-up is paid once. The test file declares
 - ``MUTATIONS``: name → (text, replacement, case): the case is run on a copy of the kernel broken by that
   replacement, and must raise.
 
-Prints one JSON object: name → "" for a pass, else what went wrong.
+Prints one JSON object: name → "" for a pass, else what went wrong. The test file asks `interpreter_results` for it.
 """
 
+import functools
 import importlib
 import importlib.util
 import json
 import os
+import subprocess
 import sys
 import tempfile
 import traceback
@@ -22,6 +24,20 @@ import types
 from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
+
+import pytest
+
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+
+
+@functools.cache
+def interpreter_results(test_file: str) -> dict[str, str]:
+    """All cases and mutations of a test file, in one process: name → "" or what went wrong."""
+    # One thread: the tiles are far too small to share out.
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, __file__, test_file], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
 
 def alias_package() -> None:

@@ -1,70 +1,35 @@
 """FP8 linear layers: references against FP64, dispatch, and torch._scaled_mm held to the same bound on a GPU."""
 
-from dataclasses import dataclass
-
 import pytest
 import torch
+from kernel_cases import (
+    FP8_ACCUMULATOR,
+    FP16,
+    FP32,
+    Case,
+    check_compiled_and_captured,
+    check_error,
+    check_reference,
+    exact_product,
+    quantized_rows,
+)
 from torch import Tensor
 
-from kompakt.kernels.activations import cuda_refusal, quantize_fp8_ref
+from kompakt.kernels.activations import cuda_refusal
 from kompakt.kernels.fp8_linear import fp8_linear, fp8_op, fp8_ref, fp8_w8a16_linear
 from kompakt.kernels.int4_linear import linear_backend
 
-BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-# _scaled_mm promotes its accumulator to FP32, but not after every instruction: see the bound in test_int4_linear.py.
-FP8_ACCUMULATOR = 2.0**-10
-
-
-@dataclass(frozen=True)
-class Case:
-    """One FP8 linear layer."""
-
-    tokens: tuple[int, ...]
-    in_features: int
-    out_features: int
-    dtype: torch.dtype = BF16
-    scale_dtype: torch.dtype = FP32
-    bias: bool = False
-    transposed: bool = False
-
-    def make(self, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """x, weight, weight_scale, bias, with a zero row, an outlier, large rows and negative scales."""
-        generator = torch.Generator().manual_seed(self.in_features + 7 * self.out_features)
-        x = torch.randn((*self.tokens, self.in_features), generator=generator)
-        rows = x.view(-1, self.in_features)
-        if len(rows) > 3:
-            rows[1], rows[2, -1], rows[3] = 0.0, 3e3, rows[3] * 100
-        x = x.to(self.dtype).to(device)
-        if self.transposed:
-            x = x.transpose(0, -2).contiguous().transpose(0, -2)
-        weight = (torch.randn((self.out_features, self.in_features), generator=generator) * 60).clamp(-448, 448)
-        scale = (torch.randn((self.out_features, 1), generator=generator) * 1e-3).to(self.scale_dtype)
-        bias = torch.randn(self.out_features, generator=generator).to(self.dtype).to(device) if self.bias else None
-        return x, weight.to(torch.float8_e4m3fn).to(device), scale.to(device), bias
-
-
 CASES = {
-    "1 of everything": Case((1,), 1, 1, bias=True),
-    "no tokens": Case((2, 0), 64, 32),
-    "no batch dimension": Case((), 64, 48),
-    "odd everything": Case((3, 5), 65, 33, FP16, BF16, bias=True, transposed=True),
-    "bf16": Case((17,), 576, 192, bias=True),
-    "fp16": Case((5,), 128, 64, FP16, FP16, bias=True),
-    "fp32": Case((2, 9), 1536, 80, FP32, bias=True, transposed=True),
-    "out no multiple of 16": Case((4,), 64, 72),
+    "1 of everything": Case((1,), 1, 1, scale_dtype=FP32, bias=True),
+    "no tokens": Case((2, 0), 64, 32, scale_dtype=FP32),
+    "no batch dimension": Case((), 64, 48, scale_dtype=FP32),
+    "odd everything": Case((3, 5), 65, 33, dtype=FP16, bias=True, layout="transposed"),
+    "bf16": Case((17,), 576, 192, scale_dtype=FP32, bias=True),
+    "fp16": Case((5,), 128, 64, dtype=FP16, scale_dtype=FP16, bias=True),
+    "fp32": Case((2, 9), 1536, 80, dtype=FP32, scale_dtype=FP32, bias=True, layout="transposed"),
+    "strided": Case((9,), 96, 16, scale_dtype=FP32, layout="strided"),
+    "out no multiple of 16": Case((4,), 64, 72, scale_dtype=FP32),
 }
-
-
-def check(case: Case, inputs: tuple, y: Tensor, *, quantized: bool) -> None:
-    """At most twice the error of the reference, plus eight FP32 roundings of Σ|terms|; on a GPU its sum too."""
-    assert y.shape == (*case.tokens, case.out_features) and y.dtype == case.dtype
-    exact, magnitude = exact_result(inputs, quantized)
-    reference = fp8_ref(*inputs) if quantized else fp8_w8a16_linear(*inputs)
-    accumulator = FP8_ACCUMULATOR if quantized and y.is_cuda else 0.0
-    if y.numel():
-        allowed = 2 * (reference.double() - exact).abs().amax(dim=-1, keepdim=True)
-        allowed = allowed + (8 * 2.0**-24 + accumulator) * magnitude
-        assert ((y.double() - exact).abs() <= allowed).all()
 
 
 def exact_result(inputs: tuple, quantized: bool) -> tuple[Tensor, Tensor]:
@@ -72,31 +37,22 @@ def exact_result(inputs: tuple, quantized: bool) -> tuple[Tensor, Tensor]:
     x, weight, scale, bias = inputs
     dequantized = weight.double() * scale.double()
     if quantized:
-        x8, x_scale = quantize_fp8_ref(x)
-        left = x8.double() * x_scale.double()
-    else:
-        left, dequantized = x.double(), dequantized.to(x.dtype).double()
-    offset = torch.zeros((), dtype=torch.float64, device=x.device) if bias is None else bias.double()
-    return left @ dequantized.t() + offset, left.abs() @ dequantized.abs().t() + offset.abs()
+        return exact_product(quantized_rows(x), dequantized, bias)
+    return exact_product(x.double(), dequantized.to(x.dtype).double(), bias)
 
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("quantized", [True, False], ids=["w8a8", "w8a16"])
 def test_reference_against_fp64(name, quantized):
     case = CASES[name]
-    inputs = case.make()
+    inputs = case.make_fp8()
     y = (fp8_linear if quantized else fp8_w8a16_linear)(*inputs)
-    assert y.shape == (*case.tokens, case.out_features) and y.dtype == case.dtype
-    exact, magnitude = exact_result(inputs, quantized)
-    eps = torch.finfo(case.dtype).eps
-    bias = 0.0 if inputs[3] is None else inputs[3].double().abs() * eps
-    allowed = 3 * eps * exact.abs() + bias + (case.in_features + 4) * 2.0**-24 * magnitude
-    assert ((y.double() - exact).abs() <= allowed + torch.finfo(case.dtype).tiny).all()
+    check_reference(case, y, *exact_result(inputs, quantized), inputs[3])
 
 
 @pytest.mark.parametrize("name", ["odd everything", "bf16", "no tokens", "no batch dimension"])
 def test_registered_op(name):
-    inputs = CASES[name].make()
+    inputs = CASES[name].make_fp8()
     # Not test_schema: to compare its inputs it needs FP8 arithmetic, which torch has not.
     torch.library.opcheck(
         fp8_op, inputs, test_utils=("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
@@ -107,7 +63,7 @@ def test_registered_op(name):
 
 
 def test_rows_with_inf_and_nan_come_out_nan():
-    x, weight, scale, _ = CASES["bf16"].make()
+    x, weight, scale, _ = CASES["bf16"].make_fp8()
     clean = fp8_linear(x, weight, scale)
     x[0, 5], x[3, 127] = torch.nan, torch.inf
     y = fp8_linear(x, weight, scale)
@@ -149,19 +105,15 @@ def test_wrong_arguments_are_refused(linear, change, message):
 def test_on_gpu(name, quantized):
     if quantized and (refusal := cuda_refusal("cuda", (8, 9))) is not None:
         pytest.skip(refusal)
-    inputs = CASES[name].make("cuda")
-    check(CASES[name], inputs, (fp8_linear if quantized else fp8_w8a16_linear)(*inputs), quantized=quantized)
+    inputs = CASES[name].make_fp8("cuda")
+    exact, magnitude = exact_result(inputs, quantized)
+    # _scaled_mm promotes its accumulator to FP32, but not after every instruction.
+    accumulator = FP8_ACCUMULATOR * magnitude if quantized else 0.0
+    y = (fp8_linear if quantized else fp8_w8a16_linear)(*inputs)
+    check_error(y, (fp8_ref if quantized else fp8_w8a16_linear)(*inputs), exact, magnitude, accumulator)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["bf16", "fp32"])
 def test_compiled_and_captured(name):
-    inputs = CASES[name].make("cuda")
-    expected = fp8_linear(*inputs)
-    assert torch.equal(torch.compile(fp8_linear, fullgraph=True)(*inputs), expected)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y = fp8_linear(*inputs)
-    y.fill_(torch.nan)
-    graph.replay()
-    assert torch.equal(y, expected)
+    check_compiled_and_captured(fp8_linear, CASES[name].make_fp8("cuda"))

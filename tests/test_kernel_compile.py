@@ -1,64 +1,148 @@
-"""Every Triton kernel compiles for the GPUs it is meant for. Compile only: nothing is run, no GPU is needed."""
+"""Every Triton kernel compiles for the GPUs it is meant for. Compile only: nothing is run, no GPU is needed.
+
+A launcher is called on meta tensors with a recorder in the kernel's place, so that what is compiled has the types, the
+constants and the options of a real launch.
+"""
 
 import ast
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+from kernel_cases import BF16, FP16, FP32
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.compiler import compile as triton_compile
 
-from kompakt.kernels.activations_triton import quantize_rows_kernel
-from kompakt.kernels.int4_linear_triton import int4_matmul_kernel, launch_config
+from kompakt.kernels import activations_triton, int4_expand_triton, int4_linear_triton, planes_triton
 
+E4M3 = torch.float8_e4m3fn
 SM80, SM89, SM90 = (GPUTarget("cuda", capability, 32) for capability in (80, 89, 90))
 GFX942 = GPUTarget("hip", "gfx942", 64)
 # Shared memory that one program may use: sm_80 163 KB, sm_89 99 KB, sm_90 227 KB, gfx942 64 KB.
 SHARED_MEMORY = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, "gfx942": 64 << 10}
-BYTES = {"fp8e4nv": 1, "bf16": 2, "fp16": 2, "fp32": 4}
+POINTERS = {
+    E4M3: "fp8e4nv",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float32: "fp32",
+    torch.int32: "i32",
+    torch.uint8: "u8",
+}
 
 
-def short_id(value: object) -> str:
-    return str(getattr(value, "arch", value))
+class Recorder:
+    """Stands where a kernel stood; keeps the grid and the arguments of a launch."""
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def launch(*values: Any, **named: Any) -> None:
+            self.grid, self.values, self.named = grid, values, named
+
+        return launch
 
 
-def compile_kernel(kernel: Any, pointers: dict[str, str], constants: dict[str, Any], target: GPUTarget, **options: int):
-    """Compile with the given pointer types and constants; every other argument is an int32."""
-    signature = {name: "i32" for name in kernel.arg_names} | pointers | dict.fromkeys(constants, "constexpr")
-    # What the launcher would find for tensors from torch and for dimensions that are multiples of 16.
-    aligned = [name for name, kind in signature.items() if kind[0] == "*" or name.startswith(("stride", "in_", "out_"))]
+def signature_of(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"*{POINTERS[value.dtype]}"
+    if isinstance(value, int):
+        return "i32"
+    return f"tensordesc<{POINTERS[value.base.dtype]}{list(value.block_shape)},{value.layout!r}>"
+
+
+def compile_launch(module: ModuleType, kernel_name: str, call: Callable[[], Any], target: GPUTarget, **change: Any):
+    """Compile what `call` launches; `change` replaces constants and options."""
+    kernel, recorder = getattr(module, kernel_name), Recorder()
+    with mock.patch.object(module, kernel_name, recorder):
+        call()
+    given = dict(zip(kernel.arg_names, recorder.values)) | recorder.named | change
+    options = {name: given.pop(name) for name in set(given) - set(kernel.arg_names)}
+    constant = {parameter.name for parameter in kernel.params if parameter.is_constexpr}
+    constants = {name: value for name, value in given.items() if name in constant or value is None}
+    signature = {name: "constexpr" if name in constants else signature_of(given[name]) for name in kernel.arg_names}
+    # What the launcher finds: torch aligns its tensors, and integers are looked at one by one.
+    aligned = [
+        name
+        for name, value in given.items()
+        if name not in constants and (isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0))
+    ]
     attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
-    source = ASTSource(kernel, signature, constants, attributes)
+    source = source_class(module)(kernel, signature, constants, attributes)
     return triton_compile(source, target=target, options=options)
 
 
-def compile_int4(target: GPUTarget, operand: str, tokens: int, group: int, *, bias: bool = True):
-    fp8 = operand == "fp8e4nv"
-    config = launch_config(tokens, 4096, 4096 // group, BYTES[operand])
-    constants: dict[str, Any] = {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k}
-    constants |= {"FP8": fp8, "HAS_BIAS": bias, "INTERPRET": False}
-    result = "bf16" if fp8 else operand
-    pointers = {"x_ptr": f"*{operand}", "weight_ptr": "*i32", "weight_scale_ptr": "*bf16", "y_ptr": f"*{result}"}
-    for name, kind, present in (("x_scale_ptr", "*fp32", fp8), ("bias_ptr", f"*{result}", bias)):
-        if present:
-            pointers[name] = kind
-        else:
-            constants[name] = None
-    return compile_kernel(
-        int4_matmul_kernel, pointers, constants, target, num_warps=config.num_warps, num_stages=config.num_stages
+def source_class(module: ModuleType) -> type:
+    if not hasattr(module, "gluon"):
+        return ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    return GluonASTSource
+
+
+def meta(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def compile_int4(target: GPUTarget, dtype: torch.dtype, tokens: int, group: int, *, bias: bool = True):
+    """4096×4096 on `tokens` rows of `dtype`, FP8 included."""
+    fp8 = dtype == E4M3
+    result = BF16 if fp8 else dtype
+
+    def call() -> None:
+        int4_linear_triton.int4_matmul(
+            meta(tokens, 4096, dtype=dtype),
+            meta(4096, 512, dtype=torch.int32),
+            meta(4096, 4096 // group, dtype=BF16),
+            meta(4096, dtype=result) if bias else None,
+            x_scale=meta(tokens, 1, dtype=FP32) if fp8 else None,
+            out_dtype=result,
+        )
+
+    return compile_launch(int4_linear_triton, "int4_matmul_kernel", call, target)
+
+
+def compile_quantize(target: GPUTarget, dtype: torch.dtype):
+    x = meta(4, 4096, dtype=dtype)
+    return compile_launch(
+        activations_triton, "quantize_rows_kernel", lambda: activations_triton.quantize_rows(x), target
     )
 
 
-def compile_quantize(target: GPUTarget, operand: str, in_features: int):
-    pointers = {"x_ptr": f"*{operand}", "x8_ptr": "*fp8e4nv", "scale_ptr": "*fp32"}
-    constants = {"BLOCK": in_features, "INTERPRET": False}
-    return compile_kernel(quantize_rows_kernel, pointers, constants, target, num_warps=4)
+def compile_planes(target: GPUTarget, dtype: torch.dtype, tokens: int, in_features: int, sum_size: int | None):
+    x = meta(tokens, in_features, dtype=dtype)
+    # Programmatic dependent launch begins with sm_90.
+    change = {} if target == SM90 else {"PDL": False}
+    return compile_launch(
+        planes_triton,
+        "quantize_planes_kernel",
+        lambda: planes_triton.quantize_planes_triton(x, in_features // 2, sum_size),
+        target,
+        **change,
+    )
+
+
+def compile_expand(target: GPUTarget, dtype: torch.dtype, groups: int):
+    """4096×4096 to `dtype`, FP8 included."""
+    packed, scale = meta(4096, 512, dtype=torch.int32), meta(4096, groups, dtype=BF16)
+
+    def call() -> None:
+        if dtype == E4M3:
+            int4_expand_triton.expand_fp8_triton(packed, scale, 4096)
+        else:
+            int4_expand_triton.expand_16bit_triton(packed, scale, 4096, dtype)
+
+    return compile_launch(int4_expand_triton, "expand_kernel", call, target)
+
+
+def short_id(value: object) -> str:
+    return str(getattr(value, "arch", value)).removeprefix("torch.")
 
 
 def fits(compiled: Any, target: GPUTarget) -> bool:
@@ -71,35 +155,71 @@ def fits(compiled: Any, target: GPUTarget) -> bool:
     ids=short_id,
 )
 def test_w4a8(target, tokens, group):
-    compiled = compile_int4(target, "fp8e4nv", tokens, group)
+    compiled = compile_int4(target, E4M3, tokens, group)
     assert fits(compiled, target)
     if target == SM90:
         assert "wgmma.mma_async.sync.aligned" in compiled.asm["ptx"] and ".e4m3.e4m3" in compiled.asm["ptx"]
 
 
 @pytest.mark.parametrize(
-    ("target", "operand", "tokens"),
-    [(SM90, "bf16", 4096), (SM90, "fp16", 1), (SM80, "bf16", 4096), (SM80, "fp32", 64), (GFX942, "bf16", 16)],
+    ("target", "dtype", "tokens"),
+    [(SM90, BF16, 4096), (SM90, FP16, 1), (SM80, BF16, 4096), (SM80, FP32, 64), (GFX942, BF16, 16)],
     ids=short_id,
 )
-def test_w4a16(target, operand, tokens):
-    compiled = compile_int4(target, operand, tokens, 64, bias=tokens > 1)
+def test_w4a16(target, dtype, tokens):
+    compiled = compile_int4(target, dtype, tokens, 64, bias=tokens > 1)
     assert fits(compiled, target)
-    if target == SM90 and operand != "fp32":
+    if target == SM90 and dtype != FP32:
         assert "wgmma.mma_async.sync.aligned" in compiled.asm["ptx"]
 
 
-@pytest.mark.parametrize(("target", "operand"), [(SM90, "bf16"), (SM89, "fp32"), (GFX942, "fp16")], ids=short_id)
-def test_quantize_fp8(target, operand):
-    compiled = compile_quantize(target, operand, 4096)
+@pytest.mark.parametrize(("target", "dtype"), [(SM90, BF16), (SM89, FP32), (GFX942, FP16)], ids=short_id)
+def test_quantize_fp8(target, dtype):
+    compiled = compile_quantize(target, dtype)
     if target == SM90:
         assert "cvt.rn.satfinite.e4m3x2.f32" in compiled.asm["ptx"] and "div.rn.f32" in compiled.asm["ptx"]
 
 
 @pytest.mark.parametrize(
+    ("target", "dtype", "tokens", "in_features", "sum_size"),
+    [
+        (SM90, BF16, 1, 4096, 128),
+        (SM90, FP32, 600, 14336, 0),
+        (SM90, BF16, 600, 14336, None),
+        (SM90, FP16, 17, 576, 64),
+        (SM89, BF16, 17, 576, 32),
+        (GFX942, BF16, 17, 4096, 128),
+    ],
+    ids=short_id,
+)
+def test_quantize_planes(target, dtype, tokens, in_features, sum_size):
+    compiled = compile_planes(target, dtype, tokens, in_features, sum_size)
+    assert fits(compiled, target)
+    if target == SM90:
+        ptx = compiled.asm["ptx"]
+        assert "cvt.rn.satfinite.e4m3x2.f32" in ptx and "div.rn.f32" in ptx
+        assert "griddepcontrol.launch_dependents" in ptx
+
+
+@pytest.mark.parametrize("groups", [1, 32])
+@pytest.mark.parametrize(
+    ("target", "dtype"),
+    [(SM90, E4M3), (SM89, E4M3), (GFX942, E4M3), (SM90, BF16), (SM80, BF16), (SM80, FP16)],
+    ids=short_id,
+)
+def test_expand(target, dtype, groups):
+    assert fits(compile_expand(target, dtype, groups), target)
+
+
+@pytest.mark.parametrize(
     "build",
-    [lambda: compile_int4(SM80, "fp8e4nv", 16, 128), lambda: compile_quantize(SM80, "bf16", 1024)],
-    ids=["w4a8", "quantize"],
+    [
+        lambda: compile_int4(SM80, E4M3, 16, 128),
+        lambda: compile_quantize(SM80, BF16),
+        lambda: compile_planes(SM80, BF16, 16, 4096, 0),
+        lambda: compile_expand(SM80, E4M3, 1),
+    ],
+    ids=["w4a8", "quantize", "planes", "expand"],
 )
 def test_sm80_has_no_e4m3(build: Callable[[], Any]):
     """Why dispatch asks for compute capability 8.9: were this to pass, the demand could be lowered."""
@@ -107,7 +227,9 @@ def test_sm80_has_no_e4m3(build: Callable[[], Any]):
         build()
 
 
-@pytest.mark.parametrize("name", ["packing", "activations", "int4_linear", "fp8_linear"])
+@pytest.mark.parametrize(
+    "name", ["packing", "activations", "planes", "int4_expand", "int4_linear", "w4a8_linear", "fp8_linear"]
+)
 def test_ops_import_triton_only_where_they_launch(name):
     source = (Path(__file__).parents[1] / "kernels" / f"{name}.py").read_text()
     imports = [node for node in ast.parse(source).body if isinstance(node, (ast.Import, ast.ImportFrom))]
@@ -117,6 +239,6 @@ def test_ops_import_triton_only_where_they_launch(name):
 def test_launch_config_never_crosses_a_group():
     for group in (32, 64, 96, 128, 160, 256, 384):
         for element_size in (1, 2, 4):
-            config = launch_config(1, group * 5, 5, element_size)
+            config = int4_linear_triton.launch_config(1, group * 5, 5, element_size)
             assert group % config.block_k == 0 and config.block_k >= 32
-    assert launch_config(1, 65, 1, torch.float32.itemsize).block_k == 32
+    assert int4_linear_triton.launch_config(1, 65, 1, torch.float32.itemsize).block_k == 32
