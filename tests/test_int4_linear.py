@@ -29,7 +29,7 @@ from torch import Tensor
 from kompakt.kernels import int4_linear as int4
 from kompakt.kernels.activations import log_fallback, triton_refusal
 from kompakt.kernels.int4_linear import dequantize_int4, linear_backend, w4a16_linear
-from kompakt.kernels.packing import pack_int4
+from kompakt.kernels.packing import pack_int4, unpack_int4
 
 KERNEL = "kompakt.kernels.int4_linear_triton"
 GPU_CASES = {
@@ -41,8 +41,9 @@ GPU_CASES = {
 
 
 def exact_result(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """FP64 result over the operands that both kernel and reference multiply, and Σ|terms|."""
-    return exact_product(x.double(), dequantize_int4(packed, scale, x.shape[-1], x.dtype).double(), bias)
+    """FP64 result over the weights q·σ, and Σ|terms|."""
+    codes = unpack_int4(packed, x.shape[-1]).double()
+    return exact_product(x.double(), codes * scale.double().repeat_interleave(x.shape[-1] // scale.shape[1], 1), bias)
 
 
 def check(case: Case, *, interpret: bool, device: str = "cpu") -> None:
@@ -54,13 +55,28 @@ def check(case: Case, *, interpret: bool, device: str = "cpu") -> None:
     check_error(y, int4.w4a16_ref(*inputs), *exact_result(*inputs))
 
 
-INTERPRETER_CASES = {name: functools.partial(check, case, interpret=True) for name, case in INT4_CASES.items()}
+def check_odd_offset(*, interpret: bool, device: str = "cpu") -> None:
+    """Rows that start at an odd element: as many, and one, which torch takes for contiguous."""
+    for tokens in (4, 1):
+        x, packed, scale, bias = Case((tokens,), 64, 33, 32).make(device)
+        shifted = torch.cat((x[:, :1], x), dim=1)[:, 1:]
+        expected = int4.run_w4a16(x, packed, scale, bias, interpret=interpret)
+        assert torch.equal(int4.run_w4a16(shifted, packed, scale, bias, interpret=interpret), expected)
+
+
+INTERPRETER_CASES = {
+    **{name: functools.partial(check, case, interpret=True) for name, case in INT4_CASES.items()},
+    "odd offset": functools.partial(check_odd_offset, interpret=True),
+}
 MUTATIONS = {
-    "tail of K": ("inside_k[:, None] & inside_m", "(k >= 0)[:, None] & inside_m", "in no multiple of 8"),
+    "tail of K": ("inside_k[:, None] & inside_m", "(pair >= 0)[:, None] & inside_m", "in no multiple of 8"),
     "group ignored": ("block // blocks_per_group", "0 * block", "group 64"),
-    "bias": ("bias_ptr + output,", "bias_ptr + 0 * output,", "group 32"),
-    "row stride": ("token[None, :] * stride_x", "token[None, :] * in_features", "long rows"),
-    "scale's sign": ("codes * scale[:, None]", "codes * tl.abs(scale)[:, None]", "long rows"),
+    "bias": ("bias_ptr + output,", "bias_ptr + 0 * output,", "odd everything"),
+    "row stride": ("token[None, :] * stride_x", "token[None, :] * in_pairs", "long rows"),
+    "scale's sign": ("accumulator *= scale[:, None]", "accumulator *= tl.abs(scale)[:, None]", "long rows"),
+    "code offset": ("nibbles.to(tl.float32) - 8.0", "nibbles.to(tl.float32) - 7.0", "group 96"),
+    "channels swapped": ("low, high = decode(", "high, low = decode(", "one token"),
+    "share of K": ("tl.program_id(2) * share", "0 * share", "long rows"),
 }
 
 
@@ -73,7 +89,9 @@ def test_kernel_in_interpreter(name):
 @pytest.mark.parametrize("name", [name for name, case in INT4_CASES.items() if 0 not in case.tokens])
 def test_reference_against_fp64(name):
     inputs = INT4_CASES[name].make()
-    check_reference(INT4_CASES[name], w4a16_linear(*inputs), *exact_result(*inputs), inputs[3])
+    x, packed, scale, bias = inputs
+    rounded = dequantize_int4(packed, scale, x.shape[-1], x.dtype).double()
+    check_reference(INT4_CASES[name], w4a16_linear(*inputs), *exact_product(x.double(), rounded, bias), bias)
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
@@ -129,6 +147,11 @@ def test_kernel_on_gpu(name):
     if refusal is not None:
         pytest.skip(refusal)
     check(GPU_CASES[name], interpret=False, device="cuda")
+
+
+@pytest.mark.gpu
+def test_odd_offset_on_gpu():
+    check_odd_offset(interpret=False, device="cuda")
 
 
 @pytest.mark.gpu

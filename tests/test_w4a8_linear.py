@@ -78,17 +78,21 @@ INTERPRETER_CASES = {
     **{name: functools.partial(check, case, interpret=True) for name, case in INT4_CASES.items()},
     "rows with inf and NaN": functools.partial(check_broken_rows, interpret=True),
 }
+PROMOTED = "accumulator += product * scale[:, None]"
 MUTATIONS = {
-    "tail of K": ("inside_k[:, None] & inside_m", "(k >= 0)[:, None] & inside_m", "odd everything"),
+    "tail of K": ("inside_k[:, None] & inside_m", "(pair >= 0)[:, None] & inside_m", "odd everything"),
     "last token": ("inside_m = token < tokens", "inside_m = token < tokens - 1", "model width"),
     "last output": ("output < out_features", "output < out_features - 1", "group 128"),
     "group ignored": ("block // blocks_per_group", "0 * block", "group 64"),
-    "blocks of a group": ("triton.cdiv(group_size, config.block_k)", "2", "group 96"),
-    "missing promote": ("accumulator += product *", "accumulator = (accumulator + product) *", "group 32"),
-    "scale's sign": ("product * scale[:, None]", "product * tl.abs(scale)[:, None]", "long rows"),
-    "nibble order": ("tl.arange(0, 8) * 4", "28 - tl.arange(0, 8) * 4", "one token"),
-    "code offset": ("(BLOCK_N, BLOCK_K)) - 8)", "(BLOCK_N, BLOCK_K)) - 7)", "one token"),
+    "blocks of a group": ("triton.cdiv(in_features // groups, 2 * config.block_pairs)", "2", "group 96"),
+    "missing promote": (PROMOTED, "accumulator = (accumulator + product) * scale[:, None]", "group 32"),
+    "scale's sign": (PROMOTED, "accumulator += product * tl.abs(scale)[:, None]", "group 64"),
+    "channels swapped": ("low, high = decode(", "high, low = decode(", "one token"),
+    "negative codes": ("negative * 129", "negative * 128", "one token"),
+    "unit": ("accumulator *= 512.0", "accumulator *= 256.0", "one token"),
     "token scale": ("x_scale_ptr + token,", "x_scale_ptr + 0 * token,", "model width"),
+    "share of K": ("tl.program_id(2) * share", "0 * share", "long rows"),
+    "place of a share": ("tl.program_id(2).to(tl.int64) * tokens", "0 * tokens", "long rows"),
 }
 
 
@@ -116,10 +120,33 @@ def test_registered_ops(name):
         (*quantized, packed, scale, bias, x.shape[-1], x.dtype, True),
         test_utils=("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"),
     )
-    for dynamic, exact in ((False, False), (False, True), (True, False)):
-        compiled = torch.compile(w4a8_linear, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    compiled = torch.compile(w4a8_linear, fullgraph=True, backend="aot_eager")
+    for exact in (False, True):
         y = compiled(x, packed, scale, bias, exact=exact)
         assert torch.equal(y, w4a8_linear(x, packed, scale, bias, exact=exact)) and y.is_contiguous()
+
+
+class Layer(torch.nn.Module):
+    """A W4A8 layer with weights of static shapes, which torch.compile takes parameters to be."""
+
+    def __init__(self, packed: Tensor, scale: Tensor):
+        super().__init__()
+        self.packed = torch.nn.Parameter(packed, requires_grad=False)
+        self.scale = torch.nn.Parameter(scale, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return w4a8_linear(x, self.packed, self.scale)
+
+
+@pytest.mark.parametrize("weights", ["static", "dynamic"])
+@pytest.mark.parametrize("name", ["odd everything", "group 64"])
+def test_compiled_with_dynamic_shapes(name, weights):
+    x, packed, scale, _ = INT4_CASES[name].make()
+    layer = Layer(packed, scale) if weights == "static" else w4a8_linear
+    arguments = () if weights == "static" else (packed, scale)
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+    for tokens in (x, x[:2], torch.cat([x] * 3)):
+        assert torch.equal(compiled(tokens, *arguments), w4a8_linear(tokens, packed, scale))
 
 
 @pytest.mark.parametrize("correction", [None, 0, 128])
@@ -177,8 +204,9 @@ def test_which_weights_are_multiplied():
 
 
 def test_sum_size():
-    sizes = {(4096, 1): 0, (4096, 32): 128, (1536, 6): 128, (1536, 4): 128, (576, 9): 64, (288, 3): 32, (96, 2): 16}
+    sizes = {(4096, 1): 0, (4096, 32): 128, (1536, 6): 128, (1536, 4): 128, (576, 9): 64, (288, 3): 32}
     assert {key: w4a8.sum_size(*key) for key in sizes} == sizes
+    assert w4a8.sum_size(96, 2) < 0
 
 
 def refusal(capability: tuple[int, int], in_features: int, groups: int) -> str | None:
