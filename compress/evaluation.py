@@ -320,7 +320,7 @@ def _window_sums(logits: torch.Tensor, base_logits: torch.Tensor, labels: torch.
     """Sums over the tokens of one window. logits, base_logits: (tokens, vocab); labels: (tokens,)."""
     labels = labels.to(logits.device)
     step = max(1, CHUNK_ELEMENTS // logits.shape[-1])
-    sums = torch.zeros(4, dtype=torch.float64)
+    sums = torch.zeros(4, dtype=torch.float64, device=logits.device)
     for chunk, base_chunk, target in zip(logits.split(step), base_logits.split(step), labels.split(step), strict=True):
         log_p = chunk.float().log_softmax(-1)
         base_log_p = base_chunk.to(log_p.device).float().log_softmax(-1)
@@ -330,7 +330,7 @@ def _window_sums(logits: torch.Tensor, base_logits: torch.Tensor, labels: torch.
         nll = -log_p.gather(-1, target[:, None])
         base_nll = -base_log_p.gather(-1, target[:, None])
         agreement = log_p.argmax(-1) == base_log_p.argmax(-1)
-        sums += torch.stack([value.double().sum().cpu() for value in (nll, base_nll, kl, agreement)])
+        sums += torch.stack([value.double().sum() for value in (nll, base_nll, kl, agreement)])
     return _WindowSums(*sums.tolist())
 
 

@@ -133,3 +133,10 @@ def storage(model: nn.Module) -> dict[str, Any]:
         "quantized_bytes": stored,
         "bits_per_weight": round(8 * stored / weights, 4) if weights else None,
     }
+
+
+def keep_group_scales_exact(model: nn.Module, exact: bool = True) -> None:
+    """Sets `exact` on every Linear: group scales are applied in FP32 at any number of tokens, slower with many."""
+    for module in model.modules():
+        if isinstance(module, CompressedLinear):
+            module.exact = exact

@@ -16,7 +16,7 @@ from .coverage import Coverage, cover, resolve_group_size
 from .hf import load_compressed, load_tokenizer, read_config, resolve_model
 from .hf_decoder import decoder_layers, refuse_experts
 from .hf_quantizer import KompaktConfig, mark_quantized, unmark_quantized
-from .linear import CompressedLinear
+from .linear import CompressedLinear, keep_group_scales_exact
 from .pipeline import Progress, calibration_batches, check_kernels, quiet
 from .recipe import Recipe
 from .walk import Undo, quantize_layers
@@ -28,12 +28,14 @@ def load(
     device_map: Any = None,
     verify: bool = True,
     strict: bool = False,
+    exact: bool = False,
     trust_remote_code: bool = False,
 ) -> Any:
     """The model in a directory that `compress` wrote, with packed weights, ready for `generate()`.
 
     device_map: as in transformers; None is the CPU. verify: compare checksums first. strict: refuse when this device
-    lacks the kernels. Raises ValueError for a directory that is damaged, newer than this kompakt, or not one of ours.
+    lacks the kernels. exact: with FP8 activations, never fold group scales into FP8 weights, as is done for many tokens
+    on Hopper. Raises ValueError for a directory that is damaged, newer than this kompakt, or not one of ours.
     """
     path = resolve_model(directory)
     sidecar = read_sidecar(path, verify=verify)
@@ -41,6 +43,7 @@ def load(
     assert method is not None
     model: Any = load_compressed(path, device_map=device_map, trust_remote_code=trust_remote_code)
     check_kernels(method, model.get_input_embeddings().weight.device, strict)
+    keep_group_scales_exact(model, exact)
     return model
 
 

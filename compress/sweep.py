@@ -21,7 +21,7 @@ from .assess import default_device_map, describe_text, measure_text, read_text
 from .calibration import CalibrationOptions
 from .evaluation import text_windows
 from .hf import load_base, load_tokenizer, resolve_model
-from .linear import storage
+from .linear import keep_group_scales_exact, storage
 from .patching import patch
 from .pipeline import Progress, environment, package_version, quiet
 from .recipe import EvaluationOptions, Recipe
@@ -87,7 +87,11 @@ class Bench:
         return cls(path, tokenizer, base, subject, windows, evaluation, source)
 
     def compare(self, progress: Progress) -> dict[str, Any]:
-        """The subject beside the base, as it is at the moment (`evaluation.Comparison`)."""
+        """The subject beside the base, as it is at the moment (`evaluation.Comparison`).
+
+        Group scales are applied in FP32 for every number of tokens, so that the figures are those of the method.
+        """
+        keep_group_scales_exact(self.subject)
         return measure_text(self.subject, self.base, self.windows, self.evaluation.stride, progress)["comparison"]
 
     def heading(self, note: str, calibration: CalibrationOptions | None) -> dict[str, Any]:

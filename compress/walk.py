@@ -22,7 +22,7 @@ from ..quant.method import QuantizedWeight, WeightMethod
 from .coverage import Coverage
 from .hf_decoder import LayerCalls, decoder_layers, resident
 from .hf_folds import find_folds
-from .linear import CompressedLinear
+from .linear import CompressedLinear, keep_group_scales_exact
 
 log = logging.getLogger(__name__)
 Progress = Callable[[str, int, int, str], None]
@@ -179,7 +179,10 @@ def quantize_layer(block: Block, method: WeightMethod, undo: Undo | None) -> Lay
         if block.linears:
             block.folds = find_folds(block) if method.needs_data else []
             commit(block, method.quantize(block), undo, home)
+            # What is calibrated must not depend on how this device multiplies many tokens.
+            keep_group_scales_exact(block.module)
         advance(block, block.inputs)
+        keep_group_scales_exact(block.module, False)
         error = relative_error(block.inputs[0].to(block.device), expected, hidden.to(block.device))
     return LayerReport(block.name, error, time.perf_counter() - started, block.notes)
 

@@ -2,15 +2,16 @@
 
 With codes q in [-8, 7], a scale σ per output row and group g of consecutive inputs, and activations x::
 
-    y = Σ_k x_k · ŵ_k + bias        ŵ = q · σ rounded to the dtype of x
+    y = Σ_k x_k · q_k · σ + bias
 
 Sums and bias are FP32; y has the dtype of x. Scales may be negative. 4 bits save bytes, never multiplications. The
 layout on disk is the one the kernels read: nothing is repacked at load, and nothing has to be undone to save.
 
-The reference is one ``F.linear`` in the dtype of x, as a dequantized layer would run. The kernel needs a group size
-that is a multiple of 32, or one group per row; from `EXPAND_TOKENS` tokens the weights are expanded, half of the
-outputs at a time, and multiplied by the library's product. Whatever these do not take runs through the reference, with
-one logged reason. Inference only: no gradient is registered.
+The reference is one ``F.linear`` in the dtype of x over ŵ = q·σ rounded to that dtype, as a dequantized layer would
+run; the kernel multiplies by q and scales sums in FP32, which is more exact. It needs a group size that is a multiple
+of 32, or one group per row; from `EXPAND_TOKENS` tokens the weights are expanded, half of the outputs at a time, and
+multiplied by the library's product. Whatever these do not take runs through the reference, with one logged reason.
+Inference only: no gradient is registered.
 """
 
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ TRITON_OPS = {
     "w4a16_linear": (8, 0),
 }
 SCALED_MM_OPS = {"fp8_linear": FP8_CAPABILITY}
-EXPAND_TOKENS = 128
+EXPAND_TOKENS = 192
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ def dequantize_int4(weight_packed: Tensor, weight_scale: Tensor, in_features: in
 
 
 def w4a16_linear(x: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor | None = None) -> Tensor:
-    """INT4 weights, rounded to the dtype of ``x`` after scaling, times unquantized activations.
+    """INT4 weights times unquantized activations.
 
     Args:
         x: (..., in_features) bf16, fp16 or fp32, any strides, any number of tokens from 0.

@@ -11,7 +11,7 @@ is given as six e4m3 *digits* with fixed weights, to be multiplied by the tensor
 
 in units of 2⁻⁹·8, since the nibble's byte read as e4m3 is u·2⁻⁹. Each digit is the rest, scaled and rounded to e4m3. Σx
 is a multiple of 2⁻⁹ and at most 128·448; every digit's rounding error leaves at most 2⁻⁴ of what it rounds, and after
-the sixth nothing is left: the digits are exact.
+the sixth nothing is left: the digits are exact, up to the rounding of Σx to FP32.
 """
 
 from typing import NamedTuple

@@ -36,7 +36,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_wait
 
+from .int4_linear_triton import DECODE_PTX
 from .planes import COUNTERS, DIGIT_SUMS, DIGITS, Planes
+
+# Triton 3.6 and later ones name these differently.
+async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+thread_barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 
 ROWS = 64
 TILE_BYTES = 128
@@ -70,17 +75,7 @@ def digit_weights(layout: gl.constexpr):
 def decode(packed):
     """Bytes of two nibbles → the codes q = u − 8 of the low and the high ones, as e4m3 values q·2⁻⁹."""
     low, high = gl.inline_asm_elementwise(
-        """{ .reg .b32 s, m, v;
-        shr.u32 s, $2, 3; not.b32 s, s; and.b32 s, s, 0x01010101;
-        mul.lo.u32 m, s, 7; xor.b32 v, $2, m; and.b32 v, v, 0x07070707; mad.lo.u32 $0, s, 129, v;
-        shr.u32 s, $2, 7; not.b32 s, s; and.b32 s, s, 0x01010101;
-        mul.lo.u32 m, s, 7; shr.u32 v, $2, 4; xor.b32 v, v, m; and.b32 v, v, 0x07070707; mad.lo.u32 $1, s, 129, v;
-        }""",
-        "=r,=r,r",
-        [packed],
-        dtype=(gl.uint8, gl.uint8),
-        is_pure=True,
-        pack=4,
+        DECODE_PTX, "=r,=r,r", [packed], dtype=(gl.uint8, gl.uint8), is_pure=True, pack=4
     )
     return low, high
 
@@ -89,19 +84,19 @@ def decode(packed):
 def load_weights(w_desc, w_tiles, full, slot, n0, block, CONSUMERS: gl.constexpr):
     for c in gl.static_range(CONSUMERS):
         tile = w_tiles.index(slot * CONSUMERS + c)
-        tma.async_copy_global_to_shared(w_desc, [n0 + 64 * c, block * 128], full.index(slot), tile)
+        async_load(w_desc, [n0 + 64 * c, block * 128], full.index(slot), tile)
 
 
 @gluon.jit
 def load_activations(
     x_desc, digit_desc, x_tiles, digit_tiles, full, slot, m0, block, plane, SUMS: gl.constexpr, DIGITS: gl.constexpr
 ):
-    tma.async_copy_global_to_shared(x_desc, [m0, block * 128], full.index(slot), x_tiles.index(slot * 2))
-    tma.async_copy_global_to_shared(x_desc, [m0, plane + block * 128], full.index(slot), x_tiles.index(slot * 2 + 1))
+    async_load(x_desc, [m0, block * 128], full.index(slot), x_tiles.index(slot * 2))
+    async_load(x_desc, [m0, plane + block * 128], full.index(slot), x_tiles.index(slot * 2 + 1))
     if DIGITS:
         for s in gl.static_range(SUMS):
             tile = digit_tiles.index(slot * SUMS + s)
-            tma.async_copy_global_to_shared(digit_desc, [m0, (block * SUMS + s) * 32], full.index(slot), tile)
+            async_load(digit_desc, [m0, (block * SUMS + s) * 32], full.index(slot), tile)
 
 
 @gluon.jit
@@ -180,7 +175,7 @@ def add_partials(accumulator, partial_ptr, counter_ptr, tile, part, inner, SPLIT
     """Leaves this program's sums in the workspace; the last program of the tile gets the sum of all, and True."""
     base = partial_ptr + tile.to(gl.int64) * (SPLIT * SIZE)
     gl.store(base + part * SIZE + inner, accumulator)
-    gl.thread_barrier()
+    thread_barrier()
     last = gl.atomic_add(counter_ptr + tile, 1, sem="acq_rel", scope="gpu") == SPLIT - 1
     if last:
         gl.store(counter_ptr + tile, 0)

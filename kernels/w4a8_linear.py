@@ -22,7 +22,6 @@ with one logged reason. Inference only: no gradient is registered.
 
 import functools
 import importlib.util
-from math import gcd
 from typing import NamedTuple
 
 import torch
@@ -40,7 +39,7 @@ EXPAND_TOKENS = {"row": 1536, "groups": 640}
 118 and 127, at 2048 238 and 220; groups of 128 at 512 77 and 93, at 768 about 119 and 117."""
 DIGIT_TOKENS = 64
 HOPPER = (9, 0)
-SUM_SIZES = (32, 64, 128)
+SUM_SIZES = (128, 64, 32)
 
 
 class QuantizedInput(NamedTuple):
@@ -150,19 +149,25 @@ def planes_refusal(device: torch.device, in_features: int, groups: int) -> str |
         refusal = "this Triton has no Gluon"
     if refusal is None and in_features % 32:
         refusal = f"{in_features} input channels are no multiple of 32"
-    if refusal is None and groups > 1 and sum_size(in_features, groups) not in SUM_SIZES:
+    if refusal is None and sum_size(in_features, groups) < 0:
         refusal = f"group size {in_features // groups} is no multiple of 32"
     return refusal
 
 
 def sum_size(in_features: int, groups: int) -> int:
-    """Channels summed before a scale is applied: 0 for a whole row, else the largest of 32, 64, 128 in a group."""
-    return 0 if groups == 1 else gcd(in_features // groups, 128)
+    """Channels summed before a scale is applied: 0 for a whole row, else the largest of 128, 64 and 32 that divides a
+    group, −1 if none does.
+    """
+    if groups == 1:
+        return 0
+    group_size = in_features // groups
+    return next((size for size in SUM_SIZES if group_size % size == 0), -1)
 
 
 def in_planes(x: Tensor, groups: int) -> bool:
     """Whether x is quantized into planes; if not, the reason is logged once where a faster way was to be expected."""
-    refusal = planes_refusal(x.device, x.shape[-1], groups)
+    # int: under torch.compile a width may be symbolic, which cannot be a key.
+    refusal = planes_refusal(x.device, int(x.shape[-1]), int(groups))
     if refusal is not None and triton_refusal(x.device, HOPPER) is None:
         log_fallback("w4a8_linear on Hopper", refusal)
     return refusal is None

@@ -80,7 +80,8 @@ def test_unpatching_removes_the_hooks(model):
 def test_a_linear_called_by_itself_does_not_share(model, quantizations):
     with patch(model, recipe("fp8")):
         attention, x = model.model.layers[0].self_attn, torch.randn(3, 64, dtype=torch.bfloat16)
-        attention.q_proj(x), attention.k_proj(x)
+        attention.q_proj(x)
+        attention.k_proj(x)
         assert quantizations.call_count == 2
 
 
@@ -101,7 +102,8 @@ def test_equal_values_in_another_tensor_are_not_taken_for_the_same(model, quanti
     with patch(model, recipe("fp8")):
         layer, x = model.model.layers[0], torch.randn(3, 64, dtype=torch.bfloat16)
         layer.shared_input.begin()
-        layer.self_attn.q_proj(x), layer.self_attn.k_proj(x.clone())
+        layer.self_attn.q_proj(x)
+        layer.self_attn.k_proj(x.clone())
         assert quantizations.call_count == 2
 
 
