@@ -153,7 +153,14 @@ def linear(
     """Speed of INT4 linear layers on this CUDA device beside other layers, checked against the reference first."""
     from ..compress.device_speed import Machine
     from ..compress.linear_contenders import PEERS
-    from ..compress.linear_speed import linear_speed, parse_names, parse_shapes, parse_tokens, parse_variants
+    from ..compress.linear_speed import (
+        linear_speed,
+        parse_names,
+        parse_shapes,
+        parse_tokens,
+        parse_variants,
+        with_shares,
+    )
     from ..compress.linear_speed_table import check_speeds, merged_speeds
     from ..compress.quantization_speed import quantization_speed
     from .progress import Bar
@@ -167,7 +174,8 @@ def linear(
         machine = Machine.cuda(list(dict.fromkeys(f"{variant.method}_linear" for variant in variants)))
         result = linear_speed(machine, layers, counts, variants, peers, note=note, progress=bar)
         widths = sorted({layer.in_features for layer in layers})
-        result["quantization"] = quantization_speed(machine, widths, counts, variants, progress=bar)
+        moved = quantization_speed(machine, widths, counts, variants, progress=bar)
+        result = with_shares({**result, "quantization": moved})
         if output is not None:
             result = merged_speeds(output, result) if append else result
             save(result, output)

@@ -223,7 +223,7 @@ def speeds(content: dict[str, Any]) -> Shown:
             if (row["model"], row["layer"], row["out_features"], row["in_features"]) == shape:
                 rows.add_row(row["label"], f"{row['tokens']:,}", *_speed_cells(row, list(content["against"])))
         shown += [rows, ""]
-    rows = table("quantization of activations", "layout", "tokens × inputs", "µs", "GB/s", "share of copying", "")
+    rows = table("quantization of activations", "layout", "tokens × inputs", "µs", "GB/s", "share of bandwidth", "")
     for row in content["quantization"]:
         numbers = ("microseconds", ".1f"), ("gb_per_second", ",.0f"), ("share", ".0%")
         cells = [f"{row[key]:{form}}" if row["correct"] else "" for key, form in numbers]

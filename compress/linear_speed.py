@@ -260,13 +260,19 @@ def floor_seconds(row: dict[str, Any], ceilings: Ceilings) -> float:
 
 
 def with_shares(result: dict[str, Any]) -> dict[str, Any]:
-    """`result` with the share of the ceiling in every row that has a time."""
+    """`result` with the share of the ceiling in every row that has a time, and of the bandwidth in those of the section
+    `quantization`.
+    """
     ceilings = Ceilings(**result["ceilings"])
-    rows = [
-        {**row, "share": round(1e6 * floor_seconds(row, ceilings) / row["microseconds"], 4)} if row["correct"] else row
-        for row in result["rows"]
-    ]
-    return {**result, "rows": rows}
+
+    def share(row: dict[str, Any], floor: float) -> dict[str, Any]:
+        return {**row, "share": round(1e6 * floor / row["microseconds"], 4)} if row["correct"] else row
+
+    found = {**result, "rows": [share(row, floor_seconds(row, ceilings)) for row in result["rows"]]}
+    if "quantization" in result:
+        moved = [share(row, row["bytes"] / ceilings.bytes_per_second) for row in result["quantization"]]
+        found["quantization"] = moved
+    return found
 
 
 def heading(machine: Machine, peers: Sequence[str], note: str) -> dict[str, Any]:

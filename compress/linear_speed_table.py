@@ -71,7 +71,8 @@ def speed_table(result: dict[str, Any]) -> str:
         models[row["model"]][column][row["tokens"]] = ratios(row, peers)
     lines = []
     for model, columns in models.items():
-        lines += [f"| {model}: tokens | {' | '.join(' '.join(column) for column in columns)} |"]
+        head = "tokens" if model == "other" else f"{model}: tokens"
+        lines += [f"| {head} | {' | '.join(' '.join(column) for column in columns)} |"]
         lines += [f"|---|{'---|' * len(columns)}"]
         for tokens in sorted({tokens for cells in columns.values() for tokens in cells}):
             cells = [cells.get(tokens, "–") for cells in columns.values()]

@@ -1,4 +1,4 @@
-"""How fast activations are quantized, beside the bandwidth of copying: the part of a W4A8 layer that is no product."""
+"""How fast activations are quantized: the part of a W4A8 layer that is no product."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def quantization_speed(
 ) -> list[dict[str, Any]]:
     """Rows of every in_features × tokens × layout: FP8 per token as it is, and as each w4a8 variant wants it.
 
-    `bytes` are x and everything that is written; `share` is of the copy bandwidth. A row whose values are not those of
-    the reference is not `correct` and has no time.
+    `bytes` are x and everything that is written; `linear_speed.with_shares` adds the share of the bandwidth. A row
+    whose values are not those of the reference is not `correct` and has no time.
     """
     ops: dict[str, Callable[[Tensor], Sequence[Tensor]]] = {"per token": quantize_fp8_per_token}
     ops |= {f"for {item.label}": partial(quantize_for, item) for item in variants if item.method == "w4a8"}
@@ -55,7 +55,7 @@ def time_quantization(op: Callable[[Tensor], Sequence[Tensor]], x: Tensor, machi
     seconds = machine.timer([partial(op, each) for (each,) in machine.rotated((x,))])
     rate = row["bytes"] / seconds / 1e9
     speed = {"microseconds": round(1e6 * seconds, 3), "gb_per_second": round(rate, 1)}
-    return {**row, "correct": True, **speed, "share": round(rate / machine.ceilings.copy_gb_per_second, 4)}
+    return {**row, "correct": True, **speed}
 
 
 def quantize_for(variant: Variant, x: Tensor) -> Sequence[Tensor]:

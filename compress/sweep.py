@@ -127,20 +127,23 @@ def _row(bench: Bench, recipe: Recipe, progress: Progress) -> dict[str, Any]:
 
 
 def markdown_table(result: dict[str, Any]) -> str:
-    """Rows are methods, columns are activations × group size: perplexity increase and, in the last columns, seconds."""
+    """Rows are methods, columns activations × group size, fewest bits first: perplexity increase; last, seconds."""
     columns: dict[tuple[str, Any], float] = {}
     cells: dict[str, dict[tuple[str, Any], dict[str, Any]]] = {}
     for row in result["rows"]:
         key = (row["weights"]["activations"], row["weights"]["group_size"])
         columns.setdefault(key, row["bits_per_weight"])
         cells.setdefault(row["label"], {})[key] = row
+    columns = dict(sorted(columns.items(), key=lambda item: (item[1], item[0])))
+    labels = sorted(cells, key=lambda label: METHODS.index(label) if label in METHODS else len(METHODS))
     names = {"none": "W4A16", "fp8": "W4A8"}
     head = [f"{names[inputs]} g{size}, {bits:.2f} bit" for (inputs, size), bits in columns.items()]
     lines = [
         f"| method | {' | '.join(head)} | calibration |",
         f"|---|{'---|' * len(head)}---|",
     ]
-    for label, found in cells.items():
+    for label in labels:
+        found = cells[label]
         increases = [increase(found.get(key)) for key in columns]
         slowest = max(row["calibration_seconds"] for row in found.values())
         lines.append(f"| {label} | {' | '.join(increases)} | {slowest:.0f} s |")

@@ -16,6 +16,7 @@ saturates at ±448 without a clamp.
 import functools
 import importlib.util
 import logging
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -59,6 +60,11 @@ def cuda_refusal(device: torch.device | str, capability: tuple[int, int]) -> str
     if found < capability:
         return f"compute capability is {found[0]}.{found[1]}, the kernel needs {capability[0]}.{capability[1]}"
     return None
+
+
+def launching_on(x: Tensor) -> AbstractContextManager[None]:
+    """Makes the device of ``x`` the current one: Triton launches there, wherever its arguments lie."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 def quantize_fp8_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -114,7 +120,8 @@ def quantize_fp8(x: Tensor, *, interpret: bool = False) -> tuple[Tensor, Tensor]
 @torch.library.custom_op("kompakt::quantize_fp8_per_token", mutates_args=())
 def quantize_fp8_op(x: Tensor) -> tuple[Tensor, Tensor]:
     """Registered op behind :func:`quantize_fp8_per_token`; opaque to torch.compile."""
-    return quantize_fp8(x)
+    with launching_on(x):
+        return quantize_fp8(x)
 
 
 @quantize_fp8_op.register_fake

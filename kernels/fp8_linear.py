@@ -13,7 +13,7 @@ that are no multiple of 16 run through the reference. Inference only: no gradien
 import torch
 from torch import Tensor
 
-from .activations import FLOAT_DTYPES, log_fallback, quantize_fp8, quantize_fp8_ref
+from .activations import FLOAT_DTYPES, launching_on, log_fallback, quantize_fp8, quantize_fp8_ref
 from .int4_linear import check_linear_operands, linear_backend
 
 SCALED_MM_MULTIPLE = 16
@@ -93,7 +93,8 @@ def scaled_matmul(
 @torch.library.custom_op("kompakt::fp8_linear", mutates_args=())
 def fp8_op(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
     """Registered op behind :func:`fp8_linear`; opaque to torch.compile."""
-    return run_fp8(x, weight, weight_scale, bias)
+    with launching_on(x):
+        return run_fp8(x, weight, weight_scale, bias)
 
 
 @fp8_op.register_fake

@@ -25,6 +25,7 @@ from .activations import (
     FP8_CAPABILITY,
     check_activations,
     cuda_refusal,
+    launching_on,
     log_fallback,
     triton_refusal,
 )
@@ -176,7 +177,8 @@ def kernel_takes(op: str, x: Tensor, weight_scale: Tensor, *, interpret: bool) -
 @torch.library.custom_op("kompakt::w4a16_linear", mutates_args=())
 def w4a16_op(x: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
     """Registered op behind :func:`w4a16_linear`; opaque to torch.compile."""
-    return run_w4a16(x, weight_packed, weight_scale, bias)
+    with launching_on(x):
+        return run_w4a16(x, weight_packed, weight_scale, bias)
 
 
 @w4a16_op.register_fake

@@ -27,7 +27,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .activations import log_fallback, quantize_fp8, quantize_fp8_ref, triton_refusal
+from .activations import launching_on, log_fallback, quantize_fp8, quantize_fp8_ref, triton_refusal
 from .fp8_linear import SCALED_MM_MULTIPLE, scaled_matmul
 from .int4_expand import expand_fp8
 from .int4_linear import check_int4_linear, dequantize_int4, kernel_takes
@@ -38,6 +38,7 @@ EXPAND_TOKENS = {"row": 1536, "groups": 640}
 """Tokens from which expanding pays. µs on an H200 for 14336×4096, packed and expanded: one scale per row at 1024 tokens
 118 and 127, at 2048 238 and 220; groups of 128 at 512 77 and 93, at 768 about 119 and 117."""
 DIGIT_TOKENS = 64
+TMA_ALIGNMENT = 16
 HOPPER = (9, 0)
 SUM_SIZES = (128, 64, 32)
 
@@ -205,7 +206,10 @@ def run_matmul(
         from .w4a8_hopper_triton import w4a8_hopper
 
         size = sum_size(in_features, groups)
-        return w4a8_hopper(Planes(*quantized), weight_packed.contiguous(), weight_scale, bias, size, dtype)
+        weight_packed = weight_packed.contiguous()
+        if weight_packed.data_ptr() % TMA_ALIGNMENT:
+            weight_packed = weight_packed.clone()
+        return w4a8_hopper(Planes(*quantized), weight_packed, weight_scale, bias, size, dtype)
     if not kernel_takes("w4a8_linear", values, weight_scale, interpret=interpret):
         return matmul_ref(values, scale, weight_packed, weight_scale, bias, dtype)
     from .int4_linear_triton import int4_matmul
@@ -216,7 +220,8 @@ def run_matmul(
 @torch.library.custom_op("kompakt::w4a8_quantize", mutates_args=())
 def quantize_op(x: Tensor, groups: int, correction: int | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Registered op behind `quantize_w4a8_input`; x: (tokens, in_features). Opaque to torch.compile."""
-    values, scale, taken_off, counters = run_quantize(x, groups, correction)
+    with launching_on(x):
+        values, scale, taken_off, counters = run_quantize(x, groups, correction)
     return values, scale, taken_off, counters
 
 
@@ -244,7 +249,8 @@ def matmul_op(
 ) -> Tensor:
     """Registered op behind `w4a8_matmul`; (tokens, out_features). Opaque to torch.compile."""
     quantized = QuantizedInput(values, scale, correction, counters)
-    return run_matmul(quantized, weight_packed, weight_scale, bias, in_features, dtype, packed)
+    with launching_on(values):
+        return run_matmul(quantized, weight_packed, weight_scale, bias, in_features, dtype, packed)
 
 
 @matmul_op.register_fake

@@ -228,7 +228,7 @@ def test_planes_are_read_in_order_of_channels():
 def test_table_and_merge(machine, tmp_path):
     result = measure(machine)
     text = speed_table(result)
-    assert "| other: tokens | 48×128 channel | 48×128 g32 |" in text
+    assert "| tokens | 48×128 channel | 48×128 g32 |" in text
     assert "| 3 | 1.00 / – | 1.00 / – |" in text
     assert "gemlite is absent: not installed." in text and "FP8 200 TFLOP/s" in text
     assert "/ –" not in speed_table({**result, "against": {"bf16": "2"}})
