@@ -1,4 +1,4 @@
-"""Gluon kernel for INT4 weights × FP8 activations on Hopper, and its launch options.
+"""Gluon kernel for INT4 weights × FP8 activations on Hopper; `w4a8_hopper.py` launches it.
 
 A program computes Yᵀ = W·Xᵀ for 64·CONSUMERS outputs and BLOCK_M tokens. One warp loads with TMA: the weights' tiles do
 not wait for the kernel that quantizes the activations, the activations' tiles do. Each consumer warpgroup owns 64
@@ -19,11 +19,6 @@ in a workspace; the last one to arrive adds them in order, so results do not dep
 counter.
 """
 
-from dataclasses import dataclass
-
-import torch
-import triton
-from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -33,19 +28,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_wait
 
 from .int4_linear_triton import DECODE_PTX
-from .planes import COUNTERS, DIGIT_SUMS, DIGITS, Planes
 
 # Triton 3.6 and later ones name these differently.
 async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 thread_barrier = getattr(gl, "barrier", None) or gl.thread_barrier
-
-ROWS = 64
-TILE_BYTES = 128
-LOADER_REGISTERS = 24
 
 
 @gluon.jit
@@ -370,125 +359,3 @@ def w4a8_hopper_kernel(
             [4, 1],
             [CONSUMER_REGISTERS, LOADER],
         )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class LaunchConfig:
-    """Tiles and launch options of one call; the kernel's docstring has their meaning.
-
-    consumers: warpgroups of 64 outputs each. registers: per thread, on average over the program.
-    """
-
-    block_m: int
-    consumers: int
-    sums: int
-    paired: bool
-    digits: bool
-    stages: int
-    split: int
-    registers: int
-
-    @property
-    def consumer_registers(self) -> int:
-        """What is left for a thread of a consumer when the loader's warpgroup keeps its minimum."""
-        warps = 4 * self.consumers
-        return min(240, (self.registers * (warps + 4) - 4 * LOADER_REGISTERS) // warps // 8 * 8)
-
-
-def launch_config(tokens: int, out_features: int, row_bytes: int, sum_size: int, processors: int) -> LaunchConfig:
-    """Tiles for (tokens, 2·row_bytes) × (out_features, 2·row_bytes); `processors`: multiprocessors of the device.
-
-    Chosen on an H200 from 14336×4096, 4096×14336 and 28672×8192. µs for the first with one scale per row, without the
-    quantization of the input, at 1 / 16 / 64 / 128 / 256 / 512 tokens: 10.2 / 9.9 / 11.8 / 16.2 / 31 / 61. Fewer than
-    two warpgroups per program, or more than one program per tile, pay only where multiprocessors stay idle otherwise.
-    From 128 tokens on decoding to q is as fast as digits and needs fewer registers; two sums at a time (`paired`) spill
-    there.
-    """
-    block_m = 16 if tokens <= 16 else 64 if tokens <= 64 else 128
-    columns = triton.cdiv(tokens, block_m)
-    tiles = triton.cdiv(out_features, 2 * ROWS) * columns
-    grouped = sum_size > 0
-    small = tiles < processors // 2
-    consumers = 1 if small or (grouped and 64 < tokens <= 256) else 2
-    programs = triton.cdiv(out_features, consumers * ROWS) * columns
-    blocks = triton.cdiv(row_bytes, TILE_BYTES)
-    wanted = processors * (2 if block_m == 16 else 1)
-    split = 1
-    while small and 2 * split * programs <= wanted and blocks >= 8 * split and programs <= COUNTERS:
-        split *= 2
-    alone = programs * split <= processors
-    registers, stages = {
-        16: (64 if consumers == 1 else 80, 4),
-        64: (128 if consumers == 1 else 168, 4),
-        128: (168, 3) if consumers == 2 else (240, 4) if alone else (128, 2),
-    }[block_m]
-    digits = sum_size == DIGIT_SUMS and block_m < 128
-    sums = 2 * TILE_BYTES // sum_size if grouped else 1
-    return LaunchConfig(block_m, consumers, sums, digits, digits, stages, split, registers)
-
-
-def descriptor(tensor: Tensor, rows: int, width: int) -> TensorDescriptor:
-    """TMA view of a (rows, bytes) tensor in boxes of `rows` × `width` bytes, swizzled over the whole width."""
-    return TensorDescriptor.from_tensor(tensor, [rows, width], gl.NVMMASharedLayout(width, 8, 2))
-
-
-def w4a8_hopper(
-    planes: Planes,
-    weight_packed: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    sum_size: int,
-    out_dtype: torch.dtype,
-    config: LaunchConfig | None = None,
-) -> Tensor:
-    """planes of (tokens, in_features) with their correction → (tokens, out_features).
-
-    weight_packed: (out_features, words) int32, rows 16-byte aligned. weight_scale: (out_features, groups).
-    """
-    packed = weight_packed.view(torch.uint8)
-    out_features, row_bytes = packed.shape
-    tokens, groups = planes.scale.shape[0], weight_scale.shape[1]
-    grouped = sum_size > 0
-    y = torch.empty((tokens, out_features), dtype=out_dtype, device=packed.device)
-    processors = torch.cuda.get_device_properties(packed.device).multi_processor_count
-    c = config or launch_config(tokens, out_features, row_bytes, sum_size, processors)
-    assert planes.correction.numel() or (grouped and not c.digits), "the input was quantized for another product"
-    grid = (triton.cdiv(out_features, c.consumers * ROWS), triton.cdiv(tokens, c.block_m), c.split)
-    partials = torch.empty(
-        grid[0] * grid[1] * c.consumers * c.split * ROWS * c.block_m if c.split > 1 else 0,
-        dtype=torch.float32,
-        device=packed.device,
-    )
-    values = planes.values.view(tokens, 2 * row_bytes)
-    w4a8_hopper_kernel[grid](
-        descriptor(values, c.block_m, TILE_BYTES),
-        descriptor(packed, ROWS, TILE_BYTES),
-        descriptor(planes.correction if c.digits else values, c.block_m, DIGITS),
-        planes.scale,
-        None if grouped else planes.correction,
-        weight_scale,
-        bias,
-        y,
-        partials,
-        planes.counters,
-        tokens,
-        out_features,
-        row_bytes,
-        groups,
-        2 * row_bytes // groups // sum_size if grouped else 1,
-        BLOCK_M=c.block_m,
-        CONSUMERS=c.consumers,
-        SUMS=c.sums,
-        STAGES=c.stages,
-        SPLIT=c.split,
-        PAIRED=c.paired,
-        DIGITS=c.digits,
-        EXACT=grouped and not c.digits,
-        HAS_BIAS=bias is not None,
-        CONSUMER_REGISTERS=c.consumer_registers,
-        LOADER=LOADER_REGISTERS,
-        num_warps=4,
-        maxnreg=c.registers,
-        launch_pdl=True,
-    )
-    return y

@@ -10,7 +10,7 @@ first: `quantize_w4a8_input`, then `w4a8_matmul`. How they run:
 
 | device | tokens | input | product |
 |---|---|---|---|
-| compute capability 9.0 | below `EXPAND_TOKENS`, or `exact` | `planes.py` | `w4a8_hopper_triton.py` |
+| compute capability 9.0 | below `EXPAND_TOKENS`, or `exact` | `planes.py` | `w4a8_hopper.py` |
 | | more | `planes.py` | weights expanded to FP8 (`int4_expand.py`), then ``torch._scaled_mm`` |
 | 8.9 and from 10.0 | any | `activations.py` | `int4_linear_triton.py` |
 | elsewhere | any | `activations.py` | reference |
@@ -203,7 +203,7 @@ def run_matmul(
         if not packed:
             codes, row_scale = expand_fp8(weight_packed, weight_scale, in_features)
             return scaled_matmul(values.flatten(1), scale.unsqueeze(1), codes, row_scale, bias, dtype)
-        from .w4a8_hopper_triton import w4a8_hopper
+        from .w4a8_hopper import w4a8_hopper
 
         size = sum_size(in_features, groups)
         weight_packed = weight_packed.contiguous()

@@ -28,6 +28,7 @@ from triton.compiler import compile as triton_compile
 
 from kompakt.kernels import activations_triton, int4_expand_triton, int4_linear_triton, planes_triton
 from kompakt.kernels.planes import DIGIT_SUMS, empty_planes
+from kompakt.kernels.w4a8_hopper import w4a8_hopper
 
 E4M3 = torch.float8_e4m3fn
 SM80, SM89, SM90 = (GPUTarget("cuda", capability, 32) for capability in (80, 89, 90))
@@ -153,14 +154,14 @@ def compile_expand(target: GPUTarget, dtype: torch.dtype, groups: int):
 
 def compile_hopper(tokens: int, out_features: int, sum_size: int):
     """`out_features`×4096 for sm_90; groups of `sum_size`, 0 for one scale per row."""
-    hopper = pytest.importorskip("kompakt.kernels.w4a8_hopper_triton", reason="this Triton has no Gluon")
+    kernel = pytest.importorskip("kompakt.kernels.w4a8_hopper_triton", reason="this Triton has no Gluon")
     planes = empty_planes(meta(tokens, 4096, dtype=BF16), 2048, sum_size if sum_size in (0, DIGIT_SUMS) else None)
     packed = meta(out_features, 512, dtype=torch.int32)
     scale = meta(out_features, 4096 // sum_size if sum_size else 1, dtype=BF16)
     return compile_launch(
-        hopper,
+        kernel,
         "w4a8_hopper_kernel",
-        lambda: hopper.w4a8_hopper(planes, packed, scale, None, sum_size, BF16),
+        lambda: w4a8_hopper(planes, packed, scale, None, sum_size, BF16),
         SM90,
     )
 

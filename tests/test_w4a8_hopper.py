@@ -31,13 +31,14 @@ from kernel_cases import (
 )
 from torch import Tensor
 
+from kompakt.kernels import w4a8_hopper as hopper
 from kompakt.kernels import w4a8_linear as w4a8
 from kompakt.kernels.int4_expand import fold_ref
 from kompakt.kernels.int4_linear import dequantize_int4
 from kompakt.kernels.planes import COUNTERS, DIGIT_SUMS, DIGIT_WEIGHTS, DIGITS, Planes, quantize_planes_ref
 from kompakt.kernels.w4a8_linear import EXPAND_TOKENS, SUM_SIZES, w4a8_linear
 
-hopper = pytest.importorskip("kompakt.kernels.w4a8_hopper_triton", reason="triton or its Gluon is not installed")
+kernel = pytest.importorskip("kompakt.kernels.w4a8_hopper_triton", reason="triton or its Gluon is not installed")
 
 KERNEL = "kompakt.kernels.w4a8_hopper_triton"
 DEVICE = "cuda"
@@ -176,7 +177,7 @@ def check_launch_config(config: Any, tokens: int, out_features: int, row_bytes: 
 
 
 def test_mutations_are_up_to_date():
-    source = (Path(hopper.__file__)).read_text()
+    source = (Path(kernel.__file__)).read_text()
     assert [text for text, *_ in MUTATIONS.values() if text not in source] == []
 
 
