@@ -81,6 +81,7 @@ def weights(
             calibration=calibration,
             evaluation=EvaluationOptions(text=text, window=window, windows=windows),
             note=note,
+            onto=output if append else None,
             progress=bar,
         )
         if output is not None:
@@ -154,6 +155,7 @@ def linear(
     from ..compress.device_speed import Machine
     from ..compress.linear_contenders import PEERS
     from ..compress.linear_speed import (
+        heading,
         linear_speed,
         parse_names,
         parse_shapes,
@@ -161,8 +163,9 @@ def linear(
         parse_variants,
         with_shares,
     )
-    from ..compress.linear_speed_table import check_speeds, merged_speeds
+    from ..compress.linear_speed_table import CONDITIONS, check_speeds, merged_speeds
     from ..compress.quantization_speed import quantization_speed
+    from ..compress.sweep import checked_earlier
     from .progress import Bar
     from .tables import speeds
 
@@ -172,6 +175,8 @@ def linear(
     peers = parse_names(against, list(PEERS), "peer")
     with session.working(), Bar(session.stderr, "measuring the ceilings") as bar:
         machine = Machine.cuda(list(dict.fromkeys(f"{variant.method}_linear" for variant in variants)))
+        if output is not None and append:
+            checked_earlier(output, heading(machine, peers, note), CONDITIONS)
         result = linear_speed(machine, layers, counts, variants, peers, note=note, progress=bar)
         widths = sorted({layer.in_features for layer in layers})
         moved = quantization_speed(machine, widths, counts, variants, progress=bar)
@@ -220,11 +225,9 @@ def renderer(result: dict[str, Any]) -> Callable[[dict[str, Any]], str]:
 @bench.command()
 def table(context: typer.Context, file: Path, into: Document = None) -> None:
     """The Markdown table of a FILE that a `bench` command wrote."""
-    import json
+    from ..compress.sweep import insert_table, read_result
 
-    from ..compress.sweep import insert_table
-
-    result = json.loads(file.read_text("utf-8"))
+    result = read_result(file)
     render = renderer(result)
     if into is not None:
         insert_table(into, file, render)

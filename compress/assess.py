@@ -11,13 +11,12 @@ import torch
 
 from .artifact import SIDECAR, read_sidecar, weight_bytes
 from .calibration import builtin_text
-from .evaluation import compare, generation_speed, input_device, perplexity, text_windows
+from .evaluation import compare, generation_speed, input_device, perplexity, text_windows, windows_per_pass
 from .evaluation_tasks import flips, last_word, multiple_choice
 from .hf import load_base, load_compressed, load_tokenizer, resolve_model
 from .recipe import EvaluationOptions
 
 Progress = Callable[[str, int, int, str], None]
-MAX_WINDOWS_PER_PASS = 16
 TASKS = {"choices": multiple_choice, "last_word": last_word}
 
 
@@ -97,18 +96,6 @@ def evaluate(
     return result
 
 
-def windows_per_pass(model: Any, windows: torch.Tensor) -> int:
-    """Windows whose logits, of two models, take at most an eighth of what the model's GPU has free; 1 on the CPU, where
-    more at a time gain nothing.
-    """
-    device = input_device(model)
-    if device.type != "cuda":
-        return 1
-    free, _ = torch.cuda.mem_get_info(device)
-    logits = 2 * 2 * windows.shape[1] * model.config.get_text_config().vocab_size
-    return max(1, min(MAX_WINDOWS_PER_PASS, free // 8 // logits))
-
-
 def measure_text(
     subject: Any, base: Any, windows: torch.Tensor, stride: int | None, progress: Progress
 ) -> dict[str, Any]:
@@ -117,7 +104,8 @@ def measure_text(
     def report(done: int, total: int) -> None:
         progress("evaluate", done, total, "windows")
 
-    size = windows_per_pass(subject, windows)
+    vocabulary = subject.config.get_text_config().vocab_size
+    size = windows_per_pass(input_device(subject), subject.dtype, windows.shape[1], vocabulary)
     if base is None:
         found = perplexity(subject, windows, stride=stride, batch_size=size, progress=report)
         return {"perplexity": found.as_dict()}

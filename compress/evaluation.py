@@ -37,6 +37,8 @@ Progress = Callable[[int, int], None]
 
 # Elements of one float32 chunk of logits: 64 MiB, so that a 256k vocabulary goes 64 tokens at a time.
 CHUNK_ELEMENTS = 2**24
+MAX_WINDOWS_PER_PASS = 16
+PASS_BYTES = 2**31
 # exp() of a larger mean is not meaningful as a perplexity, and soon not representable.
 MAX_NLL = 300.0
 
@@ -103,11 +105,14 @@ class GenerationSpeed(Result):
 
 @contextmanager
 def scoring_mode(model: torch.nn.Module) -> Iterator[None]:
-    """Inference mode with every module in eval mode; modules that were training are set back."""
+    """No gradients, every module in eval mode; modules that were training are set back.
+
+    Not inference mode: its tensors do not count their changes, so that Linears could not share quantized inputs.
+    """
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        with torch.inference_mode():
+        with torch.no_grad():
             yield
     finally:
         for module in training:
@@ -119,6 +124,16 @@ def input_device(model: Any) -> torch.device:
     device = model.get_input_embeddings().weight.device
     # Offloaded weights rest on the meta device; their hook moves ids from anywhere.
     return torch.device("cpu") if device.type == "meta" else device
+
+
+def windows_per_pass(device: torch.device, dtype: torch.dtype, window: int, vocabulary: int) -> int:
+    """Windows whose logits, of two models, take at most `PASS_BYTES`; 1 on the CPU, where more at a time gain nothing.
+
+    It does not depend on what is free: a device may multiply many tokens in another way than few.
+    """
+    if device.type != "cuda":
+        return 1
+    return max(1, min(MAX_WINDOWS_PER_PASS, PASS_BYTES // (2 * dtype.itemsize * window * vocabulary)))
 
 
 def text_windows(

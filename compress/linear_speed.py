@@ -25,7 +25,6 @@ from .linear_contenders import PEERS, Absent, Contender, Variant, relative_error
 from .pipeline import Progress, environment, package_version, quiet
 
 VERSION = 1
-TOKENS = (1, 4, 16, 64, 128, 256, 512, 2048, 8192)
 METHODS = ("w4a8", "w4a16")
 ERROR_LIMIT = 4e-3
 """Rounding y to bf16 makes 1.7e-3."""
@@ -167,7 +166,7 @@ class Problem:
     def result(self, contender: Contender, tokens: int) -> Tensor:
         """What a contender gives at the places that are checked, FP32."""
         x = self.x[:tokens]
-        # The allocator hands this memory out again: what a kernel leaves unwritten is then NaN.
+        # The allocator mostly hands this memory out again: what a kernel leaves unwritten is then NaN.
         torch.full((tokens, self.shape.out_features), math.nan, dtype=x.dtype, device=x.device)
         rows, columns, _ = self.places[tokens]
         return contender.calls(x)[0]()[rows][:, columns].float()

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 from .linear_speed import with_shares
-from .sweep import joined, merged, noted
+from .sweep import joined, merged, noted, read_result
 
 TABLE_PEERS = ("bf16", "fp8")
 """Peers whose ratios the Markdown table shows, as far as they were measured."""
@@ -34,7 +33,7 @@ def merged_speeds(file: Path, result: dict[str, Any]) -> dict[str, Any]:
     both = merged(file, result, same=CONDITIONS, identity=identity)
     if both is result:
         return result
-    earlier = json.loads(file.read_text("utf-8"))
+    earlier = read_result(file)
     ceilings = {
         name: value if value is None else max(value, earlier["ceilings"][name])
         for name, value in result["ceilings"].items()

@@ -154,6 +154,7 @@ def _patch_from_directory(model: Any, directory: Path, undo: Undo) -> Patch:
         if not torch.equal(stored.to(parameter.dtype), parameter.data):
             undo.parameters.append((model, name, parameter.data))
             parameter.data = stored.to(parameter.dtype)
+    undo.folded = bool(undo.parameters)
     mark_quantized(model, config.scheme, config.ignore)
     return Patch(model, undo, None)
 

@@ -5,7 +5,7 @@
                   and the worst of these moments: a differentiated pass over one batch beside a float32 matrix of second
                   moments for each Linear; the rounding of one Linear beside the matrices not used up; learned rounding
     reading back  the model in memory and the one reloaded from disk, on the host
-    evaluation    base and compressed model on the device, the logits of one window of each, and one forward pass
+    evaluation    base and compressed model on the device, and of each the logits of one pass over a few windows
 
 On the CPU there is only one memory, and everything stands under `host`. A limit on quality keeps the float weights on
 the host until the end. Not counted: Python and its libraries (0.6 GB on the host), the CUDA context, fragmentation.
@@ -22,7 +22,7 @@ from torch import nn
 
 from ..quant.grid import SEARCH_ELEMENTS, SHRINK_STEPS
 from ..quant.solver import FACTOR_BLOCK
-from .evaluation import CHUNK_ELEMENTS
+from .evaluation import CHUNK_ELEMENTS, windows_per_pass
 from .pipeline import PROBE_TOKENS
 from .recipe import Recipe
 from .walk import _home
@@ -65,7 +65,7 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryModel:
-    """What the estimate depends on. model: without storage. reference: Linears expand their weights to multiply."""
+    """What the estimate depends on. model: without storage. reference: Linears multiply in torch."""
 
     model: Any
     recipe: Recipe
@@ -145,27 +145,29 @@ class MemoryModel:
     def activations(self, layer: nn.Module, tokens: int, compressed: bool = True) -> int:
         """One forward pass of a layer: outputs of all its Linears, float32 copies inside norms, expanded weights.
 
-        compressed: its Linears are, and are expanded where they run through the reference.
+        compressed: its Linears are, and are expanded to be multiplied.
         """
         linears = [module for module in layer.modules() if isinstance(module, nn.Linear)]
         size = tokens * (self.model.dtype.itemsize * _width(layer) + NORM_COPIES * FLOAT32 * self.hidden_size)
         if self.device.type == "cpu":
             size += 2 * FLOAT32 * tokens * max((linear.in_features for linear in linears), default=0)
-        if self.reference and compressed:
+        if compressed:
+            # Kernels expand weights for many tokens, to FP8 or half of them to 16 bit.
             largest = max((linear.weight.numel() for linear in linears), default=0)
-            size += largest * (2 * FLOAT32 + self.model.dtype.itemsize)
+            size += largest * (2 * FLOAT32 + self.model.dtype.itemsize if self.reference else 1)
         return size
 
     def evaluation(self, widest: nn.Module) -> dict[str, int]:
-        """Both models, logits of one window of each, the comparison's float32 chunks, and one forward pass."""
+        """Both models, logits of one pass of each, the comparison's float32 chunks, and the pass itself."""
         window, vocabulary = self.recipe.evaluation.window, self.model.config.get_text_config().vocab_size
+        windows = windows_per_pass(self.device, self.model.dtype, window, vocabulary)
         logits = window * vocabulary
         return {
             "base weights": self.base_bytes,
             "compressed weights": self.compressed_bytes,
-            "logits": 2 * logits * self.model.dtype.itemsize,
+            "logits": 2 * windows * logits * self.model.dtype.itemsize,
             "comparison": LOGIT_CHUNKS * FLOAT32 * min(logits, CHUNK_ELEMENTS),
-            "forward pass": self.activations(widest, window),
+            "forward pass": self.activations(widest, windows * window),
         }
 
     @property

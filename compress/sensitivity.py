@@ -113,5 +113,7 @@ def part_table(result: dict[str, Any]) -> str:
         share = "–" if row["recovered"] is None else f"{row['recovered']:.0%}"
         lines.append(f"| {row['part']} | {row['modules']} | {row['weights_share']:.0%} | {increase(row)} | {share} |")
     weights = result["weights"]
-    scheme = f"{weights['method']}, group size {weights['group_size']}, activations {weights['activations']}"
+    named = ("method", "group_size", "activations", "ignore")
+    rest = "".join(f", {key} {value}" for key, value in weights.items() if key not in named)
+    scheme = f"{weights['method']}, group size {weights['group_size']}, activations {weights['activations']}{rest}"
     return "\n".join([*lines, "", f"Everything else quantized with {scheme}. {conditions(result)}{noted(result)}"])

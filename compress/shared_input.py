@@ -2,8 +2,8 @@
 
 Modelling code calls them one by one, so the quantized input waits in an object that the Linears of a layer share. It is
 valid only for the very tensor it was made from, unchanged, and only until the layer's forward ends: a hook at either
-end forgets it. A CUDA graph therefore always captures the quantization it needs. Under `torch.compile` nothing waits
-anywhere; the compiler finds the equal calls itself.
+end forgets it. A CUDA graph therefore always captures the quantization it needs. Under `torch.compile`, and for tensors
+made in inference mode, every Linear quantizes for itself.
 """
 
 from __future__ import annotations
@@ -31,15 +31,21 @@ class SharedInput:
 
     def attach(self, layer: nn.Module) -> None:
         """Follows the forward of `layer` and serves its Linears."""
-        self.handles = [layer.register_forward_pre_hook(self.begin), layer.register_forward_hook(self.end)]
+        self.handles = [
+            layer.register_forward_pre_hook(self.begin),
+            layer.register_forward_hook(self.end, always_call=True),
+        ]
         for module in layer.modules():
             if isinstance(module, CompressedLinear):
                 module.shared = self
 
-    def detach(self) -> None:
-        """Undoes `attach` on the layer's side."""
+    def detach(self, layer: nn.Module) -> None:
+        """Undoes `attach`."""
         for handle in self.handles:
             handle.remove()
+        for module in layer.modules():
+            if isinstance(module, CompressedLinear):
+                module.shared = None
         self.running, self.held = False, None
 
     def begin(self, *_: Any) -> None:
@@ -80,7 +86,7 @@ def share_inputs(model: nn.Module) -> None:
 
 def unshare_inputs(model: nn.Module) -> None:
     """Undoes `share_inputs`."""
-    for _, layer in decoder_layers(model):
-        shared = vars(layer).pop("shared_input", None)
+    for module in model.modules():
+        shared = vars(module).pop("shared_input", None)
         if shared is not None:
-            shared.detach()
+            shared.detach(module)

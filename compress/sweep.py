@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import itertools
 import json
+import os
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ from .recipe import EvaluationOptions, Recipe
 METHODS = ("rtn", "gptq", "awq", "fireq", "signround")
 ACTIVATIONS = ("none", "fp8")
 GROUP_SIZES = (64, 32)
+CONDITIONS = ("kompakt", "environment", "model", "text", "calibration")
+"""What must be equal for the rows of two runs to stand in one table."""
 
 
 def sweep(
@@ -40,15 +43,19 @@ def sweep(
     calibration: CalibrationOptions | None = None,
     evaluation: EvaluationOptions | None = None,
     note: str = "",
+    onto: Path | None = None,
     progress: Progress = quiet,
 ) -> dict[str, Any]:
     """Perplexity, KL, bits and calibration time of every combination; JSON-able.
 
     methods: keys, or dicts with `method` and its options (a `label` names the row). note: kept in the result and shown
-    under the table. Raises ValueError for bad input.
+    under the table. onto: file of an earlier result that the rows will be `merged` into. Raises ValueError for bad
+    input, and if `onto` was measured under other conditions.
     """
     calibration = calibration or CalibrationOptions()
     bench = Bench.open(model, evaluation or EvaluationOptions())
+    if onto is not None:
+        checked_earlier(onto, bench.heading(note, calibration), CONDITIONS)
     combinations = list(itertools.product(methods, activations, group_sizes))
     rows = []
     for index, (method, inputs, group_size) in enumerate(combinations):
@@ -179,18 +186,30 @@ def increase(row: dict[str, Any] | None) -> str:
     return f"{100 * row['perplexity_increase']:+.1f} ± {100 * (row['perplexity_increase_stderr'] or 0):.1f} %"
 
 
+def read_result(file: Path) -> dict[str, Any]:
+    """What a `bench` command wrote. Raises ValueError for anything else."""
+    try:
+        result = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} is not what a bench command wrote: {error}") from error
+    if not isinstance(result, dict) or not result.get("rows"):
+        raise ValueError(f"{file} is not what a bench command wrote: it has no rows")
+    return result
+
+
 def insert_table(document: Path, file: Path, render: Callable[[dict[str, Any]], str] = markdown_table) -> None:
     """Puts the table of the JSON `file` between ``<!-- FILE -->`` and ``<!-- end -->`` of a Markdown document.
 
     The marker names the file relative to the document. Raises ValueError if the document has no such marker.
     """
-    start = f"<!-- {file.resolve().relative_to(document.resolve().parent).as_posix()} -->"
+    name = os.path.relpath(file.resolve(), document.resolve().parent)
+    start = f"<!-- {Path(name).as_posix()} -->"
     text = document.read_text("utf-8")
     head, found, rest = text.partition(start)
     _, closed, tail = rest.partition("<!-- end -->")
     if not found or not closed:
         raise ValueError(f"{document} holds no lines {start} … <!-- end --> to put the table between")
-    table = render(json.loads(file.read_text("utf-8")))
+    table = render(read_result(file))
     document.write_text(f"{head}{start}\n{table}\n{closed}{tail}", "utf-8")
 
 
@@ -203,20 +222,31 @@ def merged(
     file: Path,
     result: dict[str, Any],
     *,
-    same: Iterable[str] = ("kompakt", "environment", "model", "text", "calibration"),
+    same: Iterable[str] = CONDITIONS,
     identity: Callable[[dict[str, Any]], tuple[Any, ...]] = row_identity,
 ) -> dict[str, Any]:
     """`result` with the rows of an earlier file in front; a row measured again replaces the old one.
 
     Raises ValueError if the file was measured under other conditions: with another value of a key in `same`.
     """
-    if not file.is_file():
+    earlier = checked_earlier(file, result, same)
+    if earlier is None:
         return result
-    earlier = json.loads(file.read_text("utf-8"))
-    for key in same:
-        if earlier.get(key) != result[key]:
-            raise ValueError(f"{file} was measured with another {key}: {earlier.get(key)} there, {result[key]} here")
     return {**result, "rows": joined(earlier["rows"], result["rows"], identity)}
+
+
+def checked_earlier(file: Path, heading: dict[str, Any], same: Iterable[str]) -> dict[str, Any] | None:
+    """An earlier result to append to, None if there is no file.
+
+    Raises ValueError if it was measured under other conditions than `heading` states. Worth asking before measuring.
+    """
+    if not file.is_file():
+        return None
+    earlier = read_result(file)
+    for key in same:
+        if earlier.get(key) != heading[key]:
+            raise ValueError(f"{file} was measured with another {key}: {earlier.get(key)} there, {heading[key]} here")
+    return earlier
 
 
 def joined(

@@ -31,9 +31,9 @@ FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @functools.cache
-def log_fallback(op: str, reason: str) -> None:
-    """Log once per process that ``op`` runs through its torch reference, and why."""
-    logger.warning("%s runs through the torch reference: %s", op, reason)
+def log_fallback(op: str, reason: str, way: str = "the torch reference") -> None:
+    """Log once per process that ``op`` runs through a slower ``way``, and why."""
+    logger.warning("%s runs through %s: %s", op, way, reason)
 
 
 @functools.cache

@@ -1,8 +1,9 @@
-"""Triton kernel of `planes.py`: one program per token; a short row stays in registers, a long one is read twice.
+"""Triton kernel of `planes.py`: one program per token. A row stays in registers; with many tokens, a long one is read
+twice instead, the second time from L1 or L2, unless its sums are wanted.
 
-The second read comes from L1 or L2. On an H200, bf16 rows of 4096 held whole (4 warps) run at 86 % of the copy
-bandwidth, rows of 14336 in chunks of 2048 (8 warps) at 78 %, held whole at 50 %. For few tokens latency counts: whole
-rows with 16 warps take 1.8 µs (4096) and 3.1 µs (14336).
+On an H200, 8192 bf16 rows of 4096 held whole (4 warps) run at 82 % of the bandwidth, 8192 rows of 14336 in chunks of
+2048 (8 warps) at 78 %, held whole at 50 %. For few tokens latency counts: whole rows with 16 warps take 1.8 µs (4096)
+and 3.1 µs (14336).
 """
 
 import triton
@@ -102,7 +103,7 @@ def quantize_planes_kernel(
             count = in_features // SUM_SIZE
             store_digits(correction_ptr + row * (count * 32), sums, count, BLOCK // SUM_SIZE, INTERPRET)
     else:
-        for start in range(0, in_features, BLOCK):
+        for start in range(0, 2 * row_bytes, BLOCK):
             x = tl.load(x_row + start + column, mask=start + column < in_features, other=0.0)
             x8 = to_e4m3(x.to(tl.float32) * inverse, INTERPRET)
             even, odd = tl.split(tl.reshape(x8, (BLOCK // 2, 2)))

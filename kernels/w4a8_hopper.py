@@ -89,11 +89,13 @@ def w4a8_hopper(
     bias: Tensor | None,
     sum_size: int,
     out_dtype: torch.dtype,
-    config: LaunchConfig | None = None,
+    *,
+    weights_ready: bool = True,
 ) -> Tensor:
     """planes of (tokens, in_features) with their correction → (tokens, out_features).
 
     weight_packed: (out_features, words) int32, rows 16-byte aligned. weight_scale: (out_features, groups).
+    weights_ready: no kernel just before wrote the weights, so that they may be loaded while it runs.
     """
     from .w4a8_hopper_triton import w4a8_hopper_kernel
 
@@ -103,7 +105,7 @@ def w4a8_hopper(
     grouped = sum_size > 0
     y = torch.empty((tokens, out_features), dtype=out_dtype, device=packed.device)
     processors = torch.cuda.get_device_properties(packed.device).multi_processor_count
-    c = config or launch_config(tokens, out_features, row_bytes, sum_size, processors)
+    c = launch_config(tokens, out_features, row_bytes, sum_size, processors)
     assert planes.correction.numel() or (grouped and not c.digits), "the input was quantized for another product"
     grid = (ceil_div(out_features, c.consumers * ROWS), ceil_div(tokens, c.block_m), c.split)
     partials = torch.empty(
@@ -142,7 +144,7 @@ def w4a8_hopper(
         LOADER=LOADER_REGISTERS,
         num_warps=4,
         maxnreg=c.registers,
-        launch_pdl=True,
+        launch_pdl=weights_ready,
     )
     return y
 

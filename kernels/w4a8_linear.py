@@ -21,16 +21,22 @@ with one logged reason. Inference only: no gradient is registered.
 """
 
 import functools
-import importlib.util
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .activations import launching_on, log_fallback, quantize_fp8, quantize_fp8_ref, triton_refusal
+from .activations import launching_on, log_fallback, quantize_fp8, quantize_fp8_ref
 from .fp8_linear import SCALED_MM_MULTIPLE, scaled_matmul
 from .int4_expand import expand_fp8
-from .int4_linear import check_int4_linear, dequantize_int4, kernel_takes
+from .int4_linear import (
+    check_int4_linear,
+    check_int4_weight,
+    check_same_layer,
+    dequantize_int4,
+    hopper_refusal,
+    kernel_takes,
+)
 from .packing import CODES_PER_WORD
 from .planes import DIGIT_SUMS, Planes, empty_planes, quantize_planes
 
@@ -39,7 +45,6 @@ EXPAND_TOKENS = {"row": 1536, "groups": 640}
 118 and 127, at 2048 238 and 220; groups of 128 at 512 77 and 93, at 768 about 119 and 117."""
 DIGIT_TOKENS = 64
 TMA_ALIGNMENT = 16
-HOPPER = (9, 0)
 SUM_SIZES = (128, 64, 32)
 
 
@@ -119,7 +124,10 @@ def w4a8_matmul(
     *,
     exact: bool = False,
 ) -> Tensor:
-    """Second step of `w4a8_linear`. shape, dtype: those of x."""
+    """Second step of `w4a8_linear`, with its errors. shape, dtype: those of x."""
+    check_int4_weight(weight_packed, weight_scale, shape[-1])
+    weights = {"weight_packed": weight_packed, "weight_scale": weight_scale}
+    check_same_layer(quantized.values.device, weight_packed.shape[0], bias, **weights)
     packed = takes_packed(quantized.values.shape[0], weight_packed, weight_scale, exact=exact)
     y = matmul_op(*quantized, weight_packed, weight_scale, bias, shape[-1], dtype, packed)
     return y.view(*shape[:-1], weight_packed.shape[0])
@@ -143,11 +151,7 @@ def matmul_ref(
 @functools.cache
 def planes_refusal(device: torch.device, in_features: int, groups: int) -> str | None:
     """Why the input of such a layer is not quantized into planes on ``device``; None if it is."""
-    refusal = triton_refusal(device, HOPPER)
-    if refusal is None and torch.cuda.get_device_capability(device) >= (10, 0):
-        refusal = "the kernel needs the matrix instructions of compute capability 9.0"
-    if refusal is None and importlib.util.find_spec("triton.experimental.gluon") is None:
-        refusal = "this Triton has no Gluon"
+    refusal = hopper_refusal(device)
     if refusal is None and in_features % 32:
         refusal = f"{in_features} input channels are no multiple of 32"
     if refusal is None and sum_size(in_features, groups) < 0:
@@ -166,11 +170,11 @@ def sum_size(in_features: int, groups: int) -> int:
 
 
 def in_planes(x: Tensor, groups: int) -> bool:
-    """Whether x is quantized into planes; if not, the reason is logged once where a faster way was to be expected."""
+    """Whether x is quantized into planes; if not on Hopper, where that is the fast way, the reason is logged once."""
     # int: under torch.compile a width may be symbolic, which cannot be a key.
     refusal = planes_refusal(x.device, int(x.shape[-1]), int(groups))
-    if refusal is not None and triton_refusal(x.device, HOPPER) is None:
-        log_fallback("w4a8_linear on Hopper", refusal)
+    if refusal is not None and hopper_refusal(x.device) is None:
+        log_fallback("w4a8_linear", refusal, "the portable Triton kernel")
     return refusal is None
 
 
@@ -206,10 +210,10 @@ def run_matmul(
         from .w4a8_hopper import w4a8_hopper
 
         size = sum_size(in_features, groups)
-        weight_packed = weight_packed.contiguous()
-        if weight_packed.data_ptr() % TMA_ALIGNMENT:
-            weight_packed = weight_packed.clone()
-        return w4a8_hopper(Planes(*quantized), weight_packed, weight_scale, bias, size, dtype)
+        as_stored = weight_packed.is_contiguous() and weight_packed.data_ptr() % TMA_ALIGNMENT == 0
+        if not as_stored:
+            weight_packed = weight_packed.clone(memory_format=torch.contiguous_format)
+        return w4a8_hopper(Planes(*quantized), weight_packed, weight_scale, bias, size, dtype, weights_ready=as_stored)
     if not kernel_takes("w4a8_linear", values, weight_scale, interpret=interpret):
         return matmul_ref(values, scale, weight_packed, weight_scale, bias, dtype)
     from .int4_linear_triton import int4_matmul
@@ -247,7 +251,9 @@ def matmul_op(
     dtype: torch.dtype,
     packed: bool,
 ) -> Tensor:
-    """Registered op behind `w4a8_matmul`; (tokens, out_features). Opaque to torch.compile."""
+    """Registered op behind `w4a8_matmul`; (tokens, out_features). packed: see `takes_packed`, only looked at on Hopper.
+    Opaque to torch.compile.
+    """
     quantized = QuantizedInput(values, scale, correction, counters)
     with launching_on(values):
         return run_matmul(quantized, weight_packed, weight_scale, bias, in_features, dtype, packed)

@@ -49,9 +49,7 @@ def test_each_input_is_quantized_once_and_results_are_those_of_separate_layers(m
         # A layer has four different inputs: of q, k, v; of o; of gate, up; of down.
         assert quantizations.call_count == 4 * CONFIG["num_hidden_layers"]
         unshare_inputs(model)
-        for module in model.modules():
-            if isinstance(module, CompressedLinear):
-                module.shared = None
+        assert all(module.shared is None for module in model.modules() if isinstance(module, CompressedLinear))
         assert torch.equal(model(TOKENS).logits, shared)
 
 
@@ -60,6 +58,18 @@ def test_nothing_is_held_after_a_forward_pass(model):
         model(TOKENS)
         for layer in model.model.layers:
             assert layer.shared_input.held is None and not layer.shared_input.running
+
+
+def test_nothing_is_held_after_a_forward_pass_that_fails(model):
+    def fail(*_):
+        raise RuntimeError("out of memory")
+
+    with patch(model, recipe("fp8")):
+        model.model.layers[0].mlp.down_proj.register_forward_pre_hook(fail)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            model(TOKENS)
+        shared = model.model.layers[0].shared_input
+        assert shared.held is None and not shared.running
 
 
 def test_layers_without_quantized_inputs_are_left_alone(model):

@@ -212,7 +212,8 @@ def test_sum_size():
 def refusal(capability: tuple[int, int], in_features: int, groups: int) -> str | None:
     """Of planes, on a pretended GPU."""
     with (
-        mock.patch.object(w4a8, "triton_refusal", lambda *_: None if capability >= (9, 0) else "too old"),
+        mock.patch.object(int4, "triton_refusal", lambda *_: None if capability >= (9, 0) else "too old"),
+        mock.patch.object(w4a8, "hopper_refusal", int4.hopper_refusal.__wrapped__),
         mock.patch("torch.cuda.get_device_capability", return_value=capability),
     ):
         return w4a8.planes_refusal.__wrapped__(torch.device("cuda:0"), in_features, groups)
@@ -231,13 +232,41 @@ def test_hopper_says_once_why_it_takes_the_portable_way(caplog):
     inputs = Case((2,), 100, 8).make()
     log_fallback.cache_clear()
     with (
-        mock.patch.object(w4a8, "triton_refusal", lambda *_: None),
+        mock.patch.object(w4a8, "hopper_refusal", lambda *_: None),
         mock.patch.object(w4a8, "planes_refusal", lambda *_: "pretended"),
         caplog.at_level(logging.WARNING),
     ):
         for _ in range(2):
             w4a8_linear(*inputs)
-    assert len([record for record in caplog.records if "pretended" in record.getMessage()]) == 1
+    said = [record.getMessage() for record in caplog.records if "pretended" in record.getMessage()]
+    assert said == ["w4a8_linear runs through the portable Triton kernel: pretended"]
+
+
+def test_other_devices_say_nothing_of_hopper(caplog):
+    inputs = Case((2,), 64, 8).make()
+    log_fallback.cache_clear()
+    with (
+        mock.patch.object(w4a8, "hopper_refusal", lambda *_: "not 9.0"),
+        mock.patch.object(w4a8, "planes_refusal", lambda *_: "not 9.0"),
+        caplog.at_level(logging.WARNING),
+    ):
+        w4a8_linear(*inputs)
+    assert not [record for record in caplog.records if "9.0" in record.getMessage()]
+
+
+def test_backend_of_hopper_is_its_own_kernel():
+    with mock.patch.object(int4, "hopper_refusal", lambda *_: None):
+        backend = int4.linear_backend("w4a8_linear", "cuda:0")
+    assert backend.name == "gluon" and "expanded to FP8" in backend.reason
+
+
+def test_second_step_checks_its_arguments():
+    x, packed, scale, _ = Case((3,), 64, 16).make()
+    quantized = w4a8.quantize_w4a8_input(x, packed, scale)
+    with pytest.raises(ValueError, match=r"\(16,\) floating"):
+        w4a8.w4a8_matmul(quantized, packed, scale, torch.zeros(1), x.shape, x.dtype)
+    with pytest.raises(ValueError, match="one device"):
+        w4a8.w4a8_matmul(quantized, packed.to("meta"), scale, None, x.shape, x.dtype)
 
 
 def test_odd_group_sizes_fall_back_with_one_logged_reason(caplog):
