@@ -39,8 +39,11 @@ SUM_UNIT = 2.0**-6
 COUNTERS = 512
 
 
-class Planes(NamedTuple):
-    """values: (tokens, 2, row_bytes) float8_e4m3fn. scale: (tokens,) fp32. correction: for sum_size > 0
+class QuantizedInput(NamedTuple):
+    """What `w4a8_linear.w4a8_matmul` multiplies, in planes or, for devices that do not want them, as it is.
+
+    As it is: values (tokens, in_features) float8_e4m3fn, scale (tokens, 1) fp32, the rest empty. In planes:
+    values: (tokens, 2, row_bytes) float8_e4m3fn. scale: (tokens,) fp32. correction: for sum_size > 0
     (tokens, sums·32) float8_e4m3fn digits, for 0 (tokens,) fp32 2⁻⁶·Σx of the row, for None (0,) fp32. counters: (512,)
     int32 zeros, for a kernel whose programs count arrivals; it leaves zeros.
 
@@ -53,7 +56,7 @@ class Planes(NamedTuple):
     counters: Tensor
 
 
-def empty_planes(x: Tensor, row_bytes: int, sum_size: int | None) -> Planes:
+def empty_planes(x: Tensor, row_bytes: int, sum_size: int | None) -> QuantizedInput:
     """Uninitialised result for x: (tokens, in_features)."""
     tokens, in_features = x.shape
     fp8 = torch.float8_e4m3fn
@@ -61,7 +64,7 @@ def empty_planes(x: Tensor, row_bytes: int, sum_size: int | None) -> Planes:
         correction = torch.empty((tokens, in_features // sum_size * DIGITS), dtype=fp8, device=x.device)
     else:
         correction = torch.empty((0 if sum_size is None else tokens,), dtype=torch.float32, device=x.device)
-    return Planes(
+    return QuantizedInput(
         torch.empty((tokens, 2, row_bytes), dtype=fp8, device=x.device),
         torch.empty((tokens,), dtype=torch.float32, device=x.device),
         correction,
@@ -69,7 +72,7 @@ def empty_planes(x: Tensor, row_bytes: int, sum_size: int | None) -> Planes:
     )
 
 
-def quantize_planes_ref(x: Tensor, row_bytes: int, sum_size: int | None) -> Planes:
+def quantize_planes_ref(x: Tensor, row_bytes: int, sum_size: int | None) -> QuantizedInput:
     """Torch specification of :func:`quantize_planes`, any device.
 
     Args:
@@ -89,7 +92,7 @@ def quantize_planes_ref(x: Tensor, row_bytes: int, sum_size: int | None) -> Plan
         correction = x8.float().sum(-1) * SUM_UNIT
     else:
         correction = digits_ref(x8.float().view(tokens, in_features // sum_size, sum_size).sum(-1))
-    return Planes(values, scale.view(tokens), correction, counters)
+    return QuantizedInput(values, scale.view(tokens), correction, counters)
 
 
 def digits_ref(sums: Tensor) -> Tensor:
@@ -103,7 +106,7 @@ def digits_ref(sums: Tensor) -> Tensor:
     return digits.flatten(1)
 
 
-def quantize_planes(x: Tensor, row_bytes: int, sum_size: int | None, *, interpret: bool = False) -> Planes:
+def quantize_planes(x: Tensor, row_bytes: int, sum_size: int | None, *, interpret: bool = False) -> QuantizedInput:
     """Kernel launch without checks; arguments and result are those of :func:`quantize_planes_ref`."""
     from .planes_triton import quantize_planes_triton
 

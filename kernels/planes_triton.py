@@ -12,7 +12,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents
 
 from .activations_triton import E4M3_MAX, MIN_SCALE, e4m3_by_bits
-from .planes import COUNTERS, DIGITS, Planes, empty_planes
+from .planes import COUNTERS, DIGITS, QuantizedInput, empty_planes
 
 FEW_TOKENS = 512
 LONG_ROW = 8192
@@ -114,7 +114,9 @@ def quantize_planes_kernel(
         gdc_launch_dependents()
 
 
-def quantize_planes_triton(x: Tensor, row_bytes: int, sum_size: int | None, *, interpret: bool = False) -> Planes:
+def quantize_planes_triton(
+    x: Tensor, row_bytes: int, sum_size: int | None, *, interpret: bool = False
+) -> QuantizedInput:
     """See `quantize_planes_ref`."""
     assert DIGITS == 32
     x = x if x.stride(1) == 1 else x.contiguous()

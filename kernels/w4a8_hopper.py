@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .planes import COUNTERS, DIGIT_SUMS, DIGITS, Planes
+from .planes import COUNTERS, DIGIT_SUMS, DIGITS, QuantizedInput
 
 ROWS = 64
 """Outputs of a consumer warpgroup."""
@@ -83,7 +83,7 @@ def descriptor(tensor: Tensor, rows: int, width: int) -> Any:
 
 
 def w4a8_hopper(
-    planes: Planes,
+    planes: QuantizedInput,
     weight_packed: Tensor,
     weight_scale: Tensor,
     bias: Tensor | None,

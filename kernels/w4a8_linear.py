@@ -21,7 +21,6 @@ with one logged reason. Inference only: no gradient is registered.
 """
 
 import functools
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,7 +37,7 @@ from .int4_linear import (
     kernel_takes,
 )
 from .packing import CODES_PER_WORD
-from .planes import DIGIT_SUMS, Planes, empty_planes, quantize_planes
+from .planes import DIGIT_SUMS, QuantizedInput, empty_planes, quantize_planes
 
 EXPAND_TOKENS = {"row": 1536, "groups": 640}
 """Tokens from which expanding pays. µs on an H200 for 14336×4096, packed and expanded: one scale per row at 1024 tokens
@@ -46,17 +45,6 @@ EXPAND_TOKENS = {"row": 1536, "groups": 640}
 DIGIT_TOKENS = 64
 TMA_ALIGNMENT = 16
 SUM_SIZES = (128, 64, 32)
-
-
-class QuantizedInput(NamedTuple):
-    """What `w4a8_matmul` multiplies. `values` is (tokens, in_features), with `scale` (tokens, 1) and the rest empty, or
-    in planes: see `planes.Planes`.
-    """
-
-    values: Tensor
-    scale: Tensor
-    correction: Tensor
-    counters: Tensor
 
 
 def w4a8_linear(
@@ -181,7 +169,7 @@ def in_planes(x: Tensor, groups: int) -> bool:
 def run_quantize(x: Tensor, groups: int, correction: int | None, *, interpret: bool = False) -> QuantizedInput:
     """x: (tokens, in_features). Dispatch of `quantize_w4a8_input` without checks."""
     if in_planes(x, groups):
-        return QuantizedInput(*quantize_planes(x, x.shape[-1] // 2, correction))
+        return quantize_planes(x, x.shape[-1] // 2, correction)
     x8, scale = quantize_fp8(x, interpret=interpret)
     return QuantizedInput(x8, scale, x.new_empty(0), x.new_empty(0))
 
@@ -213,7 +201,7 @@ def run_matmul(
         as_stored = weight_packed.is_contiguous() and weight_packed.data_ptr() % TMA_ALIGNMENT == 0
         if not as_stored:
             weight_packed = weight_packed.clone(memory_format=torch.contiguous_format)
-        return w4a8_hopper(Planes(*quantized), weight_packed, weight_scale, bias, size, dtype, weights_ready=as_stored)
+        return w4a8_hopper(quantized, weight_packed, weight_scale, bias, size, dtype, weights_ready=as_stored)
     if not kernel_takes("w4a8_linear", values, weight_scale, interpret=interpret):
         return matmul_ref(values, scale, weight_packed, weight_scale, bias, dtype)
     from .int4_linear_triton import int4_matmul

@@ -28,7 +28,10 @@ def test_one_layer_at_a_time_stays_within_its_budget(method, capsys):
         num_key_value_heads=8,
     )
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval().requires_grad_(False)
+    with torch.device("cuda"):  # which draws the weights in a moment
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model = model.cpu().eval().requires_grad_(False)
+    torch.cuda.empty_cache()
     samples, length = 32, 2048
     tokens = torch.randint(0, 1024, (samples, length))
     coverage = cover(model, [name for name, _ in decoder_layers(model)], method)

@@ -35,7 +35,7 @@ from kompakt.kernels import w4a8_hopper as hopper
 from kompakt.kernels import w4a8_linear as w4a8
 from kompakt.kernels.int4_expand import fold_ref
 from kompakt.kernels.int4_linear import dequantize_int4
-from kompakt.kernels.planes import COUNTERS, DIGIT_SUMS, DIGIT_WEIGHTS, DIGITS, Planes, quantize_planes_ref
+from kompakt.kernels.planes import COUNTERS, DIGIT_SUMS, DIGIT_WEIGHTS, DIGITS, QuantizedInput, quantize_planes_ref
 from kompakt.kernels.w4a8_linear import EXPAND_TOKENS, SUM_SIZES, w4a8_linear
 
 kernel = pytest.importorskip("kompakt.kernels.w4a8_hopper_triton", reason="triton or its Gluon is not installed")
@@ -84,7 +84,7 @@ def add_products(total: Tensor, x: Tensor, weight: Tensor, bits: int | None) -> 
 
 
 def emulate(
-    planes: Planes, packed: Tensor, scale: Tensor, sum_size: int, *, digits: bool, bits: int | None = None
+    planes: QuantizedInput, packed: Tensor, scale: Tensor, sum_size: int, *, digits: bool, bits: int | None = None
 ) -> Tensor:
     """What the kernel computes, in FP64 but for its accumulator; (tokens, out_features)."""
     stored = packed.view(torch.uint8)
