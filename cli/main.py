@@ -80,6 +80,7 @@ def compress(
     max_shard_size: o.ShardSize = "5GB",
     overwrite: o.Overwrite = False,
     strict: o.Strict = False,
+    resume: o.Resume = False,
     trust_remote_code: o.TrustRemoteCode = False,
     dry_run: o.DryRun = False,
     as_json: o.Json = False,
@@ -108,6 +109,7 @@ def compress(
         "max_shard_size": max_shard_size,
         "overwrite": overwrite,
         "strict": strict,
+        "resume": resume,
         "trust_remote_code": trust_remote_code,
     }
     run_compress(context.obj, model, recipe, output_dir, overrides, run, as_json)

@@ -78,6 +78,14 @@ Overwrite = Annotated[
 Strict = Annotated[
     bool, typer.Option("--strict", help="Refuse when this device lacks the recipe's kernels.", rich_help_panel=RUN)
 ]
+Resume = Annotated[
+    bool,
+    typer.Option(
+        "--resume",
+        help="Keep finished layers until all are done, and go on from those of an interrupted run.",
+        rich_help_panel=RUN,
+    ),
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.", rich_help_panel=RUN)]
 Against = Annotated[
     str | None, typer.Option(help="Base model to compare with: adds KL, agreement, paired differences.")

@@ -27,6 +27,7 @@ from .hf_decoder import decoder_layers, layerwise_logits, refuse_experts
 from .linear import storage
 from .recipe import Recipe
 from .restore import restore_worst
+from .resume import LayerStore, model_files
 from .walk import Undo, quantize_layers
 
 log = logging.getLogger(__name__)
@@ -62,16 +63,19 @@ def compress(
     device_map: Any = None,
     overwrite: bool = False,
     strict: bool = False,
+    resume: bool = False,
     max_shard_size: str = "5GB",
     trust_remote_code: bool = False,
     command: str | None = None,
     progress: Progress = quiet,
 ) -> CompressionResult:
-    """Compresses `model` by `recipe` into the directory `output`, verified, or raises and leaves nothing.
+    """Compresses `model` by `recipe` into the directory `output`, verified, or raises and leaves nothing there.
 
     model: directory or hub id of a float checkpoint in safetensors. output: default MODEL-RECIPE. overrides: dotted
     recipe keys. device: where one decoder layer at a time is worked on, default CUDA if present. device_map: where the
     model waits: None (CPU), "disk", or accelerate's. strict: refuse when this device lacks the recipe's kernels.
+    resume: keep every finished layer beside the output until all is done, and go on from what an interrupted run with
+    the same arguments kept (`resume.py`).
 
     Raises ValueError for bad input, `LimitExceeded` when the recipe's limits cannot be met.
     """
@@ -100,8 +104,17 @@ def compress(
         windows = evaluation_windows(loaded, tokenizer)
         staging = stack.enter_context(staged(output, overwrite=overwrite))
         undo = Undo() if loaded.limits.perplexity_increase else None
+        store = LayerStore.open(output, layer_facts(loaded, source, calibration, place)) if resume else None
         walk = quantize_layers(
-            base, method, batches, coverage, device=place, seed=loaded.calibration.seed, undo=undo, progress=progress
+            base,
+            method,
+            batches,
+            coverage,
+            device=place,
+            seed=loaded.calibration.seed,
+            undo=undo,
+            store=store,
+            progress=progress,
         )
         probe = batches[0][:1, :PROBE_TOKENS]
         while True:
@@ -127,7 +140,23 @@ def compress(
             "coverage": [line.as_dict() for line in coverage],
         }
         write_companions(staging, loaded, report, evaluation, source)
+    if store is not None:
+        store.remove()
     return CompressionResult(output, loaded, coverage, report, evaluation)
+
+
+def layer_facts(
+    recipe: Recipe, source: Path, calibration: CalibrationSet | None, device: torch.device
+) -> dict[str, Any]:
+    """What quantized layers depend on, JSON-able."""
+    chosen = recipe.model_dump(mode="json", include={"weights", "calibration"})
+    return {
+        "kompakt": package_version(),
+        "recipe": chosen,
+        "model": model_files(source),
+        "calibration": None if calibration is None else calibration.fingerprint,
+        "environment": environment(device),
+    }
 
 
 def check_kernels(method: WeightMethod, device: torch.device, strict: bool) -> None:

@@ -8,6 +8,7 @@ method sees as its inputs, and the float one, kept only for methods that compare
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from .coverage import Coverage
 from .hf_decoder import LayerCalls, decoder_layers, resident
 from .hf_folds import find_folds
 from .linear import CompressedLinear, keep_group_scales_exact
+from .resume import KeptLayer, LayerStore
 
 log = logging.getLogger(__name__)
 Progress = Callable[[str, int, int, str], None]
@@ -117,11 +119,13 @@ def quantize_layers(
     device: torch.device,
     seed: int = 0,
     undo: Undo | None = None,
+    store: LayerStore | None = None,
     progress: Progress = lambda stage, done, total, text: None,
 ) -> WalkResult:
     """Quantizes the covered Linears of `model` in place. `method.group_size` must be resolved.
 
     batches: token ids, (batch, tokens) each. The model may be on any mix of devices, or offloaded by accelerate.
+    store: layers it holds are put in place instead of being quantized, and the others are kept there.
     """
     layers = decoder_layers(model)
     covered = {line.name for line in coverage if line.status == "quantized"}
@@ -152,7 +156,10 @@ def quantize_layers(
             seed=seed + index,
             progress=lambda text, index=index: progress("layers", index, len(layers), text),
         )
-        report = quantize_layer(block, method, undo)
+        kept = store.load(index) if store is not None else None
+        report = quantize_layer(block, method, undo, kept)
+        if store is not None and kept is None:
+            store.save(index, to_keep(block, report))
         tensors.update({f"{name}.{key}": tensor.cpu() for key, tensor in block.tensors.items()})
         del block, linears  # or the float weights would stay until the next layer is done
         reports.append(report)
@@ -162,10 +169,10 @@ def quantize_layers(
 
 
 @torch.no_grad()
-def quantize_layer(block: Block, method: WeightMethod, undo: Undo | None) -> LayerReport:
+def quantize_layer(block: Block, method: WeightMethod, undo: Undo | None, kept: KeptLayer | None = None) -> LayerReport:
     """Quantizes one layer in place. Its outputs take the places of `block.inputs`, the float ones of `block.reference`.
 
-    A layer without Linears to quantize is only run.
+    A layer without Linears to quantize is only run. kept: what an earlier run made of this layer.
     """
     started = time.perf_counter()
     home = next(block.module.parameters()).device
@@ -176,14 +183,19 @@ def quantize_layer(block: Block, method: WeightMethod, undo: Undo | None) -> Lay
         expected = block.run(hidden, 0)
         if block.reference is not None:
             advance(block, block.reference)
-        if block.linears:
+        if kept is not None:
+            put_in_place(block, kept, undo, home)
+        elif block.linears:
             block.folds = find_folds(block) if method.needs_data else []
             commit(block, method.quantize(block), undo, home)
+        if block.linears:
             # What is calibrated must not depend on how this device multiplies many tokens.
             keep_group_scales_exact(block.module)
         advance(block, block.inputs)
         keep_group_scales_exact(block.module, False)
         error = relative_error(block.inputs[0].to(block.device), expected, hidden.to(block.device))
+    if kept is not None:
+        return still_as_reported(LayerReport(**kept.report), error)
     return LayerReport(block.name, error, time.perf_counter() - started, block.notes)
 
 
@@ -198,19 +210,68 @@ def commit(block: Block, quantized: dict[str, QuantizedWeight], undo: Undo | Non
 
     home: where what `undo` keeps waits.
     """
-    for name, linear in block.linears.items():
+    replacements = {}
+    for name in block.linears:
         check_quantized(f"{block.name}.{name}", quantized[name])
-        replacement = CompressedLinear.from_quantized(quantized[name], block.bias(name), block.scheme)
-        block.module.set_submodule(name, replacement)
+        replacements[name] = CompressedLinear.from_quantized(quantized[name], block.bias(name), block.scheme)
+    swap(block, replacements, block.norm_parameters(), block.folded, undo, home)
+
+
+def put_in_place(block: Block, kept: KeptLayer, undo: Undo | None, home: torch.device) -> None:
+    """`commit` for a layer that an earlier run quantized."""
+    replacements = {}
+    for name, linear in block.linears.items():
+        stored = kept.linears[name]
+        replacements[name] = CompressedLinear(
+            linear.in_features,
+            linear.out_features,
+            bias=linear.bias is not None,
+            scheme=block.scheme,
+            dtype=stored["weight_scale"].dtype,
+            device=torch.device("meta"),
+        )
+        replacements[name].load_state_dict(stored, assign=True)
+        replacements[name].to(block.device)
+    block.tensors.update(kept.tensors)
+    swap(block, replacements, kept.norms, kept.folded, undo, home)
+
+
+def still_as_reported(report: LayerReport, error: float) -> LayerReport:
+    """The report of a kept layer. ValueError if the layer does not have the error that it had when it was made."""
+    if not math.isclose(report.error, error, rel_tol=0.05, abs_tol=1e-6):
+        raise ValueError(
+            f"the kept {report.name} changes its output by {error:.4g} and did so by {report.error:.4g} when it was "
+            "quantized; its file is damaged: run without --resume"
+        )
+    return report
+
+
+def to_keep(block: Block, report: LayerReport) -> KeptLayer:
+    """What `put_in_place` needs of a layer that was just quantized."""
+    linears = {name: dict(block.module.get_submodule(name).state_dict()) for name in block.linears}
+    return KeptLayer(linears, block.norm_parameters(), dict(block.tensors), block.folded, report.as_dict())
+
+
+def swap(
+    block: Block,
+    replacements: dict[str, CompressedLinear],
+    norms: dict[str, torch.Tensor],
+    folded: bool,
+    undo: Undo | None,
+    home: torch.device,
+) -> None:
+    """Puts Linears and norm parameters into the layer."""
+    for name, linear in block.linears.items():
+        block.module.set_submodule(name, replacements[name])
         if undo is not None:
             undo.modules.append((block.module, name, linear))
-            undo.folded |= block.folded
+            undo.folded |= folded
             linear.to(home)
-    for name, value in block.norm_parameters().items():
+    for name, value in norms.items():
         parameter = block.module.get_parameter(name)
         if undo is not None:
             undo.parameters.append((block.module, name, parameter.data.to(home, copy=True)))
-        parameter.data = value.clone()
+        parameter.data = value.to(parameter.device, copy=True)
 
 
 def relative_error(output: torch.Tensor, expected: torch.Tensor, hidden: torch.Tensor) -> float:
