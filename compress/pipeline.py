@@ -102,9 +102,10 @@ def compress(
         tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code) if needs_text else None
         calibration, batches = calibration_batches(loaded, tokenizer, base)
         windows = evaluation_windows(loaded, tokenizer)
+        facts = layer_facts(loaded, source, calibration, place)
+        store = stack.enter_context(LayerStore.open(output, facts)) if resume else None
         staging = stack.enter_context(staged(output, overwrite=overwrite))
         undo = Undo() if loaded.limits.perplexity_increase else None
-        store = LayerStore.open(output, layer_facts(loaded, source, calibration, place)) if resume else None
         walk = quantize_layers(
             base,
             method,
@@ -140,8 +141,6 @@ def compress(
             "coverage": [line.as_dict() for line in coverage],
         }
         write_companions(staging, loaded, report, evaluation, source)
-    if store is not None:
-        store.remove()
     return CompressionResult(output, loaded, coverage, report, evaluation)
 
 

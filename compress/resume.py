@@ -40,14 +40,17 @@ class KeptLayer:
 
 
 class LayerStore:
-    """The folder of kept layers of one output directory."""
+    """The folder of kept layers of one output directory; as a context, it is removed when all went well."""
 
     def __init__(self, folder: Path):
         self.folder = folder
 
     @classmethod
     def open(cls, output: Path, facts: Mapping[str, Any]) -> LayerStore:
-        """facts: JSON-able, what the layers depend on. Raises ValueError if the folder holds layers of another run."""
+        """facts: JSON-able, what the layers depend on.
+
+        Raises ValueError if the folder holds layers of another run, or cannot be written.
+        """
         output = output.absolute()
         store = cls(output.parent / FOLDER.format(name=output.name))
         mark = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
@@ -57,11 +60,13 @@ class LayerStore:
                 f"{store.folder} holds layers of another recipe, model, calibration text, device or version; delete "
                 "it, or run without --resume"
             )
-        store.folder.mkdir(parents=True, exist_ok=True)
-        file.write_text(mark, "utf-8")
-        kept = len(list(store.folder.glob("*.safetensors")))
-        if kept:
-            log.warning("resuming: %d layers are kept from an earlier run", kept)
+        try:
+            store.folder.mkdir(parents=True, exist_ok=True)
+            file.write_text(mark, "utf-8")
+        except OSError as error:
+            raise ValueError(f"layers cannot be kept in {store.folder}: {error.strerror}") from error
+        if len(store):
+            log.warning("resuming: %d layers are kept from an earlier run", len(store))
         return store
 
     def load(self, index: int) -> KeptLayer | None:
@@ -101,9 +106,18 @@ class LayerStore:
             partial.unlink(missing_ok=True)
             raise ValueError(f"layer {index} cannot be kept in {self.folder}: {error}") from error
 
-    def remove(self) -> None:
-        """The output is complete; nothing needs to be kept."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+    def __len__(self) -> int:
+        return len(list(self.folder.glob("*.safetensors")))
+
+    def __enter__(self) -> LayerStore:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        """Nothing needs to be kept once the output is complete."""
+        if kind is None or not len(self):
+            shutil.rmtree(self.folder, ignore_errors=True)
+        else:
+            log.warning("%d finished layers are kept in %s for the same command", len(self), self.folder)
 
     def _file(self, index: int) -> Path:
         return self.folder / f"{index:04d}.safetensors"

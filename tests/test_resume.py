@@ -10,6 +10,7 @@ from tiny import tiny_directory, write_text
 from kompakt.compress import compress
 from kompakt.compress.artifact import read_sidecar
 from kompakt.compress.restore import REASON, restore_worst
+from kompakt.compress.resume import LayerStore
 from kompakt.quant.fireq import FireQ
 from kompakt.quant.gptq import GPTQ
 
@@ -94,6 +95,7 @@ def test_resumed_run_gives_what_an_uninterrupted_one_gives(
     whole = compress(base, recipe, tmp_path / "whole", overrides=overrides)
     interrupt(quantized, 2, base, recipe, tmp_path / "out", **run)
     assert kept(tmp_path) == ["0000.safetensors", "0001.safetensors", "fingerprint"]
+    assert f"2 finished layers are kept in {tmp_path / '.out.kompakt-layers'}" in caplog.text
     assert not (tmp_path / "out").exists()
     resumed = compress(base, recipe, tmp_path / "out", **run)
     assert quantized == [f"model.layers.{index}" for index in (2, 3)]
@@ -180,6 +182,12 @@ def test_an_edited_layer_is_refused(base, overrides, quantized, tmp_path):
         compress(base, "w4a16-gptq", tmp_path / "out", overrides=overrides, resume=True)
 
 
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"layers cannot be kept in .*: Not a directory"):
+        LayerStore.open(tmp_path / "file" / "out", {})
+
+
 def test_a_full_disk_is_said_in_one_sentence(base, overrides, quantized, tmp_path, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
@@ -187,4 +195,4 @@ def test_a_full_disk_is_said_in_one_sentence(base, overrides, quantized, tmp_pat
     monkeypatch.setattr("kompakt.compress.resume.save_file", full)
     with pytest.raises(ValueError, match=r"layer 0 cannot be kept in .*: .*No space left"):
         compress(base, "w4a16-gptq", tmp_path / "out", overrides=overrides, resume=True)
-    assert kept(tmp_path) == ["fingerprint"]
+    assert list(tmp_path.iterdir()) == []
