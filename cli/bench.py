@@ -77,7 +77,7 @@ def weights(
             model,
             methods=chosen,
             activations=activations.split(","),
-            group_sizes=[int(size) if size.isdigit() else size for size in group_sizes.split(",")],
+            group_sizes=[o.size(item) for item in group_sizes.split(",")],
             calibration=calibration,
             evaluation=EvaluationOptions(text=text, window=window, windows=windows),
             note=note,
@@ -119,8 +119,7 @@ def sensitivity(
     from .progress import Bar
 
     session: Session = context.obj
-    weights: dict[str, Any] = {"method": method, **settings(set_), "activations": activations}
-    weights["group_size"] = int(group_size) if group_size and group_size.isdigit() else group_size
+    weights = {"method": method, **settings(set_), "activations": activations, "group_size": o.size(group_size)}
     calibration = calibration_options(dataset, samples, length, batch_size, seed)
     with session.working(), Bar(session.stderr, "loading the model") as bar:
         result = measure(
@@ -194,13 +193,8 @@ def calibration_options(
     """The calibration that a measurement's options ask for."""
     from ..compress.calibration import CalibrationOptions
 
-    return CalibrationOptions(
-        source=dataset or "builtin",
-        samples=samples or 128,
-        length=length or 2048,
-        batch_size=batch_size or 1,
-        seed=seed or 0,
-    )
+    given = {"source": dataset, "samples": samples, "length": length, "batch_size": batch_size, "seed": seed}
+    return CalibrationOptions.model_validate(given)
 
 
 def save(result: dict[str, Any], output: Path) -> None:

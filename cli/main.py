@@ -87,7 +87,7 @@ def compress(
 ) -> None:
     """Compress MODEL by a recipe into a new directory, verified: it is complete or it is not there."""
     flags = {
-        "weights.group_size": int(group_size) if group_size and group_size.isdigit() else group_size,
+        "weights.group_size": o.size(group_size),
         "weights.activations": activations,
         "weights.ignore": ignore,
         "calibration.source": dataset,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -35,6 +35,13 @@ GroupSize = Annotated[
     str | None,
     typer.Option(help="Input channels that share a scale: a number, channel or auto.", metavar="N|channel|auto"),
 ]
+
+
+def size(text: str | None) -> Any:
+    """A group size as a recipe has it: a number, or a word."""
+    return int(text) if text and text.isdigit() else text
+
+
 Activations = Annotated[str | None, typer.Option(help="What inputs of Linears are rounded to.", metavar="fp8|none")]
 Ignore = Annotated[
     list[str] | None,
@@ -44,15 +51,18 @@ Dataset = Annotated[
     str | None,
     typer.Option(help="builtin, a .txt or .jsonl file, or org/name.", metavar="SOURCE", rich_help_panel=CALIBRATION),
 ]
-Samples = Annotated[int | None, typer.Option("--num-calibration-samples", metavar="N", rich_help_panel=CALIBRATION)]
+Samples = Annotated[
+    int | None, typer.Option("--num-calibration-samples", min=1, metavar="N", rich_help_panel=CALIBRATION)
+]
 Length = Annotated[
-    int | None, typer.Option("--max-seq-length", help="Tokens of a sample.", metavar="N", rich_help_panel=CALIBRATION)
+    int | None,
+    typer.Option("--max-seq-length", help="Tokens of a sample.", min=2, metavar="N", rich_help_panel=CALIBRATION),
 ]
 BatchSize = Annotated[
     int | None,
-    typer.Option("--calibration-batch-size", help="Samples at once.", metavar="N", rich_help_panel=CALIBRATION),
+    typer.Option("--calibration-batch-size", help="Samples at once.", min=1, metavar="N", rich_help_panel=CALIBRATION),
 ]
-Seed = Annotated[int | None, typer.Option(help="Draw of the samples.", metavar="N", rich_help_panel=CALIBRATION)]
+Seed = Annotated[int | None, typer.Option(help="Draw of the samples.", min=0, metavar="N", rich_help_panel=CALIBRATION)]
 EvaluationText = Annotated[
     str | None, typer.Option(help="builtin or a text file.", metavar="TEXT", rich_help_panel=EVALUATION)
 ]

@@ -100,15 +100,7 @@ class KompaktQuantizer(HfQuantizer):
         config: Any = self.quantization_config
         for name, module in list(model.named_modules()):
             if isinstance(module, nn.Linear) and not is_ignored(name, config.ignore):
-                swapped = CompressedLinear(
-                    module.in_features,
-                    module.out_features,
-                    bias=module.bias is not None,
-                    scheme=config.scheme,
-                    dtype=module.weight.dtype,
-                    device=torch.device("meta"),
-                )
-                model.set_submodule(name, swapped)
+                model.set_submodule(name, CompressedLinear.instead_of(module, config.scheme, torch.device("meta")))
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:

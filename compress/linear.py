@@ -69,6 +69,18 @@ class CompressedLinear(nn.Module):
         self.bias = empty(out_features) if bias else None
 
     @classmethod
+    def instead_of(cls, linear: nn.Linear, scheme: WeightScheme, device: torch.device) -> CompressedLinear:
+        """For the weight and bias of `linear`, in its dtype; nothing is filled in yet."""
+        return cls(
+            linear.in_features,
+            linear.out_features,
+            bias=linear.bias is not None,
+            scheme=scheme,
+            dtype=linear.weight.dtype,
+            device=device,
+        )
+
+    @classmethod
     def from_quantized(
         cls, quantized: QuantizedWeight, bias: torch.Tensor | None, scheme: WeightScheme
     ) -> CompressedLinear:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .linear_speed import with_shares
-from .sweep import joined, merged, noted, read_result
+from .sweep import checked_earlier, joined, noted
 
 TABLE_PEERS = ("bf16", "fp8")
 """Peers whose ratios the Markdown table shows, as far as they were measured."""
@@ -30,17 +30,20 @@ def merged_speeds(file: Path, result: dict[str, Any]) -> dict[str, Any]:
     The larger of both runs' ceilings holds for all layers. Raises ValueError if the file was measured on another device
     or with other versions.
     """
-    both = merged(file, result, same=CONDITIONS, identity=identity)
-    if both is result:
+    earlier = checked_earlier(file, result, CONDITIONS)
+    if earlier is None:
         return result
-    earlier = read_result(file)
     ceilings = {
         name: value if value is None else max(value, earlier["ceilings"][name])
         for name, value in result["ceilings"].items()
     }
-    quantization = joined(earlier["quantization"], result["quantization"], quantization_identity)
-    against = {**earlier["against"], **result["against"]}
-    return with_shares({**both, "ceilings": ceilings, "against": against, "quantization": quantization})
+    changed = {
+        "ceilings": ceilings,
+        "against": {**earlier["against"], **result["against"]},
+        "rows": joined(earlier["rows"], result["rows"], identity),
+        "quantization": joined(earlier["quantization"], result["quantization"], quantization_identity),
+    }
+    return with_shares({**result, **changed})
 
 
 def check_speeds(result: dict[str, Any]) -> None:

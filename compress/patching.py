@@ -122,14 +122,7 @@ def _patch_from_directory(model: Any, directory: Path, undo: Undo) -> Patch:
     packed = {name.rpartition(".")[0] for name in tensors if name.endswith((".weight_packed", ".weight_scale"))}
     for name in packed:
         linear = _linear(model, name, directory)
-        swapped = CompressedLinear(
-            linear.in_features,
-            linear.out_features,
-            bias=linear.bias is not None,
-            scheme=config.scheme,
-            dtype=linear.weight.dtype,
-            device=linear.weight.device,
-        )
+        swapped = CompressedLinear.instead_of(linear, config.scheme, linear.weight.device)
         for key, parameter in swapped.named_parameters():
             stored = tensors[f"{name}.{key}"].get()
             if stored.shape != parameter.shape:

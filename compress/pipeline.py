@@ -102,8 +102,9 @@ def compress(
         tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code) if needs_text else None
         calibration, batches = calibration_batches(loaded, tokenizer, base)
         windows = evaluation_windows(loaded, tokenizer)
-        facts = layer_facts(loaded, source, calibration, place)
-        store = stack.enter_context(LayerStore.open(output, facts)) if resume else None
+        store = None
+        if resume:
+            store = stack.enter_context(LayerStore.open(output, layer_facts(loaded, source, calibration, place)))
         staging = stack.enter_context(staged(output, overwrite=overwrite))
         undo = Undo() if loaded.limits.perplexity_increase else None
         walk = quantize_layers(

@@ -218,21 +218,13 @@ def row_identity(row: dict[str, Any]) -> tuple[Any, ...]:
     return row["label"], row["weights"]["activations"], row["weights"]["group_size"]
 
 
-def merged(
-    file: Path,
-    result: dict[str, Any],
-    *,
-    same: Iterable[str] = CONDITIONS,
-    identity: Callable[[dict[str, Any]], tuple[Any, ...]] = row_identity,
-) -> dict[str, Any]:
+def merged(file: Path, result: dict[str, Any]) -> dict[str, Any]:
     """`result` with the rows of an earlier file in front; a row measured again replaces the old one.
 
-    Raises ValueError if the file was measured under other conditions: with another value of a key in `same`.
+    Raises ValueError if the file was measured under other `CONDITIONS`.
     """
-    earlier = checked_earlier(file, result, same)
-    if earlier is None:
-        return result
-    return {**result, "rows": joined(earlier["rows"], result["rows"], identity)}
+    earlier = checked_earlier(file, result, CONDITIONS)
+    return result if earlier is None else {**result, "rows": joined(earlier["rows"], result["rows"], row_identity)}
 
 
 def checked_earlier(file: Path, heading: dict[str, Any], same: Iterable[str]) -> dict[str, Any] | None:

@@ -188,9 +188,8 @@ def quantize_layer(block: Block, method: WeightMethod, undo: Undo | None, kept: 
         elif block.linears:
             block.folds = find_folds(block) if method.needs_data else []
             commit(block, method.quantize(block), undo, home)
-        if block.linears:
-            # What is calibrated must not depend on how this device multiplies many tokens.
-            keep_group_scales_exact(block.module)
+        # What is calibrated must not depend on how this device multiplies many tokens.
+        keep_group_scales_exact(block.module)
         advance(block, block.inputs)
         keep_group_scales_exact(block.module, False)
         error = relative_error(block.inputs[0].to(block.device), expected, hidden.to(block.device))
@@ -221,16 +220,8 @@ def put_in_place(block: Block, kept: KeptLayer, undo: Undo | None, home: torch.d
     """`commit` for a layer that an earlier run quantized."""
     replacements = {}
     for name, linear in block.linears.items():
-        stored = kept.linears[name]
-        replacements[name] = CompressedLinear(
-            linear.in_features,
-            linear.out_features,
-            bias=linear.bias is not None,
-            scheme=block.scheme,
-            dtype=stored["weight_scale"].dtype,
-            device=torch.device("meta"),
-        )
-        replacements[name].load_state_dict(stored, assign=True)
+        replacements[name] = CompressedLinear.instead_of(linear, block.scheme, torch.device("meta"))
+        replacements[name].load_state_dict(kept.linears[name], assign=True)
         replacements[name].to(block.device)
     block.tensors.update(kept.tensors)
     swap(block, replacements, kept.norms, kept.folded, undo, home)

@@ -29,7 +29,6 @@ class LaunchConfig:
     block_m: int
     consumers: int
     sums: int
-    paired: bool
     digits: bool
     stages: int
     split: int
@@ -48,8 +47,8 @@ def launch_config(tokens: int, out_features: int, row_bytes: int, sum_size: int,
     Chosen on an H200 from 14336×4096, 4096×14336 and 28672×8192. µs for the first with one scale per row, without the
     quantization of the input, at 1 / 16 / 64 / 128 / 256 / 512 tokens: 10.2 / 9.9 / 11.8 / 16.2 / 31 / 61. Fewer than
     two warpgroups per program, or more than one program per tile, pay only where multiprocessors stay idle otherwise.
-    From 128 tokens on decoding to q is as fast as digits and needs fewer registers; two sums at a time (`paired`) spill
-    there.
+    From 128 tokens on decoding to q is as fast as digits and needs fewer registers; the two sums at a time that
+    go with digits spill there.
     """
     block_m = 16 if tokens <= 16 else 64 if tokens <= 64 else 128
     columns = ceil_div(tokens, block_m)
@@ -71,7 +70,7 @@ def launch_config(tokens: int, out_features: int, row_bytes: int, sum_size: int,
     }[block_m]
     digits = sum_size == DIGIT_SUMS and block_m < 128
     sums = 2 * TILE_BYTES // sum_size if grouped else 1
-    return LaunchConfig(block_m, consumers, sums, digits, digits, stages, split, registers)
+    return LaunchConfig(block_m, consumers, sums, digits, stages, split, registers)
 
 
 def descriptor(tensor: Tensor, rows: int, width: int) -> Any:
@@ -136,9 +135,7 @@ def w4a8_hopper(
         SUMS=c.sums,
         STAGES=c.stages,
         SPLIT=c.split,
-        PAIRED=c.paired,
         DIGITS=c.digits,
-        EXACT=grouped and not c.digits,
         HAS_BIAS=bias is not None,
         CONSUMER_REGISTERS=c.consumer_registers,
         LOADER=LOADER_REGISTERS,

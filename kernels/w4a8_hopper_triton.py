@@ -116,17 +116,17 @@ def load_partition(
 
 @gluon.jit
 def operands(
-    w_tiles, slot, SUM: gl.constexpr, SUMS: gl.constexpr, EXACT: gl.constexpr, CONSUMERS: gl.constexpr,
+    w_tiles, slot, SUM: gl.constexpr, SUMS: gl.constexpr, DIGITS: gl.constexpr, CONSUMERS: gl.constexpr,
     PART: gl.constexpr, layout: gl.constexpr,
 ):  # fmt: skip
     """Left operands, even and odd channels, of sum number SUM of a stage: its share of the tile's 128 bytes."""
     WIDTH: gl.constexpr = 128 // SUMS if SUMS < 4 else 32
     START: gl.constexpr = SUM * 128 // SUMS // WIDTH * WIDTH
     packed = w_tiles.index(slot * CONSUMERS + PART).slice(START, WIDTH, dim=1).load(layout)
-    if EXACT:
-        low, high = decode(packed)
-    else:
+    if SUMS == 1 or DIGITS:
         low, high = unpack(packed)
+    else:
+        low, high = decode(packed)
     if SUMS == 8:
         # A product has at least 32 bytes of K, two groups' worth: the other group's bytes become zeros.
         mine = (gl.arange(0, WIDTH, gl.SliceLayout(0, layout)) // 16 == SUM % 2)[None, :]
@@ -178,8 +178,8 @@ def add_partials(accumulator, partial_ptr, counter_ptr, tile, part, inner, SPLIT
 def consume_partition(
     x_tiles, w_tiles, digit_tiles, full, empty, x_scale_ptr, x_sum_ptr, scale_ptr, bias_ptr, y_ptr, partial_ptr,
     counter_ptr, n0, m0, first, count, tokens, out_features, groups, sums_per_group, tile,
-    BLOCK_M: gl.constexpr, STAGES: gl.constexpr, SUMS: gl.constexpr, PAIRED: gl.constexpr, DIGITS: gl.constexpr,
-    EXACT: gl.constexpr, SPLIT: gl.constexpr, HAS_BIAS: gl.constexpr, CONSUMERS: gl.constexpr, PART: gl.constexpr,
+    BLOCK_M: gl.constexpr, STAGES: gl.constexpr, SUMS: gl.constexpr, DIGITS: gl.constexpr, SPLIT: gl.constexpr,
+    HAS_BIAS: gl.constexpr, CONSUMERS: gl.constexpr, PART: gl.constexpr,
 ):  # fmt: skip
     GROUPED: gl.constexpr = SUMS > 1
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 32])
@@ -208,15 +208,15 @@ def consume_partition(
     phase = 0
     for i in range(count):
         mbarrier.wait(full.index(slot), phase)
-        low, high = operands(w_tiles, slot, 0, SUMS, EXACT, CONSUMERS, PART, operand)
-        if PAIRED:
+        low, high = operands(w_tiles, slot, 0, SUMS, DIGITS, CONSUMERS, PART, operand)
+        if DIGITS:
             gl.static_assert(SUMS == 2)
             total0 = multiply(low, high, x_tiles, digit_tiles, slot, weights_of_digits, zero, 0, SUMS, DIGITS)
-            low, high = operands(w_tiles, slot, 1, SUMS, EXACT, CONSUMERS, PART, operand)
+            low, high = operands(w_tiles, slot, 1, SUMS, DIGITS, CONSUMERS, PART, operand)
             total1 = multiply(low, high, x_tiles, digit_tiles, slot, weights_of_digits, zero, 1, SUMS, DIGITS)
             next0 = group_scale(row, inside_n, (first + i) * 2 + 2, groups, sums_per_group)
             next1 = group_scale(row, inside_n, (first + i) * 2 + 3, groups, sums_per_group)
-            total0 = warpgroup_mma_wait(3 if DIGITS else 2, deps=[total0])
+            total0 = warpgroup_mma_wait(3, deps=[total0])
             accumulator += total0 * scale0[:, None]
             total1 = warpgroup_mma_wait(0, deps=[total1])
             mbarrier.arrive(empty.index(slot), count=1)
@@ -227,7 +227,7 @@ def consume_partition(
             for s in gl.static_range(SUMS):
                 total = multiply(low, high, x_tiles, digit_tiles, slot, weights_of_digits, zero, s, SUMS, DIGITS)
                 if s + 1 < SUMS:
-                    low, high = operands(w_tiles, slot, s + 1, SUMS, EXACT, CONSUMERS, PART, operand)
+                    low, high = operands(w_tiles, slot, s + 1, SUMS, DIGITS, CONSUMERS, PART, operand)
                 total = warpgroup_mma_wait(0, deps=[total])
                 if s == SUMS - 1:
                     mbarrier.arrive(empty.index(slot), count=1)
@@ -279,13 +279,14 @@ def w4a8_hopper_kernel(
     x_desc, w_desc, digit_desc, x_scale_ptr, x_sum_ptr, scale_ptr, bias_ptr, y_ptr, partial_ptr, counter_ptr,
     tokens, out_features, row_bytes, groups, sums_per_group,
     BLOCK_M: gl.constexpr, CONSUMERS: gl.constexpr, SUMS: gl.constexpr, STAGES: gl.constexpr, SPLIT: gl.constexpr,
-    PAIRED: gl.constexpr, DIGITS: gl.constexpr, EXACT: gl.constexpr, HAS_BIAS: gl.constexpr,
+    DIGITS: gl.constexpr, HAS_BIAS: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, LOADER: gl.constexpr,
 ):  # fmt: skip
     """Grid (outputs, tokens, SPLIT). A stage is 128 bytes of each weight row, 256 channels.
 
-    SUMS: sums in a stage that are scaled on their own; 1 for one scale per row. PAIRED: two of them in the tensor cores
-    at a time. EXACT: decode nibbles to q; else take off what u has too much, by DIGITS or, for SUMS = 1, at the end.
+    SUMS: sums in a stage that are scaled on their own; 1 for one scale per row. What u has too much is taken off at the
+    end for SUMS = 1, and with DIGITS by their product, both sums of a stage in the tensor cores at a time; else nibbles
+    are decoded to q.
     """
     n0 = gl.program_id(0) * (64 * CONSUMERS)
     m0 = gl.program_id(1) * BLOCK_M
@@ -315,7 +316,7 @@ def w4a8_hopper_kernel(
                     (
                         x_tiles, w_tiles, digit_tiles, full, empty, x_scale_ptr, x_sum_ptr, scale_ptr, bias_ptr, y_ptr,
                         partial_ptr, counter_ptr, n0, m0, first, count, tokens, out_features, groups, sums_per_group,
-                        tile, BLOCK_M, STAGES, SUMS, PAIRED, DIGITS, EXACT, SPLIT, HAS_BIAS, CONSUMERS, 0,
+                        tile, BLOCK_M, STAGES, SUMS, DIGITS, SPLIT, HAS_BIAS, CONSUMERS, 0,
                     ),
                 ),
                 (
@@ -337,7 +338,7 @@ def w4a8_hopper_kernel(
                     (
                         x_tiles, w_tiles, digit_tiles, full, empty, x_scale_ptr, x_sum_ptr, scale_ptr, bias_ptr, y_ptr,
                         partial_ptr, counter_ptr, n0, m0, first, count, tokens, out_features, groups, sums_per_group,
-                        tile, BLOCK_M, STAGES, SUMS, PAIRED, DIGITS, EXACT, SPLIT, HAS_BIAS, CONSUMERS, 0,
+                        tile, BLOCK_M, STAGES, SUMS, DIGITS, SPLIT, HAS_BIAS, CONSUMERS, 0,
                     ),
                 ),
                 (
@@ -345,7 +346,7 @@ def w4a8_hopper_kernel(
                     (
                         x_tiles, w_tiles, digit_tiles, full, empty, x_scale_ptr, x_sum_ptr, scale_ptr, bias_ptr, y_ptr,
                         partial_ptr, counter_ptr, n0, m0, first, count, tokens, out_features, groups, sums_per_group,
-                        tile, BLOCK_M, STAGES, SUMS, PAIRED, DIGITS, EXACT, SPLIT, HAS_BIAS, CONSUMERS, 1,
+                        tile, BLOCK_M, STAGES, SUMS, DIGITS, SPLIT, HAS_BIAS, CONSUMERS, 1,
                     ),
                 ),
                 (

@@ -171,7 +171,7 @@ def check_launch_config(config: Any, tokens: int, out_features: int, row_bytes: 
     taken = warps * config.consumer_registers + 4 * hopper.LOADER_REGISTERS
     assert taken <= (warps + 4) * config.registers
     assert config.sums == (2 * hopper.TILE_BYTES // sum_size if sum_size else 1)
-    assert not config.paired or config.sums == 2
+    assert not config.digits or config.sums == 2
     # The input has the digits that the kernel reads: see input_key.
     assert config.digits == (sum_size == DIGIT_SUMS and tokens <= w4a8.DIGIT_TOKENS)
 
