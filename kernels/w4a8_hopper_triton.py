@@ -308,6 +308,7 @@ def w4a8_hopper_kernel(
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=CONSUMERS)
     fence_async_shared()
+    # Written out, because a tuple that is given a name loses its constants and its None.
     if CONSUMERS == 1:
         gl.warp_specialize(
             [

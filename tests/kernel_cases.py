@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from typing import Literal
 from unittest import mock
 
+import pytest
 import torch
 from torch import Tensor
 
-from kompakt.kernels.activations import quantize_fp8_ref
+from kompakt.kernels.activations import quantize_fp8_ref, triton_refusal
 from kompakt.kernels.packing import pack_int4
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -20,6 +21,13 @@ DTYPES = {"bf16": BF16, "fp16": FP16, "fp32": FP32}
 # A Hopper FP8 accumulator truncates each of 33 addends at 2⁻¹³ of the largest: 33/8 · 2⁻¹³ of Σ|terms| where terms are
 # alike, and twice that for rows with outliers.
 FP8_ACCUMULATOR = 2.0**-10
+
+
+def skip_below(capability: tuple[int, int]) -> None:
+    """Skips a test whose Triton kernel needs another device, with the reason."""
+    refusal = triton_refusal("cuda", capability)
+    if refusal is not None:
+        pytest.skip(refusal)
 
 
 def fill_poison(*args, real_empty=torch.empty, **kwargs) -> Tensor:

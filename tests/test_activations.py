@@ -7,10 +7,11 @@ from unittest import mock
 import pytest
 import torch
 from interpreter_cases import interpreter_results, needs_triton
-from kernel_cases import DTYPES, hard_rows, kernel_rows, make_rows, poisoned, same_bits
+from kernel_cases import DTYPES, hard_rows, kernel_rows, make_rows, poisoned, same_bits, skip_below
 
 from kompakt.kernels.activations import (
     E4M3_MAX,
+    FP8_CAPABILITY,
     MIN_SCALE,
     cuda_refusal,
     quantize_fp8,
@@ -125,8 +126,7 @@ def test_registered_op(x):
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", INTERPRETER_CASES)
 def test_kernel_on_gpu(name):
-    if triton_refusal("cuda", (8, 9)) is not None:
-        pytest.skip(str(triton_refusal("cuda", (8, 9))))
+    skip_below(FP8_CAPABILITY)
     check(kernel_rows(SHAPES, "cuda")[name], interpret=False)
     torch.cuda.synchronize()
 

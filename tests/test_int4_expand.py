@@ -5,10 +5,10 @@ import functools
 import pytest
 import torch
 from interpreter_cases import interpreter_results, needs_triton
-from kernel_cases import BF16, FP16, FP32, INT4_GPU_CASES, Case, poisoned, same_bits
+from kernel_cases import BF16, FP16, FP32, INT4_GPU_CASES, Case, poisoned, same_bits, skip_below
 from torch import Tensor
 
-from kompakt.kernels.activations import E4M3_MAX, triton_refusal
+from kompakt.kernels.activations import E4M3_MAX, FP8_CAPABILITY
 from kompakt.kernels.int4_expand import expand_16bit, expand_fp8, fold_ref
 from kompakt.kernels.int4_linear import dequantize_int4
 from kompakt.kernels.packing import unpack_int4
@@ -140,9 +140,7 @@ GPU_CASES = {**CASES, **{f"linear, {name}": case for name, case in INT4_GPU_CASE
 @pytest.mark.parametrize("strided", [False, True], ids=["contiguous", "strided"])
 @pytest.mark.parametrize("name", GPU_CASES)
 def test_kernels_on_gpu(name, strided):
-    refusal = triton_refusal("cuda", (8, 9))
-    if refusal is not None:
-        pytest.skip(refusal)
+    skip_below(FP8_CAPABILITY)
     case = GPU_CASES[name]
     check_fp8(case, strided=strided, interpret=False, device="cuda")
     for dtype in (BF16, FP16):

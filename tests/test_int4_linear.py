@@ -26,11 +26,12 @@ from kernel_cases import (
     check_reference,
     exact_product,
     poisoned,
+    skip_below,
 )
 from torch import Tensor
 
 from kompakt.kernels import int4_linear as int4
-from kompakt.kernels.activations import log_fallback, triton_refusal
+from kompakt.kernels.activations import log_fallback
 from kompakt.kernels.int4_linear import dequantize_int4, linear_backend, w4a16_linear
 from kompakt.kernels.packing import pack_int4, unpack_int4
 
@@ -57,9 +58,11 @@ def sums_in_fp32() -> Iterator[None]:
     before = [getattr(matmul, switch) for switch in switches]
     for switch in switches:
         setattr(matmul, switch, False)
-    yield
-    for switch, value in zip(switches, before):
-        setattr(matmul, switch, value)
+    try:
+        yield
+    finally:
+        for switch, value in zip(switches, before):
+            setattr(matmul, switch, value)
 
 
 def check(case: Case, *, interpret: bool, device: str = "cpu") -> None:
@@ -166,9 +169,7 @@ def test_wrong_arguments_are_refused(change, message):
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", GPU_CASES)
 def test_kernel_on_gpu(name):
-    refusal = triton_refusal("cuda", (8, 0))
-    if refusal is not None:
-        pytest.skip(refusal)
+    skip_below((8, 0))
     check(GPU_CASES[name], interpret=False, device="cuda")
 
 

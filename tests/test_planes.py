@@ -12,10 +12,11 @@ from unittest import mock
 import pytest
 import torch
 from interpreter_cases import interpreter_results, needs_triton
-from kernel_cases import BF16, DTYPES, FP32, hard_rows, make_rows, poisoned, same_bits, with_gap
+from kernel_cases import BF16, DTYPES, FP32, hard_rows, make_rows, poisoned, same_bits, skip_below, with_gap
 from torch import Tensor
 
-from kompakt.kernels.activations import quantize_fp8_ref, triton_refusal
+from kompakt.kernels.activations import quantize_fp8_ref
+from kompakt.kernels.int4_linear import HOPPER
 from kompakt.kernels.packing import packed_width
 from kompakt.kernels.planes import (
     COUNTERS,
@@ -209,26 +210,20 @@ def test_kernel_in_interpreter(name):
     assert interpreter_results(__file__)[name] == ""
 
 
-def skip_without_fp8() -> None:
-    refusal = triton_refusal("cuda", (8, 9))
-    if refusal is not None:
-        pytest.skip(refusal)
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", kernel_inputs())
 def test_kernel_on_gpu(name):
-    skip_without_fp8()
+    skip_below(HOPPER)
     check(*kernel_inputs("cuda")[name], interpret=False)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("sum_size", [None, 0, 32, 64, 128])
 @pytest.mark.parametrize("tokens", [1, 17, 600, 2048])
-@pytest.mark.parametrize("in_features", [576, 4096, 14336])
+@pytest.mark.parametrize(
+    ("in_features", "sum_size"),
+    [(width, size) for width in (576, 4096, 14336) for size in (None, 0, 32, 64, 128) if not size or width % size == 0],
+)
 def test_real_shapes_on_gpu(in_features, tokens, sum_size):
-    skip_without_fp8()
-    if sum_size == 128 and in_features % 128:
-        pytest.skip("no multiple of the sum")
+    skip_below(HOPPER)
     check(make_rows((tokens, in_features), BF16, "cuda"), sum_size, interpret=False)
     check(with_gap(make_rows((tokens, in_features), FP32, "cuda")), sum_size, interpret=False)

@@ -26,13 +26,14 @@ from kernel_cases import (
     exact_product,
     poisoned,
     quantized_rows,
+    skip_below,
 )
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kompakt.kernels import int4_linear as int4
 from kompakt.kernels import w4a8_linear as w4a8
-from kompakt.kernels.activations import log_fallback, quantize_fp8_ref, triton_refusal
+from kompakt.kernels.activations import FP8_CAPABILITY, log_fallback, quantize_fp8_ref
 from kompakt.kernels.int4_linear import dequantize_int4
 from kompakt.kernels.planes import quantize_planes_ref
 from kompakt.kernels.w4a8_linear import DIGIT_TOKENS, EXPAND_TOKENS, w4a8_linear
@@ -291,27 +292,21 @@ def test_wrong_arguments_are_refused(change, message):
             refuse(**{**GOOD_INT4_ARGUMENTS, **change})
 
 
-def skip_without_fp8() -> None:
-    reason = triton_refusal("cuda", (8, 9))
-    if reason is not None:
-        pytest.skip(reason)
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", INT4_GPU_CASES)
 def test_portable_kernel_on_gpu(name):
-    skip_without_fp8()
+    skip_below(FP8_CAPABILITY)
     check(INT4_GPU_CASES[name], interpret=False, device="cuda")
 
 
 @pytest.mark.gpu
 def test_broken_rows_on_gpu():
-    skip_without_fp8()
+    skip_below(FP8_CAPABILITY)
     check_broken_rows(interpret=False, device="cuda")
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["prefill", "decode", "odd everything"])
 def test_compiled_and_captured(name):
-    skip_without_fp8()
+    skip_below(FP8_CAPABILITY)
     check_compiled_and_captured(w4a8_linear, INT4_GPU_CASES[name].make("cuda"))
