@@ -1,0 +1,157 @@
+"""Keys and values as quantized prefill attention reads them: smoothed, scaled, and laid out for the matrix units.
+
+*Keys.* A vector added to all keys of a head shifts every logit of a query alike, and softmax does not see it, so any
+vector may be taken off: here the mean of at most `SAMPLED` evenly spaced tokens, which spares a second pass over the
+keys. What depends on the true logits (log-sum-exp, softcap, sinks) adds q·k̄ again. Each tile of `TILE` tokens gets one
+scale, which multiplies a whole block of logits at once; a scale per token would cost one more multiplication per logit.
+INT4 has so few levels that it pays that price: one scale per token.
+
+    int8   k8 = round((k − k̄) / σ), σ = max|k − k̄| / 127        fp8: e4m3((k − k̄) / σ), σ = max / 448
+    int4   the same with 7; channels d and d + head_dim/2 in one byte
+
+*Values.* FP8, e4m3((v − v̄) / σ_v) with mean and scale per channel over all tokens; the output adds v̄ again, since
+probabilities sum to one. The FP8 matrix units want the tokens of a channel side by side, so values are transposed, and
+in every 16 tokens their order is that in which a thread holds its logits (`TOKEN_ORDER`): probabilities then go from
+one product into the next without leaving their registers.
+
+Tokens outside `bounds` become zeros and count in no mean or scale, whatever they hold. Source: SageAttention (arXiv
+2410.02367), SageAttention2 (2411.10958).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .activations import E4M3_MAX, MIN_SCALE
+
+TILE = 64
+"""Keys with one scale, and the granularity of padding along tokens."""
+PADDED = 128
+"""Storage is padded to this many tokens, the kernels' longest tile."""
+SAMPLED = 1024
+"""The mean of the keys is that of at most so many tokens."""
+LEVELS = {"int8": 127.0, "int4": 7.0, "fp8": E4M3_MAX}
+TOKEN_ORDER = tuple(a * 8 + b * 2 + c for b in range(4) for a in range(2) for c in range(2))
+"""Place in storage → token, in every 16 values."""
+
+
+@dataclass(frozen=True)
+class QuantizedKeys:
+    """codes: (batch, num_kv_heads, padded tokens, width) int8, e4m3, or uint8 for two INT4 in a byte; width is head_dim
+    up to a power of two (half of it for INT4). scale: (batch, num_kv_heads, padded tokens / TILE) fp32, or one per
+    token for INT4. mean: (batch, num_kv_heads, head_dim) fp32.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    mean: Tensor
+
+
+@dataclass(frozen=True)
+class QuantizedValues:
+    """codes: (batch, num_kv_heads, width, padded tokens) e4m3, tokens in `TOKEN_ORDER`. scale and mean: (batch,
+    num_kv_heads, head_dim) fp32.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    mean: Tensor
+
+
+def padded_tokens(tokens: int) -> int:
+    """Tokens of storage for so many keys."""
+    return -(-tokens // PADDED) * PADDED
+
+
+def padded_width(head_dim: int) -> int:
+    """Channels of storage: a power of two, at least 16."""
+    return max(16, 1 << (head_dim - 1).bit_length())
+
+
+def sampling_step(tokens: int) -> int:
+    """Tokens whose index is a multiple of this enter the mean of the keys."""
+    return -(-tokens // SAMPLED)
+
+
+def scale_of(amax: Tensor, levels: float) -> Tensor:
+    """amax / levels; 1 for an all-zero group, never a subnormal."""
+    scale = (amax / torch.full_like(amax, levels)).clamp_min(MIN_SCALE)
+    return torch.where(amax == 0, torch.ones_like(scale), scale)
+
+
+def round_codes(values: Tensor, scale: Tensor, kind: str) -> Tensor:
+    """values / scale to the nearest code; int8 for the integer kinds."""
+    scaled = values * scale.reciprocal()
+    if kind == "fp8":
+        return scaled.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+    return scaled.round().clamp(-LEVELS[kind], LEVELS[kind]).to(torch.int8)
+
+
+def inside(bounds: Tensor | None, batch: int, tokens: int, device: torch.device) -> Tensor:
+    """(batch, 1, tokens, 1) bool."""
+    positions = torch.arange(tokens, device=device)
+    if bounds is None:
+        return torch.ones((batch, 1, tokens, 1), dtype=torch.bool, device=device)
+    return ((positions >= bounds[:, :1]) & (positions < bounds[:, 1:]))[:, None, :, None]
+
+
+def quantize_keys_ref(key: Tensor, kind: str, bounds: Tensor | None) -> QuantizedKeys:
+    """Torch specification, any device.
+
+    Args:
+        key: (batch, num_kv_heads, tokens, head_dim) floating, any strides.
+        kind: "int8", "int4" or "fp8".
+        bounds: (batch, 2) int32, first and last + 1 key that is looked at; None for all.
+    """
+    batch, heads, tokens, head_dim = key.shape
+    valid = inside(bounds, batch, tokens, key.device)
+    values = torch.where(valid, key.float(), 0.0)
+    sampled = valid & (torch.arange(tokens, device=key.device) % sampling_step(tokens) == 0)[None, None, :, None]
+    mean = torch.where(sampled, values, 0.0).sum(dim=2) / sampled.sum(dim=2).clamp_min(1)
+    centered = torch.where(valid, values - mean[:, :, None], 0.0)
+    rows, width = padded_tokens(tokens), padded_width(head_dim)
+    storage = torch.zeros((batch, heads, rows, width), device=key.device)
+    storage[:, :, :tokens, :head_dim] = centered
+    if kind == "int4":
+        scale = scale_of(storage.abs().amax(dim=3), LEVELS[kind])
+        codes = round_codes(storage, scale[..., None], kind) + 8
+        low, high = codes.to(torch.uint8).split(width // 2, dim=3)
+        return QuantizedKeys(low | (high << 4), scale, mean)
+    tiles = storage.view(batch, heads, rows // TILE, TILE, width)
+    scale = scale_of(tiles.abs().amax(dim=(3, 4)), LEVELS[kind])
+    return QuantizedKeys(round_codes(tiles, scale[..., None, None], kind).view(storage.shape), scale, mean)
+
+
+def quantize_values_ref(value: Tensor, bounds: Tensor | None) -> QuantizedValues:
+    """Torch specification, any device. value: (batch, num_kv_heads, tokens, head_dim) floating, any strides."""
+    batch, heads, tokens, head_dim = value.shape
+    valid = inside(bounds, batch, tokens, value.device)
+    values = torch.where(valid, value.float(), 0.0)
+    mean = values.sum(dim=2) / valid.sum(dim=2).clamp_min(1)
+    centered = torch.where(valid, values - mean[:, :, None], 0.0)
+    scale = scale_of(centered.abs().amax(dim=2), LEVELS["fp8"])
+    storage = torch.zeros((batch, heads, padded_width(head_dim), padded_tokens(tokens)), device=value.device)
+    storage[:, :, :head_dim, :tokens] = (centered * scale.reciprocal()[:, :, None]).transpose(2, 3)
+    ordered = storage.view(*storage.shape[:3], -1, 16)[..., list(TOKEN_ORDER)].reshape(storage.shape)
+    return QuantizedValues(round_codes(ordered, torch.ones_like(ordered), "fp8"), scale, mean)
+
+
+def dequantize_keys(keys: QuantizedKeys, tokens: int, head_dim: int, kind: str) -> Tensor:
+    """(batch, num_kv_heads, tokens, head_dim) fp32, the mean taken off."""
+    if kind == "int4":
+        codes = torch.cat((keys.codes & 15, keys.codes >> 4), dim=3).float() - 8
+        values = codes * keys.scale[..., None]
+    else:
+        values = keys.codes.float() * keys.scale.repeat_interleave(TILE, dim=2)[..., None]
+    return values[:, :, :tokens, :head_dim]
+
+
+def dequantize_values(values: QuantizedValues, tokens: int, head_dim: int) -> Tensor:
+    """(batch, num_kv_heads, tokens, head_dim) fp32, the mean taken off."""
+    codes = values.codes.float()
+    order = torch.tensor(TOKEN_ORDER, device=codes.device).argsort()
+    plain = codes.view(*codes.shape[:3], -1, 16)[..., order].reshape(codes.shape)
+    return (plain[:, :, :head_dim, :tokens] * values.scale[..., None]).transpose(2, 3)
