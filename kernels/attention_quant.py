@@ -27,10 +27,8 @@ from torch import Tensor
 
 from .activations import E4M3_MAX, MIN_SCALE
 
-TILE = 64
-"""Keys with one scale, and the granularity of padding along tokens."""
-PADDED = 128
-"""Storage is padded to this many tokens, the kernels' longest tile."""
+TILE = 128
+"""Keys with one scale, as in the authors' kernel for Hopper; storage is padded to whole tiles."""
 SAMPLED = 1024
 """The mean of the keys is that of at most so many tokens."""
 LEVELS = {"int8": 127.0, "int4": 7.0, "fp8": E4M3_MAX}
@@ -63,7 +61,7 @@ class QuantizedValues:
 
 def padded_tokens(tokens: int) -> int:
     """Tokens of storage for so many keys."""
-    return -(-tokens // PADDED) * PADDED
+    return -(-tokens // TILE) * TILE
 
 
 def padded_width(head_dim: int) -> int:
@@ -77,9 +75,9 @@ def sampling_step(tokens: int) -> int:
 
 
 def scale_of(amax: Tensor, levels: float) -> Tensor:
-    """amax / levels; 1 for an all-zero group, never a subnormal."""
+    """amax / levels; 1 for an all-zero group, never a subnormal, NaN where amax is not finite."""
     scale = (amax / torch.full_like(amax, levels)).clamp_min(MIN_SCALE)
-    return torch.where(amax == 0, torch.ones_like(scale), scale)
+    return scale.masked_fill(amax == 0, 1.0).masked_fill(~amax.isfinite(), torch.nan)
 
 
 def round_codes(values: Tensor, scale: Tensor, kind: str) -> Tensor:
