@@ -1,7 +1,8 @@
 """The directory kompakt writes: staging, sidecar, checksums. A directory has its name only when it is complete.
 
 `kompakt.json` holds the recipe, the coverage, the policies of the slots and checksums; `kompakt.safetensors` holds
-tensors that a policy needs. Both stand beside an ordinary compressed-tensors checkpoint, which is correct without them.
+tensors that a method keeps. Both stand beside an ordinary compressed-tensors or float checkpoint,
+which is correct without them.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+
+from ..quant.method import AttentionPolicy
 
 SIDECAR_VERSION = 1
 SIDECAR = "kompakt.json"
@@ -140,6 +143,21 @@ def write_sidecar(directory: Path, content: dict[str, Any]) -> None:
         "checksums": {file.name: sha256(file) for file in sorted(directory.glob("*.safetensors"))},
     }
     (directory / SIDECAR).write_text(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n", "utf-8")
+
+
+def write_policies(policies: dict[str, AttentionPolicy]) -> dict[str, Any]:
+    """Attention policies by module as the sidecar holds them, under its key "attention"."""
+    return {"layers": {name: policy.as_dict() for name, policy in policies.items()}}
+
+
+def read_policies(sidecar: dict[str, Any]) -> dict[str, AttentionPolicy]:
+    """Attention policies by module; none in a directory whose recipe leaves attention alone. ValueError if damaged."""
+    content = sidecar.get("attention")
+    if content is None:
+        return {}
+    if not isinstance(content, dict) or not isinstance(content.get("layers"), dict):
+        raise ValueError(f"{SIDECAR} is damaged: its attention holds no layers")
+    return {name: AttentionPolicy.from_dict(policy) for name, policy in content["layers"].items()}
 
 
 def read_sidecar(directory: Path, *, verify: bool = True) -> dict[str, Any]:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .artifact import SIDECAR, read_sidecar, weight_bytes
+from .artifact import SIDECAR, read_policies, read_sidecar, weight_bytes
 from .calibration import builtin_text
 from .evaluation import compare, generation_speed, input_device, perplexity, text_windows, windows_per_pass
 from .evaluation_tasks import flips, last_word, multiple_choice
-from .hf import load_base, load_compressed, load_tokenizer, resolve_model
+from .hf import load_base, load_tokenizer, load_written, resolve_model
+from .hf_attention import at_least, attention_in_use, follow
 from .recipe import EvaluationOptions
 
 Progress = Callable[[str, int, int, str], None]
@@ -21,11 +23,15 @@ TASKS = {"choices": multiple_choice, "last_word": last_word}
 
 
 def open_model(path: Path, *, device_map: Any = None, verify: bool = True, trust_remote_code: bool = False) -> Any:
-    """A model from a directory of either kind: one that kompakt wrote (checked first), or a float checkpoint."""
-    if (path / SIDECAR).is_file():
-        read_sidecar(path, verify=verify)
-        return load_compressed(path, device_map=device_map, trust_remote_code=trust_remote_code)
-    return load_base(path, device_map=device_map, trust_remote_code=trust_remote_code)
+    """A model from a directory of either kind: one that kompakt wrote (checked first), its attention as it says, or a
+    float checkpoint.
+    """
+    if not (path / SIDECAR).is_file():
+        return load_base(path, device_map=device_map, trust_remote_code=trust_remote_code)
+    policies = read_policies(read_sidecar(path, verify=verify))
+    model = load_written(path, device_map=device_map, trust_remote_code=trust_remote_code)
+    follow(model, policies)
+    return model
 
 
 def default_device_map() -> Any:
@@ -99,18 +105,25 @@ def evaluate(
 def measure_text(
     subject: Any, base: Any, windows: torch.Tensor, stride: int | None, progress: Progress
 ) -> dict[str, Any]:
-    """``{"perplexity": …}`` of one model, and ``{"comparison": …}`` when there is a base."""
+    """``{"perplexity": …}`` of one model, ``{"comparison": …}`` when there is a base, and ``{"attention": …}`` how the
+    attention of a patched model ran: windows count as long enough, however short they are.
+    """
 
     def report(done: int, total: int) -> None:
         progress("evaluate", done, total, "windows")
 
     vocabulary = subject.config.get_text_config().vocab_size
     size = windows_per_pass(input_device(subject), subject.dtype, windows.shape[1], vocabulary)
-    if base is None:
-        found = perplexity(subject, windows, stride=stride, batch_size=size, progress=report)
-        return {"perplexity": found.as_dict()}
-    comparison = compare(subject, base, windows, stride=stride, batch_size=size, progress=report).as_dict()
-    return {"perplexity": comparison["model"], "comparison": comparison}
+    length = windows.shape[1]
+    with at_least(subject, length), nullcontext() if base is None else at_least(base, length):
+        if base is None:
+            found = perplexity(subject, windows, stride=stride, batch_size=size, progress=report).as_dict()
+            result: dict[str, Any] = {"perplexity": found}
+        else:
+            compared = compare(subject, base, windows, stride=stride, batch_size=size, progress=report).as_dict()
+            result = {"perplexity": compared["model"], "comparison": compared}
+    used = attention_in_use(subject)
+    return result if used is None else {**result, "attention": {**used, "window": length}}
 
 
 def _measure_task(

@@ -10,6 +10,9 @@ from typing import Any
 import jinja2
 import yaml
 
+from ..kernels.attention import MODES
+from ..quant.method import AttentionPolicy
+from .artifact import read_policies
 from .recipe import Recipe
 
 TEMPLATE = """\
@@ -18,12 +21,14 @@ TEMPLATE = """\
 # {{ title }}
 
 `{{ base_model }}` compressed with kompakt {{ report.kompakt }}, recipe `{{ recipe.name }}`
-({{ scheme }}).{% if recipe.description %} {{ recipe.description }}.{% endif %}
+({{ scheme or "weights as they are" }}).{% if recipe.description %} {{ recipe.description }}.{% endif %}
 
 | | base | compressed |
 |---|---|---|
 | weights on disk | {{ megabytes(sizes.base_bytes) }} | {{ megabytes(sizes.compressed_bytes) }} |
+{%- if sizes.bits_per_weight %}
 | bits per quantized weight, scales included | | {{ "%.3f"|format(sizes.bits_per_weight) }} |
+{%- endif %}
 {%- if comparison %}
 | perplexity | {{ "%.3f"|format(comparison.base.perplexity) }} | {{ "%.3f"|format(comparison.model.perplexity) }} |
 | perplexity increase | | {{ "%+.2f"|format(100 * comparison.perplexity_increase) }} % |
@@ -32,20 +37,38 @@ TEMPLATE = """\
 
 Measured on {{ evaluation.text.source }}, {{ evaluation.text.windows }} windows of {{ evaluation.text.window }} tokens,
 stride {{ evaluation.text.stride }}.
+{%- if evaluation_sentence %} {{ evaluation_sentence }}{% endif %}
 {%- endif %}
 {% if report.calibration %}
 {%- set calibration = report.calibration %}
 Calibrated on {{ calibration.samples }} × {{ calibration.length }} tokens of {{ calibration.source }}.
 {% endif %}
 ## Use
-With kompakt, weights stay packed and run on its kernels:
+With kompakt, {{ use }}:
 ```python
 from kompakt.compress import load
 model = load("PATH")
 ```
+{% if scheme -%}
 Stock transformers with the package `compressed-tensors` installed loads the same directory with
-`AutoModelForCausalLM.from_pretrained` (weights are expanded to floats on first use).
+`AutoModelForCausalLM.from_pretrained` (weights are expanded to floats on first use
+{%- if attention %}, attention is dense{% endif %}).
+{%- else -%}
+Stock transformers loads the same directory with `AutoModelForCausalLM.from_pretrained` as the base model.
+{%- endif %}
 
+{% if attention -%}
+## Attention
+Calls of at least {{ "{:,}".format(attention[0].min_tokens) }} queries; shorter ones, and decoding, are dense.
+
+| runs in | layers | cosine, least | relative L1, largest | SQNR in dB, least |
+|---|---|---|---|---|
+{% for row in attention -%}
+| {{ row.mode }} | {{ row.count }} | {{ row.cosine }} | {{ row.relative_l1 }} | {{ row.sqnr_db }} |
+{% endfor %}
+{{ judged }}
+
+{% endif -%}
 ## What was quantized
 | | modules | weights |
 |---|---|---|
@@ -60,7 +83,7 @@ def write_card(
 ) -> None:
     """Writes README.md into `staging`."""
     inherited = base_metadata(source)
-    assert recipe.weights is not None
+    policies = read_policies(report)
     metadata = {
         "base_model": base_name(report["base_model"], inherited),
         "base_model_relation": "quantized",
@@ -68,7 +91,7 @@ def write_card(
         "pipeline_tag": inherited.get("pipeline_tag", "text-generation"),
         **({"license": inherited["license"]} if "license" in inherited else {}),
         **({"language": inherited["language"]} if "language" in inherited else {}),
-        "tags": ["kompakt", "compressed-tensors", recipe.name],
+        "tags": ["kompakt", *(["compressed-tensors"] if recipe.weights is not None else []), recipe.name],
     }
     environment = jinja2.Environment(autoescape=False, undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     text = environment.from_string(TEMPLATE).render(
@@ -76,7 +99,11 @@ def write_card(
         title=f"{Path(report['base_model']).name} {recipe.name}",
         base_model=metadata["base_model"],
         recipe=recipe,
-        scheme=recipe.weights.scheme().describe(),
+        scheme=None if recipe.weights is None else recipe.weights.scheme().describe(),
+        use=in_use(recipe),
+        attention=attention_rows(policies),
+        judged=judged_sentence(policies),
+        evaluation_sentence=attention_sentence((evaluation or {}).get("attention")),
         report=report,
         sizes=report["sizes"],
         evaluation=evaluation,
@@ -85,6 +112,58 @@ def write_card(
         megabytes=lambda count: f"{count / 1e6:,.1f} MB",
     )
     (staging / "README.md").write_text(text, "utf-8")
+
+
+def in_use(recipe: Recipe) -> str:
+    """What kompakt does with the directory."""
+    parts = []
+    if recipe.weights is not None:
+        parts.append("weights stay packed and run on its kernels")
+    if recipe.attention is not None:
+        parts.append("attention of long prompts runs in the arithmetic chosen below")
+    return ", and ".join(parts)
+
+
+def attention_rows(policies: dict[str, AttentionPolicy]) -> list[dict[str, Any]]:
+    """Attention layers grouped by arithmetic: mode, count, min_tokens, and the worst figures of the layers as text."""
+    rows = []
+    for mode in MODES:
+        group = [policy for policy in policies.values() if policy.mode == mode]
+        figures = [policy.tried[mode] for policy in group if mode in policy.tried]
+        decibels = [item.sqnr_db for item in figures if item.sqnr_db is not None]
+        if group:
+            rows.append(
+                {
+                    "mode": "dense" if mode == "bf16" else mode,
+                    "count": len(group),
+                    "min_tokens": group[0].min_tokens,
+                    "cosine": f"{min(item.cosine for item in figures):.5f}" if figures else "",
+                    "relative_l1": f"{max(item.relative_l1 for item in figures):.4f}" if figures else "",
+                    "sqnr_db": f"{min(decibels):.1f}" if decibels else "",
+                }
+            )
+    return rows
+
+
+def judged_sentence(policies: dict[str, AttentionPolicy]) -> str:
+    """On what the layers were judged."""
+    tokens = max((policy.tokens for policy in policies.values()), default=0)
+    if not tokens:
+        return "The recipe names the arithmetic; layers were not judged."
+    return f"Each layer was judged on {tokens:,} tokens of the calibration text against exact attention."
+
+
+def attention_sentence(used: dict[str, Any] | None) -> str:
+    """Whether attention ran quantized in an evaluation, and how it runs in use; empty for a model as transformers has
+    it.
+    """
+    if used is None:
+        return ""
+    calls = ", ".join(f"{count} × {way}" for way, count in used["calls"].items())
+    text = f"Attention ran {used['ran']} in this evaluation ({used['layers']} layers; calls: {calls})"
+    if used["ran"] != "dense" and used["min_tokens"] > used["window"]:
+        text += f"; in use, windows this short run dense, below {used['min_tokens']:,} queries"
+    return f"{text}."
 
 
 def base_name(given: str, inherited: dict[str, Any]) -> Any:

@@ -58,13 +58,17 @@ def check_patterns(patterns: Iterable[str], names: Iterable[str]) -> None:
             )
 
 
-def cover(model: nn.Module, layer_names: list[str], method: WeightMethod) -> list[Coverage]:
-    """One line for every module that directly holds parameters. layer_names: the decoder layers (`hf_decoder`)."""
+def cover(model: nn.Module, layer_names: list[str], method: WeightMethod | None) -> list[Coverage]:
+    """One line for every module that directly holds parameters. layer_names: the decoder layers (`hf_decoder`).
+
+    method: None keeps all of them.
+    """
     prefixes = tuple(f"{name}." for name in layer_names)
     owners: dict[int, str] = {}
     lines = []
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    check_patterns(method.ignore, linears)
+    if method is not None:
+        check_patterns(method.ignore, linears)
     for name, module in model.named_modules():
         own = list(module.parameters(recurse=False))
         if not own:
@@ -74,7 +78,9 @@ def cover(model: nn.Module, layer_names: list[str], method: WeightMethod) -> lis
             owners.setdefault(id(parameter), name)
         status, reason = "kept", ""
         if isinstance(module, nn.Linear):
-            if tied:
+            if method is None:
+                reason = "the recipe leaves weights as they are"
+            elif tied:
                 reason = f"shares its weight with {tied}"
             elif is_ignored(name, method.ignore):
                 reason = "ignored by the recipe"
@@ -91,7 +97,7 @@ def cover(model: nn.Module, layer_names: list[str], method: WeightMethod) -> lis
         weight = getattr(module, "weight", own[0])
         count = 0 if tied else sum(parameter.numel() for parameter in own)
         lines.append(Coverage(name, type(module).__name__, tuple(weight.shape), count, status, reason))
-    if not any(line.status == "quantized" for line in lines):
+    if method is not None and not any(line.status == "quantized" for line in lines):
         raise ValueError(
             "no Linear of the model would be quantized; the decoder layers hold none, or `ignore` covers them all"
         )

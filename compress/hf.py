@@ -126,6 +126,15 @@ def load_compressed(
     return _from_pretrained(path, config=config, trust_remote_code=trust_remote_code, **options)
 
 
+def load_written(path: Path, *, device_map: Any = None, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model of a directory that kompakt wrote, whether its weights are packed or float; attention as transformers
+    has it.
+    """
+    config = read_config(path, trust_remote_code=trust_remote_code)
+    read = load_base if getattr(config, "quantization_config", None) is None else load_compressed
+    return read(path, device_map=device_map, trust_remote_code=trust_remote_code)
+
+
 def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer beside a model. ValueError if there is none."""
     try:
@@ -137,8 +146,12 @@ def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> PreTrained
 def save_weights(
     model: PreTrainedModel, source: Path, target: Path, scheme: Any, kept: list[str], max_shard_size: str
 ) -> None:
-    """Writes weights, config and generation config; copies tokenizer, chat template and licence of the base model."""
-    mark_quantized(model, scheme, kept)
+    """Writes weights, config and generation config; copies tokenizer, chat template and licence of the base model.
+
+    scheme: None for float weights, written as they are. kept: Linears that were not quantized.
+    """
+    if scheme is not None:
+        mark_quantized(model, scheme, kept)
     model.save_pretrained(target, max_shard_size=max_shard_size)
     for pattern in (*COMPANIONS, "generation_config.json", "LICENSE*"):
         for file in source.glob(pattern):

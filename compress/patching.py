@@ -11,15 +11,25 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from .artifact import SIDECAR, SIDECAR_TENSORS, read_sidecar
-from .coverage import Coverage, cover, resolve_group_size
-from .hf import load_compressed, load_tokenizer, read_config, resolve_model
-from .hf_decoder import decoder_layers, refuse_experts
+from ..quant.method import AttentionPolicy
+from .artifact import SIDECAR, SIDECAR_TENSORS, read_policies, read_sidecar
+from .coverage import Coverage
+from .hf import load_tokenizer, load_written, read_config, resolve_model
+from .hf_attention import detach, follow, is_attached
+from .hf_decoder import decoder_layers
 from .hf_quantizer import KompaktConfig, mark_quantized, unmark_quantized
 from .linear import CompressedLinear, keep_group_scales_exact
-from .pipeline import Progress, calibration_batches, check_kernels, quiet
+from .pipeline import (
+    Progress,
+    attention_policies,
+    calibration_batches,
+    check_kernels,
+    covered,
+    quiet,
+    walked,
+)
 from .recipe import Recipe
-from .walk import Undo, quantize_layers
+from .walk import Undo
 
 
 def load(
@@ -31,7 +41,8 @@ def load(
     exact: bool = False,
     trust_remote_code: bool = False,
 ) -> Any:
-    """The model in a directory that `compress` wrote, with packed weights, ready for `generate()`.
+    """The model in a directory that `compress` wrote, with packed weights and its attention as chosen, ready for
+    `generate()`.
 
     device_map: as in transformers; None is the CPU. verify: compare checksums first. strict: refuse when this device
     lacks the kernels. exact: with FP8 activations, never fold group scales into FP8 weights, as is done for many tokens
@@ -39,24 +50,33 @@ def load(
     """
     path = resolve_model(directory)
     sidecar = read_sidecar(path, verify=verify)
-    method = Recipe.load(sidecar["recipe"]).weights
-    assert method is not None
-    model: Any = load_compressed(path, device_map=device_map, trust_remote_code=trust_remote_code)
-    check_kernels(method, model.get_input_embeddings().weight.device, strict)
+    policies = read_policies(sidecar)
+    model: Any = load_written(path, device_map=device_map, trust_remote_code=trust_remote_code)
+    check_kernels(Recipe.load(sidecar["recipe"]), model.get_input_embeddings().weight.device, strict)
     keep_group_scales_exact(model, exact)
+    follow(model, policies)
     return model
 
 
 class Patch:
     """What `patch` did to a model. `unpatch()` undoes it, as does leaving a ``with`` block; coverage says what
-    changed, undo holds what was there before.
+    changed, attention what each attention layer runs in, undo holds what was there before.
     """
 
-    def __init__(self, model: Any, undo: Undo, coverage: list[Coverage] | None):
+    def __init__(
+        self,
+        model: Any,
+        undo: Undo,
+        coverage: list[Coverage] | None,
+        attention: dict[str, AttentionPolicy] | None = None,
+    ):
         self.model, self.undo, self.coverage = model, undo, coverage
+        self.attention = attention or {}
 
     def unpatch(self) -> None:
-        """Restores the original modules and values, bit for bit. A second call does nothing."""
+        """Restores the original modules, values and attention, bit for bit. A second call does nothing."""
+        if self.attention:
+            detach(self.model)
         self.undo.restore()
         unmark_quantized(self.model)
 
@@ -79,17 +99,21 @@ def patch(
     """Compresses a loaded transformers model in place, by a directory that `compress` wrote or by a recipe.
 
     source: a directory (its weights are put into `model`, which must be its base model) or a recipe (calibrated here).
-    tokenizer: needed for recipes that calibrate; default is the one beside the model. device: where layers are worked
-    on, default where the model is. Raises ValueError if the model is patched already or does not fit.
+    A recipe of attention alone also patches encoders. tokenizer: needed for recipes that calibrate; default is the one
+    beside the model. device: where layers are worked on, default where the model is. Raises ValueError if the model is
+    patched already or does not fit.
     """
     if any(isinstance(module, CompressedLinear) for module in model.modules()):
         raise ValueError("the model is compressed already; unpatch it first")
+    if is_attached(model):
+        raise ValueError("the model's attention is patched already; unpatch it first")
     undo = Undo()
     try:
         if isinstance(source, (str, Path)) and (Path(source) / SIDECAR).is_file():
             return _patch_from_directory(model, Path(source), undo)
         return _patch_from_recipe(model, Recipe.load(source, overrides), tokenizer, device, undo, progress)
     except BaseException:
+        detach(model)
         undo.restore()
         unmark_quantized(model)
         raise
@@ -98,24 +122,26 @@ def patch(
 def _patch_from_recipe(
     model: Any, recipe: Recipe, tokenizer: Any, device: str | None, undo: Undo, progress: Progress
 ) -> Patch:
-    layers = decoder_layers(model)
-    refuse_experts(layers)
-    assert recipe.weights is not None
-    coverage = cover(model, [name for name, _ in layers], recipe.weights)
-    method = resolve_group_size(recipe.weights, coverage)
-    place = torch.device(device) if device else next(layers[0][1].parameters()).device
-    if tokenizer is None and method.needs_data:
+    layers = [] if recipe.weights is None else decoder_layers(model)
+    recipe, coverage = covered(model, layers, recipe)
+    place = torch.device(device) if device else next((layers[0][1] if layers else model).parameters()).device
+    if tokenizer is None and recipe.needs_data:
         tokenizer = load_tokenizer(Path(model.config._name_or_path))
-    _, batches = calibration_batches(recipe, tokenizer, model)
-    quantize_layers(
-        model, method, batches, coverage, device=place, seed=recipe.calibration.seed, undo=undo, progress=progress
-    )
-    mark_quantized(model, method.scheme(), kept_linears(model))
-    return Patch(model, undo, coverage)
+    calibration, batches = calibration_batches(recipe, tokenizer, model)
+    walked(model, recipe, batches, coverage, device=place, undo=undo, progress=progress)
+    if recipe.weights is not None:
+        mark_quantized(model, recipe.weights.scheme(), kept_linears(model))
+    policies = attention_policies(model, recipe, calibration, place, progress=progress)
+    follow(model, policies)
+    return Patch(model, undo, coverage, policies)
 
 
 def _patch_from_directory(model: Any, directory: Path, undo: Undo) -> Patch:
-    read_sidecar(directory)
+    policies = read_policies(read_sidecar(directory))
+    if getattr(read_config(directory), "quantization_config", None) is None:
+        _check_weights(model, directory)
+        follow(model, policies)
+        return Patch(model, undo, None, policies)
     config = KompaktConfig.from_compressed_tensors(read_config(directory).quantization_config)
     tensors = _open_tensors(directory)
     known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
@@ -149,7 +175,20 @@ def _patch_from_directory(model: Any, directory: Path, undo: Undo) -> Patch:
             parameter.data = stored.to(parameter.dtype)
     undo.folded = bool(undo.parameters)
     mark_quantized(model, config.scheme, config.ignore)
-    return Patch(model, undo, None)
+    follow(model, policies)
+    return Patch(model, undo, None, policies)
+
+
+def _check_weights(model: Any, directory: Path) -> None:
+    """ValueError unless the model has the float weights that a directory's attention was chosen for."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, entry in _open_tensors(directory).items():
+        parameter = parameters.get(name)
+        if parameter is None:
+            raise ValueError(f"{directory} holds {name}, which the model does not have; it was made from another model")
+        stored = entry.get()
+        if stored.shape != parameter.shape or not torch.equal(stored.to(parameter), parameter.data):
+            raise ValueError(f"{name} differs from that in {directory}; it was made from another model")
 
 
 class _Entry:

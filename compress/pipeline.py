@@ -2,33 +2,46 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import platform
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..kernels.int4_linear import available_backends
-from ..quant.method import WeightMethod
-from .artifact import check_output, staged, weight_bytes, write_sidecar, write_tensors
+from ..quant.method import AttentionPolicy
+from .artifact import (
+    check_output,
+    read_policies,
+    staged,
+    weight_bytes,
+    write_policies,
+    write_sidecar,
+    write_tensors,
+)
 from .assess import describe_text, measure_text, read_text, save_json
+from .attention_calibration import SEQUENCES, choose_policies
 from .calibration import CalibrationSet, calibration_tokens
 from .card import write_card
 from .coverage import Coverage, cover, resolve_group_size
 from .evaluation import text_windows
-from .hf import load_base, load_compressed, load_tokenizer, resolve_model, save_weights, transformers_version
+from .hf import load_base, load_tokenizer, load_written, resolve_model, save_weights, transformers_version
+from .hf_attention import at_least, check_attention, following
 from .hf_decoder import decoder_layers, layerwise_logits, refuse_experts
 from .linear import storage
 from .recipe import Recipe
-from .restore import restore_worst
+from .restore import given_back, restore_worst, worst_attention
 from .resume import LayerStore, model_files
-from .walk import Undo, quantize_layers
+from .runtime import attention_backends
+from .walk import Undo, WalkResult, quantize_layers
 
 log = logging.getLogger(__name__)
 Progress = Callable[[str, int, int, str], None]
@@ -84,21 +97,19 @@ def compress(
     source = resolve_model(model)
     output = Path(output) if output is not None else Path(f"{source.resolve().name}-{loaded.name}")
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    check_output(output, overwrite=overwrite, expected_bytes=int(weight_bytes(source) * 0.6))
-    assert loaded.weights is not None
-    check_kernels(loaded.weights, place, strict)
+    check_output(output, overwrite=overwrite, expected_bytes=expected_bytes(source, loaded))
+    check_kernels(loaded, place, strict)
+    if resume and loaded.weights is None:
+        raise ValueError("--resume keeps quantized layers, and this recipe quantizes no weights; run without it")
     with ExitStack() as stack:
         offload = (
             Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kompakt-"))) if device_map == "disk" else None
         )
         base = load_base(source, device_map=device_map, offload=offload, trust_remote_code=trust_remote_code)
         layers = decoder_layers(base)
-        refuse_experts(layers)
         check_outer(base, [name for name, _ in layers])
-        coverage = cover(base, [name for name, _ in layers], loaded.weights)
-        method = resolve_group_size(loaded.weights, coverage)
-        loaded = loaded.model_copy(update={"weights": method})
-        needs_text = method.needs_data or loaded.evaluation.windows > 0
+        loaded, coverage = covered(base, layers, loaded)
+        needs_text = loaded.needs_data or loaded.evaluation.windows > 0
         tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code) if needs_text else None
         calibration, batches = calibration_batches(loaded, tokenizer, base)
         windows = evaluation_windows(loaded, tokenizer)
@@ -107,26 +118,21 @@ def compress(
             store = stack.enter_context(LayerStore.open(output, layer_facts(loaded, source, calibration, place)))
         staging = stack.enter_context(staged(output, overwrite=overwrite))
         undo = Undo() if loaded.limits.perplexity_increase else None
-        walk = quantize_layers(
-            base,
-            method,
-            batches,
-            coverage,
-            device=place,
-            seed=loaded.calibration.seed,
-            undo=undo,
-            store=store,
-            progress=progress,
-        )
+        walk = walked(base, loaded, batches, coverage, device=place, undo=undo, store=store, progress=progress)
         probe = batches[0][:1, :PROBE_TOKENS]
+        dense: tuple[str, ...] = ()
         while True:
-            write_model(base, source, staging, method, coverage, max_shard_size)
-            reload_and_compare(base, staging, probe, place, trust_remote_code)
-            evaluation = verify_quality(staging, source, windows, loaded, place, trust_remote_code, progress)
+            policies = attention_policies(base, loaded, calibration, place, dense, progress)
+            write_model(base, source, staging, loaded, coverage, max_shard_size)
+            reload_and_compare(base, staging, probe, place, trust_remote_code, policies)
+            evaluation = verify_quality(staging, source, windows, loaded, place, trust_remote_code, progress, policies)
             if not exceeds(evaluation, loaded):
                 break
             assert undo is not None and evaluation is not None
-            coverage = restore_worst(layers, walk.reports, undo, coverage, evaluation, loaded.limits)
+            if loaded.weights is None:
+                dense = (*dense, *worst_attention(policies, evaluation, loaded.limits))
+            else:
+                coverage = restore_worst(layers, walk.reports, undo, coverage, evaluation, loaded.limits)
         write_tensors(staging, walk.tensors)
         report = {
             "kompakt": package_version(),
@@ -140,9 +146,71 @@ def compress(
             "seconds": round(time.perf_counter() - started, 1),
             "layers": [layer.as_dict() for layer in walk.reports],
             "coverage": [line.as_dict() for line in coverage],
+            **({"attention": write_policies(policies)} if policies else {}),
         }
         write_companions(staging, loaded, report, evaluation, source)
     return CompressionResult(output, loaded, coverage, report, evaluation)
+
+
+def expected_bytes(source: Path, recipe: Recipe) -> int:
+    """Room that the output needs, roughly."""
+    return int(weight_bytes(source) * (1.0 if recipe.weights is None else 0.6))
+
+
+def covered(model: Any, layers: list[tuple[str, nn.Module]], recipe: Recipe) -> tuple[Recipe, list[Coverage]]:
+    """The recipe with its group size resolved, and what happens to every module. ValueError for what cannot work."""
+    if recipe.attention is not None:
+        check_attention(model)
+    names = [name for name, _ in layers]
+    if recipe.weights is None:
+        return recipe, cover(model, names, None)
+    refuse_experts(layers)
+    coverage = cover(model, names, recipe.weights)
+    return recipe.model_copy(update={"weights": resolve_group_size(recipe.weights, coverage)}), coverage
+
+
+def walked(
+    model: Any,
+    recipe: Recipe,
+    batches: list[torch.Tensor],
+    coverage: list[Coverage],
+    *,
+    device: torch.device,
+    undo: Undo | None,
+    store: LayerStore | None = None,
+    progress: Progress = quiet,
+) -> WalkResult:
+    """The walk that quantizes weights; nothing happens in a recipe without them."""
+    if recipe.weights is None:
+        return WalkResult([], {}, None)
+    seed = recipe.calibration.seed
+    return quantize_layers(
+        *(model, recipe.weights, batches, coverage),
+        device=device,
+        seed=seed,
+        undo=undo,
+        store=store,
+        progress=progress,
+    )
+
+
+def attention_policies(
+    model: Any,
+    recipe: Recipe,
+    calibration: CalibrationSet | None,
+    device: torch.device,
+    dense: Collection[str] = (),
+    progress: Progress = quiet,
+) -> dict[str, AttentionPolicy]:
+    """What each attention layer runs in, by module; empty if the recipe leaves attention alone.
+
+    dense: layers that were given back their dense attention.
+    """
+    if recipe.attention is None:
+        return {}
+    tokens = calibration.tokens if calibration is not None and recipe.attention.needs_data else None
+    found = choose_policies(model, recipe.attention, tokens, device=device, progress=progress)
+    return {name: given_back(policy) if name in dense else policy for name, policy in found.items()}
 
 
 def layer_facts(
@@ -159,13 +227,16 @@ def layer_facts(
     }
 
 
-def check_kernels(method: WeightMethod, device: torch.device, strict: bool) -> None:
-    """Logs, or with `strict` raises ValueError, when the recipe's matrix products have no kernel on `device`."""
-    op = OPS.get((method.storage, method.activations))
-    if op is None:
-        return
-    backend = available_backends(device)[op]
-    if backend.name == "reference":
+def check_kernels(recipe: Recipe, device: torch.device, strict: bool) -> None:
+    """Logs, or with `strict` raises ValueError, when what the recipe multiplies has no kernel on `device`."""
+    found = {}
+    if recipe.weights is not None and (op := OPS.get((recipe.weights.storage, recipe.weights.activations))):
+        found[op] = available_backends(device)[op]
+    if recipe.attention is not None:
+        found |= attention_backends(recipe.attention.modes, device)
+    for op, backend in found.items():
+        if backend.name != "reference":
+            continue
         if strict:
             raise ValueError(
                 f"{op} has no kernel on this device ({backend.reason}), and --strict forbids the torch reference"
@@ -182,15 +253,21 @@ def check_outer(model: Any, layer_names: list[str]) -> None:
 
 
 def calibration_batches(recipe: Recipe, tokenizer: Any, model: Any) -> tuple[CalibrationSet | None, list[torch.Tensor]]:
-    """Token batches for the walk. Methods that use no data get random tokens, only to measure each layer's error."""
+    """Calibration text, if a slot needs it, and token batches for the walk over weights.
+
+    Weight methods that use no data get random tokens, only to measure each layer's error. Attention alone is judged on
+    a few sequences, and no more are drawn.
+    """
     options = recipe.calibration
-    assert recipe.weights is not None
-    if not recipe.weights.needs_data:
-        vocabulary = model.config.get_text_config().vocab_size
-        generator = torch.Generator().manual_seed(options.seed)
-        return None, [torch.randint(0, vocabulary, (1, PROBE_TOKENS), generator=generator)]
-    found = calibration_tokens(tokenizer, options)
-    return found, list(found.tokens.split(options.batch_size))
+    for_weights = recipe.weights is not None and recipe.weights.needs_data
+    if recipe.needs_data and not for_weights:
+        options = options.model_copy(update={"samples": min(options.samples, SEQUENCES)})
+    found = calibration_tokens(tokenizer, options) if recipe.needs_data else None
+    if found is not None and (for_weights or recipe.weights is None):
+        return found, list(found.tokens.split(options.batch_size))
+    vocabulary = model.config.get_text_config().vocab_size
+    generator = torch.Generator().manual_seed(options.seed)
+    return found, [torch.randint(0, vocabulary, (1, PROBE_TOKENS), generator=generator)]
 
 
 def evaluation_windows(recipe: Recipe, tokenizer: Any) -> torch.Tensor | None:
@@ -205,22 +282,36 @@ def evaluation_windows(recipe: Recipe, tokenizer: Any) -> torch.Tensor | None:
 
 
 def write_model(
-    model: Any, source: Path, staging: Path, method: WeightMethod, coverage: list[Coverage], max_shard_size: str
+    model: Any, source: Path, staging: Path, recipe: Recipe, coverage: list[Coverage], max_shard_size: str
 ) -> None:
     """Weights, config and companions into `staging`, replacing an earlier attempt."""
     for file in staging.glob("model*"):
         file.unlink()
     kept = [line.name for line in coverage if line.kind == "Linear" and line.status == "kept"]
-    save_weights(model, source, staging, method.scheme(), kept, max_shard_size)
+    scheme = None if recipe.weights is None else recipe.weights.scheme()
+    save_weights(model, source, staging, scheme, kept, max_shard_size)
 
 
 def reload_and_compare(
-    model: Any, staging: Path, probe: torch.Tensor, device: torch.device, trust_remote_code: bool
+    model: Any,
+    staging: Path,
+    probe: torch.Tensor,
+    device: torch.device,
+    trust_remote_code: bool,
+    policies: dict[str, AttentionPolicy] | None = None,
 ) -> None:
-    """RuntimeError unless the directory, loaded from disk, gives exactly the logits of the model in memory."""
-    expected = layerwise_logits(model, decoder_layers(model), probe, device)
-    reloaded = load_compressed(staging, trust_remote_code=trust_remote_code)
-    got = layerwise_logits(reloaded, decoder_layers(reloaded), probe, device)
+    """RuntimeError unless the directory, loaded from disk, gives exactly the logits of the model in memory.
+
+    policies: attention runs by them in both, however short the probe is.
+    """
+    policies = policies or {}
+    stored = read_policies(json.loads(json.dumps({"attention": write_policies(policies)})))
+    reloaded = load_written(staging, trust_remote_code=trust_remote_code)
+    logits = []
+    for subject, chosen in ((model, policies), (reloaded, stored)):
+        with following(subject, chosen), at_least(subject, 1):
+            logits.append(layerwise_logits(subject, decoder_layers(subject), probe, device))
+    expected, got = logits
     if not torch.equal(expected, got):
         worst = float((expected.float() - got.float()).abs().max())
         raise RuntimeError(
@@ -237,18 +328,20 @@ def verify_quality(
     device: torch.device,
     trust_remote_code: bool,
     progress: Progress,
+    policies: dict[str, AttentionPolicy] | None = None,
 ) -> dict[str, Any] | None:
-    """Perplexity, KL and agreement of the written directory against the base model."""
+    """Perplexity, KL and agreement of the written directory, its attention by `policies`, against the base model."""
     if windows is None:
         return None
     placement = None if device.type == "cpu" else {"": str(device)}
-    compressed = load_compressed(staging, device_map=placement, trust_remote_code=trust_remote_code)
+    compressed = load_written(staging, device_map=placement, trust_remote_code=trust_remote_code)
     base = load_base(source, device_map=placement, trust_remote_code=trust_remote_code)
     options = recipe.evaluation
-    return {
-        "text": describe_text(options, read_text(options.text)[1], windows),
-        **measure_text(compressed, base, windows, options.stride, progress),
-    }
+    with following(compressed, policies or {}):
+        return {
+            "text": describe_text(options, read_text(options.text)[1], windows),
+            **measure_text(compressed, base, windows, options.stride, progress),
+        }
 
 
 def exceeds(evaluation: dict[str, Any] | None, recipe: Recipe) -> bool:

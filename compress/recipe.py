@@ -13,11 +13,13 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, field_serializer
 
-from ..quant.method import WeightMethod, weight_methods
+from ..quant.method import AttentionMethod, WeightMethod, attention_methods, weight_methods
 from .calibration import CalibrationOptions
 
 RECIPE_VERSION = 1
-SLOTS = ("weights", "attention", "kv_cache", "sparsity")
+METHODS = {"weights": weight_methods, "attention": attention_methods}
+"""Slot → its methods by key."""
+SLOTS = (*METHODS, "kv_cache", "sparsity")
 
 
 def _percent(value: Any) -> Any:
@@ -62,19 +64,24 @@ class Recipe(BaseModel):
     name: str = "custom"
     description: str = ""
     weights: WeightMethod | None = None
-    attention: None = None
+    attention: AttentionMethod | None = None
     kv_cache: None = None
     sparsity: None = None
     calibration: CalibrationOptions = CalibrationOptions()
     evaluation: EvaluationOptions = EvaluationOptions()
     limits: Limits = Limits()
 
-    @field_serializer("weights")
-    def _write_weights(self, method: WeightMethod | None) -> dict | None:
+    @field_serializer(*METHODS)
+    def _write_method(self, method: WeightMethod | AttentionMethod | None) -> dict | None:
         if method is None:
             return None
         options = TypeAdapter(type(method)).dump_python(method, mode="json")
         return {"method": method_key(method), **options}
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether any slot looks at calibration text."""
+        return any(method.needs_data for method in (self.weights, self.attention) if method is not None)
 
     def to_yaml(self) -> str:
         """The recipe with every default written out; `Recipe.load` reads it back to an equal recipe."""
@@ -103,17 +110,17 @@ class Recipe(BaseModel):
         if not slots:
             raise ValueError(f"{label}: the recipe fills no slot; fill one of {', '.join(SLOTS)}")
         for slot in slots:
-            if slot != "weights":
+            if slot not in METHODS:
                 raise ValueError(
                     f"{label}: slot {slot!r} has no method yet in this version of kompakt; remove it from the recipe"
                 )
         try:
-            return cls(**{**data, "weights": _method(slots["weights"], label)})
+            return cls(**data, **{slot: _method(slot, content, label) for slot, content in slots.items()})
         except ValidationError as error:
             raise ValueError(explain(error, label, cls)) from error
 
 
-def method_key(method: WeightMethod) -> str:
+def method_key(method: WeightMethod | AttentionMethod) -> str:
     """Key of a method object: the name of its file."""
     return type(method).__module__.rpartition(".")[2]
 
@@ -166,20 +173,20 @@ def _overridden(data: dict, overrides: dict[str, Any]) -> dict:
     return data
 
 
-def _method(slot: Any, label: str) -> WeightMethod:
-    methods = weight_methods()
-    if isinstance(slot, str):
-        slot = {"method": slot}
-    if not isinstance(slot, dict) or "method" not in slot:
-        raise ValueError(f"{label}: weights needs a `method` (known: {', '.join(methods)})")
-    key = slot["method"]
+def _method(slot: str, content: Any, label: str) -> Any:
+    methods = METHODS[slot]()
+    if isinstance(content, str):
+        content = {"method": content}
+    if not isinstance(content, dict) or "method" not in content:
+        raise ValueError(f"{label}: {slot} needs a `method` (known: {', '.join(methods)})")
+    key = content["method"]
     if not isinstance(key, str) or key not in methods:
-        raise ValueError(f"{label}: unknown method {key!r} in slot weights{nearest(key, list(methods))}")
-    options = {name: value for name, value in slot.items() if name != "method"}
+        raise ValueError(f"{label}: unknown method {key!r} in slot {slot}{nearest(key, list(methods))}")
+    options = {name: value for name, value in content.items() if name != "method"}
     try:
         return TypeAdapter(methods[key]).validate_python(options)
     except ValidationError as error:
-        raise ValueError(explain(error, f"{label}: weights ({key})", methods[key])) from error
+        raise ValueError(explain(error, f"{label}: {slot} ({key})", methods[key])) from error
 
 
 def explain(error: ValidationError, label: str, owner: type) -> str:
@@ -195,4 +202,6 @@ def explain(error: ValidationError, label: str, owner: type) -> str:
         known = list(getattr(owner, "model_fields", None) or owner.__dataclass_fields__)  # pyright: ignore
         return f"{label}: unknown key {place!r}{nearest(key, known)}"
     rule = first["msg"].removeprefix("Value error, ")
+    if not place:
+        return f"{label}: {rule}"
     return f"{label}: {place} = {first['input']!r} is not valid: {rule[:1].lower()}{rule[1:]}"

@@ -1,6 +1,7 @@
 """Backing off: giving whole decoder layers back their float weights when a quality limit is exceeded.
 
-Folds stay inside a layer, so a layer whose Linears and norms are restored computes what the float model's layer does.
+Folds stay inside a layer, so a layer whose Linears and norms are restored computes what the float model's layer does,
+up to its attention. A recipe without weights gives attention layers back to dense attention instead.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from ..quant.method import AttentionPolicy
 from .coverage import Coverage
 from .recipe import Limits
 from .walk import LayerReport, Undo
@@ -59,6 +61,37 @@ def restore_worst(
         else line
         for line in coverage
     ]
+
+
+def worst_attention(
+    policies: dict[str, AttentionPolicy], evaluation: dict[str, Any], limits: Limits
+) -> tuple[str, ...]:
+    """As many attention layers with the lowest cosine as were given back already, at least one.
+
+    Raises LimitExceeded when more than `limits.max_restored` of the layers would have to be given back.
+    """
+    increase = evaluation["comparison"]["perplexity_increase"]
+    quantized = [name for name, policy in policies.items() if policy.mode != "bf16"]
+    done = sum(policy.reason == REASON for policy in policies.values())
+    take = sorted(quantized, key=lambda name: cosine(policies[name]))[: max(1, done)]
+    if not take or done + len(take) > limits.max_restored * len(policies):
+        raise LimitExceeded(
+            f"perplexity grew by {increase:.2%}, the limit is {limits.perplexity_increase:.2%}; {done} of "
+            f"{len(policies)} attention layers were given back to dense attention and limits.max_restored = "
+            f"{limits.max_restored:.0%} allows no further try"
+        )
+    log.warning("perplexity grew by %.2f%%, attention is dense again: %s", 100 * increase, ", ".join(take))
+    return tuple(take)
+
+
+def given_back(policy: AttentionPolicy) -> AttentionPolicy:
+    """The policy of an attention layer that is dense again."""
+    return replace(policy, mode="bf16", reason=REASON)
+
+
+def cosine(policy: AttentionPolicy) -> float:
+    """Of the chosen mode; 0 for a layer that was not judged."""
+    return policy.tried[policy.mode].cosine if policy.mode in policy.tried else 0.0
 
 
 def _inside(line: Coverage, layer: str) -> bool:

@@ -1,24 +1,31 @@
-"""What a weight method is: a frozen dataclass of options that turns one decoder layer into quantized weights.
+"""What a method is: a frozen dataclass of options that decides for one layer at a time.
 
-A method lives in a file of its own; the file's name is its key in a recipe and its fields are the recipe's options. It
-sees a `Block` (one decoder layer on the compute device, with its calibration inputs) and returns one `QuantizedWeight`
-for every Linear in `block.linears`. It may also fold channel scales through `block.fold`; it never mutates a module
-itself.
+A method lives in a file of its own; the file's name is its key in a recipe and its fields are the recipe's options.
+
+A *weight* method sees a `Block` (one decoder layer on the compute device, with its calibration inputs) and returns one
+`QuantizedWeight` for every Linear in `block.linears`. It may also fold channel scales through `block.fold`; it never
+mutates a module itself.
+
+An *attention* method sees queries, keys and values as they arrive at one attention layer and returns an
+`AttentionPolicy`: the arithmetic in which that layer's prefill runs.
 """
 
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
 import torch
 from pydantic import ConfigDict, Field
 
+from ..kernels.attention import MODES, Mode
+
 if TYPE_CHECKING:
     from .block import Block
 
+Base = TypeVar("Base")
 Activations = Literal["fp8", "none"]
 GroupSize = Annotated[int, Field(ge=8)] | Literal["channel", "auto"]
 
@@ -92,13 +99,102 @@ class WeightMethod:
         raise NotImplementedError
 
 
-def weight_methods() -> dict[str, type[WeightMethod]]:
-    """Every weight method by its key (the name of its file), found by looking into this folder."""
+@dataclass(frozen=True)
+class Figures:
+    """One arithmetic beside exact attention on the same inputs: cosine of the outputs, Σ|difference| / Σ|exact|, and
+    the signal-to-quantization-noise ratio in dB, None where there is no difference.
+    """
+
+    cosine: float
+    relative_l1: float
+    sqnr_db: float | None
+
+
+@dataclass(frozen=True)
+class AttentionPolicy:
+    """How one attention layer runs its prefill.
+
+    mode: of `kernels.attention`; "bf16" is what transformers would have run. min_tokens: calls of fewer queries run
+    dense. tokens: queries it was judged on, 0 if it was not. tried: mode → figures. reason: why this mode.
+    """
+
+    mode: Mode
+    min_tokens: int
+    tokens: int = 0
+    tried: dict[str, Figures] = field(default_factory=dict)
+    reason: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> AttentionPolicy:
+        """Reads `as_dict`. ValueError if it is something else."""
+        try:
+            tried = {mode: Figures(**figures) for mode, figures in content["tried"].items()}
+            policy = cls(**{**content, "tried": tried})
+        except (TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"an attention policy is damaged: {error}") from error
+        if policy.mode not in MODES:
+            raise ValueError(f"attention mode {policy.mode!r} is unknown to this kompakt; known: {', '.join(MODES)}")
+        if not isinstance(policy.min_tokens, int) or policy.min_tokens < 1:
+            raise ValueError(f"min_tokens is {policy.min_tokens!r} in an attention policy; it counts queries, from 1")
+        return policy
+
+
+@dataclass(frozen=True)
+class AttentionInputs:
+    """What one call of an attention layer works on.
+
+    query: (batch, num_heads, queries, head_dim), key and value: (batch, num_kv_heads, keys, head_dim), post-RoPE.
+    options: the other arguments of `kernels.attention.prefill_attention`, without its mode.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    options: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionMethod:
+    """Base of every method of the `attention` slot."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")  # pyright: ignore[reportUnannotatedClassAttribute]
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether layers are judged on calibration text; if not, `choose` gets None."""
+        raise NotImplementedError
+
+    @property
+    def modes(self) -> tuple[Mode, ...]:
+        """Quantized arithmetics that it may choose."""
+        raise NotImplementedError
+
+    def choose(self, inputs: AttentionInputs | None) -> AttentionPolicy:
+        """The policy of one attention layer."""
+        raise NotImplementedError
+
+
+def methods_of(base: type[Base]) -> dict[str, type[Base]]:
+    """Every method that derives from `base`, by its key (the name of its file), found by looking into this folder."""
     found = {}
     for path in sorted(Path(__file__).parent.glob("[a-z]*.py")):
         module = importlib.import_module(f".{path.stem}", __package__)
         for item in vars(module).values():
             local = isinstance(item, type) and item.__module__ == module.__name__
-            if local and issubclass(item, WeightMethod) and item is not WeightMethod:
+            if local and issubclass(item, base) and item is not base:
                 found[path.stem] = item
     return found
+
+
+def weight_methods() -> dict[str, type[WeightMethod]]:
+    """Methods of the slot `weights`."""
+    return methods_of(WeightMethod)
+
+
+def attention_methods() -> dict[str, type[AttentionMethod]]:
+    """Methods of the slot `attention`."""
+    return methods_of(AttentionMethod)

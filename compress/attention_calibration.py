@@ -1,0 +1,128 @@
+"""Attention layers judged on calibration text: queries, keys and values as they arrive, one layer at a time.
+
+A pass over the model, its attention dense, gives every attention layer the inputs that it will have; what is visited is
+dropped before the next layer runs. Where weights are quantized too, that has happened before, so that attention is
+judged on the model as it will run. Prefill kernels work on one sequence as on many, so a few long ones are enough.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..quant.method import AttentionInputs, AttentionMethod, AttentionPolicy
+from .hf_attention import LayerAttention, attach, attention_modules, check_attention, detach
+from .hf_decoder import LayerCalls, decoder_layers, resident
+
+SEQUENCES = 2
+"""Windows of calibration text that a layer is judged on."""
+Progress = Callable[[str, int, int, str], None]
+DENSE = AttentionPolicy("bf16", 1)
+
+
+def choose_policies(
+    model: Any,
+    method: AttentionMethod,
+    tokens: torch.Tensor | None,
+    *,
+    device: torch.device,
+    progress: Progress = lambda stage, done, total, text: None,
+) -> dict[str, AttentionPolicy]:
+    """Policy by name of attention module. tokens: (sequences, length) ids, None for a method that needs no data.
+
+    Raises ValueError if the model's attention cannot be patched, or is patched.
+    """
+    modules = check_attention(model)
+    if not method.needs_data:
+        return {name: method.choose(None) for name in modules}
+    assert tokens is not None
+    found: dict[str, AttentionPolicy] = {}
+
+    def visit(name: str, inputs: AttentionInputs) -> None:
+        if name not in found:
+            found[name] = method.choose(inputs)
+            progress("attention", len(found), len(modules), found[name].mode)
+
+    reasons = observe_attention(model, tokens[:SEQUENCES], visit, device=device)
+    min_tokens = next((policy.min_tokens for policy in found.values()), 1)
+    for name, reason in reasons.items():
+        if name not in found:
+            found[name] = replace(DENSE, min_tokens=min_tokens, reason=reason)
+    return {name: found[name] for name in modules}
+
+
+def capture_attention(
+    model: Any, tokens: torch.Tensor, *, names: Iterable[str] | None = None, device: torch.device | None = None
+) -> dict[str, AttentionInputs]:
+    """Inputs of attention layers on `tokens`, (batch, length) ids, by name of the attention module, all held at once.
+
+    names: only these modules, default all (`hf_attention.attention_modules`).
+    """
+    wanted = set(attention_modules(model) if names is None else names)
+    found: dict[str, AttentionInputs] = {}
+
+    def visit(name: str, inputs: AttentionInputs) -> None:
+        if name in wanted:
+            found[name] = inputs
+
+    observe_attention(model, tokens, visit, device=device)
+    return found
+
+
+@torch.no_grad()
+def observe_attention(
+    model: Any,
+    tokens: torch.Tensor,
+    visit: Callable[[str, AttentionInputs], None],
+    *,
+    device: torch.device | None = None,
+) -> dict[str, str]:
+    """Runs an unpatched model once over `tokens`, (batch, length) ids, and calls `visit` at every attention layer.
+
+    device: where one decoder layer at a time runs, default where its weights are. Returns, for layers whose calls the
+    op could not have run, the reason by name.
+    """
+    layers = {name: LayerAttention(DENSE, None, 1, observe=partial(visit, name)) for name in check_attention(model)}
+    training = [module for module in model.modules() if module.training]
+    attach(model, layers)
+    try:
+        model.eval()
+        run_layers(model, tokens, device)
+    finally:
+        detach(model)
+        for module in training:
+            module.training = True
+    reasons = {}
+    for name, layer in layers.items():
+        refused = [way.removeprefix("dense: ") for way in layer.ran if way.startswith("dense: ")]
+        if refused or not layer.ran:
+            reasons[name] = refused[0] if refused else "it did not run on the calibration text"
+    return reasons
+
+
+def run_layers(model: Any, tokens: torch.Tensor, device: torch.device | None) -> None:
+    """One pass without a head: decoder layer by decoder layer, or the whole model where there are none to be found."""
+    try:
+        layers = decoder_layers(model)
+    except ValueError:
+        model(tokens.to(next(model.parameters()).device))
+        return
+    calls = LayerCalls(model, layers, [tokens])
+    hidden = calls.hidden[0]
+    for index, (_, layer) in enumerate(layers):
+        place = device or home_of(layer)
+        args, kwargs = calls.of_layer(index, place)[0]
+        with resident(layer, place):
+            output = layer(hidden.to(place), *args, **kwargs)
+        hidden = output[0] if isinstance(output, tuple) else output
+
+
+def home_of(layer: nn.Module) -> torch.device:
+    """Where a layer's weights are; offloaded ones are worked on by the CPU."""
+    device = next(layer.parameters()).device
+    return torch.device("cpu") if device.type == "meta" else device

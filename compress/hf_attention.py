@@ -1,0 +1,300 @@
+"""transformers' side of our attention: the function that every patched layer calls, how it gets there and away again.
+
+A patched model's config names one of `NAMES`; transformers then calls `attention_forward` with the module, and the mask
+is a `MaskInfo` (`hf_masks.py`). What a layer is to do hangs on its module as a `LayerAttention`. Everything that the
+kernels do not do runs through the implementation that the model had before, with the mask that it would have got: the
+result is that of the unpatched model, bit for bit.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ..kernels.activations import log_fallback
+from ..kernels.attention import Mode
+from ..quant.method import AttentionInputs, AttentionPolicy
+from .hf_masks import MaskInfo, keep_arguments
+from .runtime import attend, needs_gradient, refusal
+
+NAMES = {"sdpa": "kompakt", "eager": "kompakt_eager"}
+"""Implementation before patching → name under which ours is registered, which remembers it."""
+ATTRIBUTE = "kompakt_attention"
+UNDERSTOOD = frozenset(("softcap", "s_aux", "is_causal", "output_attentions"))
+WITHOUT_EFFECT = frozenset(
+    (
+        "cache_position",
+        "deterministic",
+        "logits_to_keep",
+        "num_items_in_batch",
+        "output_hidden_states",
+        "output_router_logits",
+        "position_ids",
+        "return_dict",
+        "sliding_window",
+        "use_cache",
+    )
+)
+"""Keywords that sdpa and eager do not read: masks and positions have been worked in before."""
+
+
+@dataclass
+class LayerAttention:
+    """What one attention module is to do.
+
+    policy: what was chosen for the layer. mode: what a long enough call runs in, None for dense; "bf16" runs our op
+    without quantization. min_tokens: queries of a long enough call. observe: is given the inputs of every call of more
+    than one query. ran: how many calls went which way.
+    """
+
+    policy: AttentionPolicy
+    mode: Mode | None
+    min_tokens: int
+    observe: Callable[[AttentionInputs], None] | None = None
+    ran: Counter[str] = field(default_factory=Counter)
+
+    @classmethod
+    def of(cls, policy: AttentionPolicy) -> LayerAttention:
+        """A layer that follows its policy."""
+        return cls(policy, None if policy.mode == "bf16" else policy.mode, policy.min_tokens)
+
+
+def attention_forward(
+    former: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """The registered attention function. former: the implementation that runs what the kernels do not.
+
+    query: (batch, num_heads, queries, head_dim), key and value: (batch, num_kv_heads, keys, head_dim). Returns
+    (batch, queries, num_heads, value_head_dim) and attention weights or None.
+    """
+    layer: LayerAttention | None = vars(module).get(ATTRIBUTE)
+    queries = query.shape[2]
+    watched = layer is not None and layer.observe is not None and queries > 1
+    wanted = layer is not None and layer.mode is not None and queries >= max(2, layer.min_tokens)
+    if layer is not None and (watched or wanted):
+        found: Any = call_inputs(  # pyright: ignore[reportCallIssue] the decorator hides the signature
+            module, query, key, value, attention_mask, scaling, dropout, kwargs
+        )
+        if watched and isinstance(found, AttentionInputs):
+            assert layer.observe is not None
+            layer.observe(found)
+        reason = found if isinstance(found, str) else None
+        if wanted and isinstance(found, AttentionInputs):
+            assert layer.mode is not None
+            reason = refusal(layer.mode, found)
+            if reason is None:
+                layer.ran[layer.mode] += 1
+                return attend(layer.mode, "prefill", found), None
+        if wanted and reason is not None:
+            log_fallback(f"attention of {type(module).__name__}", reason, f"transformers' {former} attention")
+        layer.ran["dense" if reason is None else f"dense: {reason}"] += 1
+    elif layer is not None:
+        layer.ran["dense"] += 1
+    mask = attention_mask.build(former, query.device) if isinstance(attention_mask, MaskInfo) else attention_mask
+    return former_function(former, module)(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)
+
+
+def former_function(former: str, module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """What transformers calls for an implementation; eager attention stands in the model's own file."""
+    eager = inspect.unwrap(type(module).forward).__globals__.get("eager_attention_forward")
+    return ALL_ATTENTION_FUNCTIONS.get_interface(former, eager)
+
+
+@torch.compiler.disable  # reads values of masks
+def call_inputs(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Any,
+    scaling: float | None,
+    dropout: float,
+    kwargs: Mapping[str, Any],
+) -> AttentionInputs | str:
+    """A call as the op takes it, or the reason why the op cannot run it."""
+    sinks = kwargs.get("s_aux")
+    if needs_gradient(query, key, value, *(() if sinks is None else (sinks,))):
+        return "gradients are needed"
+    if dropout:
+        return "attention has dropout"
+    if kwargs.get("output_attentions"):
+        return "attention weights are asked for"
+    for name, given in kwargs.items():
+        if given is not None and name not in UNDERSTOOD and name not in WITHOUT_EFFECT:
+            return f"the keyword {name} is unknown to it"
+    if not isinstance(mask, MaskInfo):
+        return "the model gives no mask" if mask is None else "the caller gives a mask of its own"
+    layout = mask.layout(query.shape[0], query.shape[2], key.shape[2], query.device)
+    if isinstance(layout, str):
+        return layout
+    causal = kwargs.get("is_causal")
+    causal = getattr(module, "is_causal", layout.causal) if causal is None else causal
+    if causal != layout.causal:
+        return "the module and its mask do not agree on causality"
+    options = {
+        "causal": layout.causal,
+        "window": layout.window,
+        "segments": layout.segments,
+        "scaling": query.shape[-1] ** -0.5 if scaling is None else float(scaling),
+        "softcap": kwargs.get("softcap"),
+        "sinks": sinks,
+    }
+    return AttentionInputs(query, key[:, :, : layout.keys], value[:, :, : layout.keys], options)
+
+
+def attention_modules(model: Any) -> dict[str, nn.Module]:
+    """Attention modules of the text model that go through transformers' attention interface, by name, in order."""
+    text = model.config.get_text_config()
+    found = {}
+    for name, module in model.named_modules():
+        code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+        if code is None or "ALL_ATTENTION_FUNCTIONS" not in code.co_names:
+            continue
+        if getattr(module, "config", None) is text and "cross" not in type(module).__name__.lower():
+            found[name] = module
+    return found
+
+
+def check_attention(model: Any) -> dict[str, nn.Module]:
+    """`attention_modules`. ValueError, naming the model, if its attention cannot be patched."""
+    kind = type(model).__name__
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ValueError(f"{kind} is an encoder-decoder; attention is patched in decoders and in encoders alone")
+    modules = attention_modules(model)
+    if not modules or not hasattr(model, "set_attn_implementation"):
+        raise ValueError(f"{kind} does not compute its attention through transformers' attention interface")
+    former = model.config.get_text_config()._attn_implementation
+    if former not in NAMES and former not in NAMES.values():
+        raise ValueError(f"{kind} runs attention {former!r}; load it with attn_implementation {' or '.join(NAMES)}")
+    return modules
+
+
+def is_attached(model: Any) -> bool:
+    """Whether the model runs our attention."""
+    return model.config.get_text_config()._attn_implementation in NAMES.values()
+
+
+def attach(model: Any, layers: Mapping[str, LayerAttention]) -> None:
+    """Puts our attention into the model; modules that `layers` does not name run as before.
+
+    ValueError, with the model as it was, if it cannot be patched, is patched, or lacks a module of that name.
+    """
+    if is_attached(model):
+        raise ValueError("the model's attention is patched already; unpatch it first")
+    modules = check_attention(model)
+    unknown = [name for name in layers if name not in modules]
+    if unknown:
+        raise ValueError(f"the model has no attention module {unknown[0]}; it has, e.g., {next(iter(modules))}")
+    former = model.config.get_text_config()._attn_implementation
+    register()
+    switch(model, NAMES[former])
+    if not is_attached(model):
+        switch(model, former)
+        raise ValueError(f"{type(model).__name__} ignores its attention implementation, so it cannot be patched")
+    for name, layer in layers.items():
+        setattr(modules[name], ATTRIBUTE, layer)
+
+
+def detach(model: Any) -> None:
+    """Undoes `attach`. A second call does nothing."""
+    if not is_attached(model):
+        return
+    current = model.config.get_text_config()._attn_implementation
+    switch(model, next(former for former, name in NAMES.items() if name == current))
+    for module in model.modules():
+        vars(module).pop(ATTRIBUTE, None)
+
+
+def follow(model: Any, policies: Mapping[str, AttentionPolicy]) -> None:
+    """Makes the model's attention run by `policies`, by module; nothing changes where there are none."""
+    if policies:
+        attach(model, {name: LayerAttention.of(policy) for name, policy in policies.items()})
+
+
+@contextmanager
+def following(model: Any, policies: Mapping[str, AttentionPolicy]) -> Iterator[None]:
+    """`follow` for a while."""
+    if not policies:
+        yield
+        return
+    follow(model, policies)
+    try:
+        yield
+    finally:
+        detach(model)
+
+
+def switch(model: Any, implementation: str) -> None:
+    """Sets the attention implementation of the text model and of nothing beside it."""
+    text = model.config.get_text_config()
+    if text is model.config:
+        model.set_attn_implementation(implementation)
+        return
+    key = next((name for name in model.config.sub_configs if getattr(model.config, name, None) is text), None)
+    if key is None:
+        raise ValueError(f"{type(model).__name__} hides its text model; patch the text model itself")
+    model.set_attn_implementation({key: implementation})
+
+
+def register() -> None:
+    """Makes our functions known to transformers under `NAMES`, once per process; nothing else changes."""
+    for former, name in NAMES.items():
+        if name not in ALL_ATTENTION_FUNCTIONS:
+            AttentionInterface.register(name, partial(attention_forward, former))
+            AttentionMaskInterface.register(name, partial(keep_arguments, former))
+
+
+def attached_layers(model: Any) -> dict[str, LayerAttention]:
+    """What hangs on the attention modules of a patched model, by name."""
+    return {name: vars(module)[ATTRIBUTE] for name, module in model.named_modules() if ATTRIBUTE in vars(module)}
+
+
+def attention_in_use(model: Any) -> dict[str, Any] | None:
+    """How the attention layers of a patched model ran, JSON-able; None if it is not patched.
+
+    layers: of all; calls: how many went which way; ran: "quantized", "dense" or "partly quantized".
+    """
+    layers = attached_layers(model)
+    if not layers:
+        return None
+    calls = sum((layer.ran for layer in layers.values()), Counter())
+    dense = sum(count for way, count in calls.items() if way.startswith("dense"))
+    ran = "dense" if dense == calls.total() else "partly quantized" if dense else "quantized"
+    return {
+        "ran": ran,
+        "layers": len(layers),
+        "calls": dict(sorted(calls.items())),
+        "min_tokens": min(layer.policy.min_tokens for layer in layers.values()),
+    }
+
+
+@contextmanager
+def at_least(model: Any, tokens: int) -> Iterator[None]:
+    """For a while, calls of `tokens` queries and more count as long enough in every patched layer."""
+    layers = list(attached_layers(model).values())
+    before = [layer.min_tokens for layer in layers]
+    try:
+        for layer in layers:
+            layer.min_tokens = min(layer.min_tokens, tokens)
+        yield
+    finally:
+        for layer, value in zip(layers, before, strict=True):
+            layer.min_tokens = value

@@ -1,0 +1,56 @@
+"""Attention as a patched layer runs it: an arithmetic and a phase in, a kernel's result out.
+
+Prefill is the only phase with kernels of its own; decoding stays with transformers' attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..kernels.activations import triton_refusal
+from ..kernels.attention import Call, Mode, attention_backend, prefill_attention
+from ..kernels.int4_linear import Backend
+from ..quant.method import AttentionInputs
+
+Phase = Literal["prefill"]
+
+
+def attend(mode: Mode, phase: Phase, inputs: AttentionInputs) -> Tensor:
+    """Attention output, (batch, queries, num_heads, value_head_dim) contiguous, in the dtype of the query."""
+    if phase != "prefill":
+        raise ValueError(f"phase {phase!r} has no attention kernel; known: prefill")
+    out, _ = prefill_attention(inputs.query, inputs.key, inputs.value, mode=mode, **inputs.options)
+    return out.transpose(1, 2)
+
+
+def refusal(mode: Mode, inputs: AttentionInputs) -> str | None:
+    """Why no kernel would run this call on a device that has kernels; None if one would."""
+    query, key, value = inputs.query, inputs.key, inputs.value
+    if not query.dtype == key.dtype == value.dtype:
+        return f"queries, keys and values are {query.dtype}, {key.dtype} and {value.dtype}"
+    options = inputs.options
+    call = Call(mode, options["causal"], options["window"], options["scaling"], options["softcap"])
+    backend, reason = attention_backend(query, value, call)
+    return reason if backend == "exact" else None
+
+
+def attention_backends(modes: Iterable[Mode], device: torch.device) -> dict[str, Backend]:
+    """``prefill_attention (mode)`` → what it runs on and why, on `device`, for bf16 and heads of 128 channels."""
+    found = {}
+    for mode in modes:
+        if device.type == "cuda" and torch.cuda.is_available():
+            probe = torch.empty((1, 1, 1, 128), dtype=torch.bfloat16, device=device)
+            name, reason = attention_backend(probe, probe, Call(mode, True, None, 1.0, None))
+        else:
+            name, reason = "reference", triton_refusal(device, (8, 0)) or "device is unknown"
+        found[f"prefill_attention ({mode})"] = Backend("reference" if name == "exact" else name, reason)
+    return found
+
+
+def needs_gradient(*tensors: Tensor) -> bool:
+    """Whether autograd would follow a computation with these tensors, which the kernels cannot give it."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)

@@ -1,0 +1,122 @@
+"""SageAttention: prefill in INT8 or FP8, the arithmetic chosen layer by layer by what it does to the layer's output.
+
+With O exact attention and Ô that of a mode, on the same queries, keys and values::
+
+    cosine = ⟨O, Ô⟩ / (‖O‖·‖Ô‖)      relative L1 = Σ|O − Ô| / Σ|O|      SQNR = 10·log₁₀(‖O‖² / ‖O − Ô‖²)
+
+Modes are tried from fast to slow, and the first whose cosine reaches `min_cosine` is taken; where none does, the layer
+stays dense. INT4 keys are no faster on the devices at hand and cost the most, so they run only where a recipe names
+them. The papers pick between two modes by a cosine of 0.998 on random inputs or video; here on the recipe's text.
+
+Source: SageAttention (arXiv 2410.02367), SageAttention2 (2411.10958).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from ..kernels.attention import Call, Mode, exact_attention, prefill_attention
+from .method import AttentionInputs, AttentionMethod, AttentionPolicy, Figures
+
+FASTEST_FIRST: tuple[Mode, ...] = ("fp8_fp8", "int8_fp8", "int8_fp16")
+"""Modes that "auto" picks from."""
+MIN_COSINE = 0.998
+MIN_TOKENS = 4096
+"""Queries of a call from which quantized attention is used: below this length dense attention is the faster one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sage(AttentionMethod):
+    """SageAttention.
+
+    mode: "auto" judges every layer on calibration text; a mode's name puts every layer into it, unjudged. min_cosine:
+    what "auto" asks of a mode. min_tokens: calls of fewer queries run dense.
+    """
+
+    mode: Literal["auto", "bf16", "int8_fp16", "int8_fp8", "fp8_fp8", "int4_fp8"] = "auto"
+    min_cosine: Annotated[float, Field(gt=0, le=1)] = MIN_COSINE
+    min_tokens: Annotated[int, Field(ge=1)] = MIN_TOKENS
+
+    def __post_init__(self) -> None:
+        """ValueError for a threshold that nothing would be held to."""
+        if self.mode != "auto" and self.min_cosine != MIN_COSINE:
+            raise ValueError(f"min_cosine {self.min_cosine} has no effect with mode {self.mode}; only auto picks by it")
+
+    @property
+    def needs_data(self) -> bool:
+        """Only "auto" looks at the layers."""
+        return self.mode == "auto"
+
+    @property
+    def modes(self) -> tuple[Mode, ...]:
+        """See `AttentionMethod.modes`."""
+        if self.mode == "auto":
+            return FASTEST_FIRST
+        return () if self.mode == "bf16" else (self.mode,)
+
+    def choose(self, inputs: AttentionInputs | None) -> AttentionPolicy:
+        """See `AttentionMethod.choose`."""
+        if self.mode != "auto":
+            return AttentionPolicy(self.mode, self.min_tokens, reason="named in the recipe")
+        assert inputs is not None
+        tokens, tried = inputs.query.shape[0] * inputs.query.shape[2], {}
+        exact = [exact_output(row) for row in rows(inputs)]
+        for mode in FASTEST_FIRST:
+            tried[mode] = compare_mode(inputs, mode, exact)
+            if tried[mode].cosine >= self.min_cosine:
+                reason = f"the fastest with a cosine of at least {self.min_cosine}"
+                return AttentionPolicy(mode, self.min_tokens, tokens, tried, reason)
+        reason = f"no faster mode has a cosine of at least {self.min_cosine}"
+        return AttentionPolicy("bf16", self.min_tokens, tokens, tried, reason)
+
+
+def rows(inputs: AttentionInputs) -> list[AttentionInputs]:
+    """The sequences of a batch one by one, which bounds memory. Segments belong to a whole batch, which stays one."""
+    if inputs.options.get("segments") is not None:
+        return [inputs]
+    parts = zip(*(tensor.split(1) for tensor in (inputs.query, inputs.key, inputs.value)), strict=True)
+    return [AttentionInputs(query, key, value, inputs.options) for query, key, value in parts]
+
+
+def exact_output(inputs: AttentionInputs) -> Tensor:
+    """Attention in FP32: (batch, queries, num_heads, head_dim) in the dtype of the query."""
+    options = dict(inputs.options)
+    sinks, segments = options.pop("sinks", None), options.pop("segments", None)
+    call = Call("bf16", options["causal"], options["window"], options["scaling"], options["softcap"])
+    return exact_attention(inputs.query, inputs.key, inputs.value, call, sinks, segments)[0]
+
+
+@torch.no_grad()
+def compare_mode(inputs: AttentionInputs, mode: Mode, exact: list[Tensor] | None = None) -> Figures:
+    """Figures of one mode. exact: `exact_output` of each of `rows(inputs)`, if it is known."""
+    parts = rows(inputs)
+    exact = [exact_output(part) for part in parts] if exact is None else exact
+    sums = torch.zeros(6, dtype=torch.float64)
+    for part, expected in zip(parts, exact, strict=True):
+        out, _ = prefill_attention(part.query, part.key, part.value, mode=mode, **part.options)
+        sums += difference_sums(out.transpose(1, 2), expected).cpu()
+    return figures(sums)
+
+
+def difference_sums(output: Tensor, exact: Tensor) -> Tensor:
+    """(6,) float64: ⟨O, Ô⟩, ‖O‖², ‖Ô‖², ‖O − Ô‖², Σ|O − Ô|, Σ|O|. Any shape, equal for both."""
+    output, exact = output.double(), exact.double()
+    difference = output - exact
+    squares = [(output * exact).sum(), exact.square().sum(), output.square().sum(), difference.square().sum()]
+    return torch.stack([*squares, difference.abs().sum(), exact.abs().sum()])
+
+
+def figures(sums: Tensor) -> Figures:
+    """From `difference_sums`, which may be added up over calls. ValueError if attention gave NaN or infinite values."""
+    dot, signal, energy, noise, difference, magnitude = (float(value) for value in sums)
+    if not math.isfinite(signal + energy):
+        raise ValueError("attention gave NaN or infinite values on the calibration text; the model is damaged")
+    cosine = dot / math.sqrt(signal * energy) if signal and energy else float(signal == energy)
+    sqnr = 10 * math.log10(signal / noise) if noise > 0 and signal > 0 else None
+    return Figures(cosine, difference / magnitude if magnitude else 0.0, sqnr)
