@@ -7,16 +7,16 @@ import sys
 from dataclasses import fields
 from typing import Any
 
-from ..compress.recipe import SLOTS, Recipe, recipe_names, weight_methods
+from ..compress.recipe import METHODS, SLOTS, Recipe, recipe_names
 
 
 def catalogue() -> dict[str, Any]:
     """``{"recipes": […], "methods": {slot: […]}}``, JSON-able."""
     recipes = [Recipe.load(name) for name in recipe_names()]
     methods = {slot: [] for slot in SLOTS}
-    for key, kind in weight_methods().items():
+    for slot, key, kind in ((slot, key, kind) for slot, find in METHODS.items() for key, kind in find().items()):
         about = inspect.getdoc(sys.modules[kind.__module__]) or ""
-        methods["weights"].append(
+        methods[slot].append(
             {
                 "method": key,
                 "description": about.split("\n")[0],

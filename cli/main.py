@@ -143,8 +143,8 @@ def run_compress(
     """Compresses, then prints what came out of it."""
     from ..compress import compress as library
     from ..compress.recipe import Recipe
+    from .attention_tables import compression, recipe_line
     from .progress import Bar
-    from .tables import compression, recipe_line
 
     loaded = Recipe.load(recipe, overrides)
     if not as_json:
@@ -182,8 +182,8 @@ def evaluate(
     from ..compress import evaluate as library
     from ..compress.assess import save_json
     from ..compress.recipe import EvaluationOptions
+    from .attention_tables import evaluation
     from .progress import Bar
-    from .tables import evaluation
 
     session: Session = context.obj
     with session.working(), Bar(session.stderr, "loading the model") as bar:
@@ -241,7 +241,7 @@ def show_plan(
 ) -> None:
     """Prints the plan of a run."""
     from ..compress import plan as library
-    from .tables import planned
+    from .attention_tables import planned
 
     with session.working():
         found = library(model, recipe, overrides=overrides, device=device, trust_remote_code=trust_remote_code)

@@ -18,6 +18,7 @@ from torch import nn
 from ..quant.method import AttentionInputs, AttentionMethod, AttentionPolicy
 from .hf_attention import LayerAttention, attach, attention_modules, check_attention, detach
 from .hf_decoder import LayerCalls, decoder_layers, resident
+from .runtime import refusal
 
 SEQUENCES = 2
 """Windows of calibration text that a layer is judged on."""
@@ -39,13 +40,17 @@ def choose_policies(
     """
     modules = check_attention(model)
     if not method.needs_data:
-        return {name: method.choose(None) for name in modules}
+        return {name: method.choose(None, method.modes) for name in modules}
     assert tokens is not None
     found: dict[str, AttentionPolicy] = {}
 
     def visit(name: str, inputs: AttentionInputs) -> None:
         if name not in found:
-            found[name] = method.choose(inputs)
+            refused = {mode: refusal(mode, inputs) for mode in method.modes}
+            usable = [mode for mode, reason in refused.items() if reason is None]
+            found[name] = method.choose(inputs, usable)
+            if not usable and refused:
+                found[name] = replace(found[name], reason=str(next(iter(refused.values()))))
             progress("attention", len(found), len(modules), found[name].mode)
 
     reasons = observe_attention(model, tokens[:SEQUENCES], visit, device=device)

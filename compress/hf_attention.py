@@ -90,9 +90,7 @@ def attention_forward(
     watched = layer is not None and layer.observe is not None and queries > 1
     wanted = layer is not None and layer.mode is not None and queries >= max(2, layer.min_tokens)
     if layer is not None and (watched or wanted):
-        found: Any = call_inputs(  # pyright: ignore[reportCallIssue] the decorator hides the signature
-            module, query, key, value, attention_mask, scaling, dropout, kwargs
-        )
+        found = untraced(call_inputs)(module, query, key, value, attention_mask, scaling, dropout, kwargs)
         if watched and isinstance(found, AttentionInputs):
             assert layer.observe is not None
             layer.observe(found)
@@ -112,13 +110,17 @@ def attention_forward(
     return former_function(former, module)(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)
 
 
+def untraced(function: Any) -> Any:
+    """The function, left out of what torch.compile traces: it reads values of masks."""
+    return torch.compiler.disable(function)
+
+
 def former_function(former: str, module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
     """What transformers calls for an implementation; eager attention stands in the model's own file."""
     eager = inspect.unwrap(type(module).forward).__globals__.get("eager_attention_forward")
     return ALL_ATTENTION_FUNCTIONS.get_interface(former, eager)
 
 
-@torch.compiler.disable  # reads values of masks
 def call_inputs(
     module: nn.Module,
     query: Tensor,

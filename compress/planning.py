@@ -7,22 +7,25 @@ stored in the config's dtype. Memory is an estimate (`planning_memory.py`).
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..kernels.attention import MAX_HEAD_DIM
 from ..kernels.int4_linear import Backend, available_backends
 from ..quant.method import WeightScheme
-from .coverage import Coverage, cover, resolve_group_size
+from .coverage import Coverage
 from .hf import meta_model, read_config, resolve_model
-from .hf_decoder import decoder_layers, refuse_experts
+from .hf_attention import attention_modules
+from .hf_decoder import decoder_layers
 from .linear import CompressedLinear
-from .pipeline import OPS
+from .pipeline import OPS, covered
 from .planning_memory import MemoryModel, Stage
 from .recipe import Recipe
+from .runtime import attention_backends
 
 CONTEXTS = (1024, 8192, 32768)
 
@@ -32,12 +35,13 @@ class Plan:
     """What `plan` found.
 
     recipe: with `group_size` resolved. kv_cache: tokens → bytes of one sequence, as transformers keeps it.
-    kernels: what each op runs on and why; op: the one that the recipe's Linears call.
+    scheme: None if the recipe leaves weights as they are. attention: what happens to each attention layer, empty if the
+    recipe leaves it alone. kernels: what each op runs on and why; op: the one that the recipe's Linears call.
     """
 
     model: str
     recipe: Recipe
-    scheme: WeightScheme
+    scheme: WeightScheme | None
     dtype: str
     device: str
     base_bytes: int
@@ -45,15 +49,21 @@ class Plan:
     quantized_weights: int
     quantized_bytes: int
     coverage: list[Coverage]
+    attention: list[AttentionCoverage]
     stages: list[Stage]
     kv_cache: dict[int, int]
     kernels: dict[str, Backend]
     op: str | None
 
     @property
-    def bits_per_weight(self) -> float:
-        """Stored bits per quantized weight, scales and shapes included."""
-        return 8 * self.quantized_bytes / self.quantized_weights
+    def bits_per_weight(self) -> float | None:
+        """Stored bits per quantized weight, scales and shapes included; None if there are none."""
+        return round(8 * self.quantized_bytes / self.quantized_weights, 4) if self.quantized_weights else None
+
+    @property
+    def modes(self) -> list[str]:
+        """Ops that the recipe's attention may call."""
+        return [op for op in self.kernels if op.startswith("prefill_attention")]
 
     @property
     def peak_device_bytes(self) -> int:
@@ -70,7 +80,7 @@ class Plan:
         return {
             "model": self.model,
             "recipe": self.recipe.model_dump(mode="json", exclude_none=True),
-            "scheme": self.scheme.describe(),
+            "scheme": None if self.scheme is None else self.scheme.describe(),
             "dtype": self.dtype,
             "device": self.device,
             "sizes": {
@@ -78,17 +88,18 @@ class Plan:
                 "compressed_bytes": self.compressed_bytes,
                 "quantized_weights": self.quantized_weights,
                 "quantized_bytes": self.quantized_bytes,
-                "bits_per_weight": round(self.bits_per_weight, 4),
+                "bits_per_weight": self.bits_per_weight,
             },
             "peak_device_bytes": self.peak_device_bytes,
             "peak_host_bytes": self.peak_host_bytes,
             "stages": [stage.as_dict() for stage in self.stages],
             "kv_cache_bytes": {str(tokens): count for tokens, count in self.kv_cache.items()},
             "kernels": {
-                op: {"backend": backend.name, "reason": backend.reason, "used": op == self.op}
+                op: {"backend": backend.name, "reason": backend.reason, "used": op == self.op or op in self.modes}
                 for op, backend in self.kernels.items()
             },
             "coverage": [line.as_dict() for line in self.coverage],
+            **({"attention": [asdict(line) for line in self.attention]} if self.attention else {}),
         }
 
 
@@ -114,25 +125,25 @@ def plan(
         raise ValueError(f"{path} is already quantized; kompakt starts from a float checkpoint")
     skeleton = meta_model(config, trust_remote_code=trust_remote_code)
     layers = decoder_layers(skeleton)
-    refuse_experts(layers)
-    assert loaded.weights is not None
-    coverage = cover(skeleton, [name for name, _ in layers], loaded.weights)
-    method = resolve_group_size(loaded.weights, coverage)
-    scheme = method.scheme()
+    loaded, coverage = covered(skeleton, layers, loaded)
+    method = loaded.weights
+    scheme = None if method is None else method.scheme()
     names = {line.name for line in coverage if line.status == "quantized"}
     linears = {name: module for name, module in skeleton.named_modules() if isinstance(module, nn.Linear)}
     linears = {name: linear for name, linear in linears.items() if name in names}
-    quantized = sum(packed_bytes(linear, scheme) for linear in linears.values())
+    quantized = 0 if scheme is None else sum(packed_bytes(linear, scheme) for linear in linears.values())
     base = sum(own_bytes(skeleton))
     compressed = base - sum(linear.weight.nbytes for linear in linears.values()) + quantized
-    kernels, op = available_backends(place), OPS.get((method.storage, method.activations))
+    kernels, op = available_backends(place), None if method is None else OPS.get((method.storage, method.activations))
+    if loaded.attention is not None:
+        kernels |= attention_backends(loaded.attention.modes, place)
     memory = MemoryModel(
         model=skeleton,
-        recipe=loaded.model_copy(update={"weights": method}),
+        recipe=loaded,
         base_bytes=base,
         compressed_bytes=compressed,
         device=place,
-        reference=op is None or kernels[op].name == "reference",
+        reference=method is not None and (op is None or kernels[op].name == "reference"),
     )
     return Plan(
         model=str(model),
@@ -145,11 +156,45 @@ def plan(
         quantized_weights=sum(linear.weight.numel() for linear in linears.values()),
         quantized_bytes=quantized,
         coverage=coverage,
+        attention=[] if loaded.attention is None else cover_attention(skeleton, [name for name, _ in layers], loaded),
         stages=memory.stages([(layer, _inside(name, linears)) for name, layer in layers]),
         kv_cache={tokens: kv_cache_bytes(config, tokens, skeleton.dtype.itemsize) for tokens in contexts},
         kernels=kernels,
         op=op,
     )
+
+
+@dataclass(frozen=True)
+class AttentionCoverage:
+    """One attention layer. status: "covered" or "dense"; reason: why, or what decides."""
+
+    name: str
+    kind: str
+    status: str
+    reason: str
+
+
+def cover_attention(model: Any, layer_names: list[str], recipe: Recipe) -> list[AttentionCoverage]:
+    """One line for every attention module, and for every decoder layer without one."""
+    method, modules = recipe.attention, attention_modules(model)
+    assert method is not None
+    if method.needs_data:
+        reason = f"the fastest of {', '.join(method.modes)} that calibration allows"
+    else:
+        reason = f"runs in {method.modes[0]}" if method.modes else "the recipe says bf16"
+    lines = []
+    for layer in layer_names:
+        inside = {name: module for name, module in modules.items() if name.startswith(f"{layer}.")}
+        if not inside:
+            kind = type(model.get_submodule(layer)).__name__
+            lines.append(AttentionCoverage(layer, kind, "dense", "no attention of transformers' interface in it"))
+        for name, module in inside.items():
+            head_dim = getattr(module, "head_dim", 0)
+            status, why = ("covered", reason) if method.modes else ("dense", reason)
+            if head_dim > MAX_HEAD_DIM:
+                status, why = "dense", f"head_dim {head_dim} exceeds the kernel's {MAX_HEAD_DIM}"
+            lines.append(AttentionCoverage(name, type(module).__name__, status, why))
+    return lines
 
 
 def _inside(layer: str, linears: dict[str, nn.Linear]) -> list[nn.Linear]:

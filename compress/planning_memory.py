@@ -4,6 +4,7 @@
     calibration   one decoder layer, hidden states of all samples (twice for methods that compare with the float model),
                   and the worst of these moments: a differentiated pass over one batch beside a float32 matrix of second
                   moments for each Linear; the rounding of one Linear beside the matrices not used up; learned rounding
+    attention     one decoder layer, the sequences that attention is judged on, and exact attention on one of them
     reading back  the model in memory and the one reloaded from disk, on the host
     evaluation    base and compressed model on the device, and of each the logits of one pass over a few windows
 
@@ -20,8 +21,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..kernels.attention import REFERENCE_ROWS
 from ..quant.grid import SEARCH_ELEMENTS, SHRINK_STEPS
 from ..quant.solver import FACTOR_BLOCK
+from .attention_calibration import SEQUENCES
 from .evaluation import CHUNK_ELEMENTS, windows_per_pass
 from .pipeline import PROBE_TOKENS
 from .recipe import Recipe
@@ -40,6 +43,8 @@ GRAPH_COPIES = 3
 LEARNED_BYTES, SAVED_BYTES = 17, 11
 # float32 chunks of logits alive at once: both log-softmaxes, probabilities, the terms of the KL and two temporaries.
 LOGIT_CHUNKS = 6
+# float32 tensors of logits in exact attention: logits, masked, their exponentials and a temporary.
+EXACT_COPIES = 4
 # float32 copies of the hidden states inside a norm.
 NORM_COPIES = 3
 
@@ -81,7 +86,7 @@ class MemoryModel:
         compressed = {"compressed model": self.compressed_bytes}
         stages = [
             Stage("loading", {}, {"base model": self.base_bytes}),
-            self.calibration(layers, compressed if limited else {}),
+            *self.chosen(layers, compressed if limited else {}),
             Stage("reading back", {}, {**compressed, "reloaded model": self.compressed_bytes, **kept}),
         ]
         if self.recipe.evaluation.windows:
@@ -90,6 +95,25 @@ class MemoryModel:
         if self.device.type == "cpu":
             return [Stage(stage.name, {}, {**stage.host, **stage.device}) for stage in stages]
         return stages
+
+    def chosen(self, layers: list[tuple[nn.Module, list[nn.Linear]]], extra: Mapping[str, int]) -> Iterator[Stage]:
+        """The stages that look at data: weights, then attention."""
+        if self.recipe.weights is not None:
+            yield self.calibration(layers, extra)
+        if self.recipe.attention is not None and self.recipe.attention.needs_data:
+            yield Stage("attention", self.attention([layer for layer, _ in layers]), {"base model": self.base_bytes})
+
+    def attention(self, layers: list[nn.Module]) -> dict[str, int]:
+        """Judging attention: hidden states and one pass of every sequence, then logits of some rows of one."""
+        options, config = self.recipe.calibration, self.model.config.get_text_config()
+        tokens = min(options.samples, SEQUENCES) * options.length
+        logits = FLOAT32 * REFERENCE_ROWS * options.length * config.num_attention_heads
+        return {
+            "decoder layer": max(_bytes(layer) for layer in layers),
+            "hidden states": 2 * tokens * self.hidden_size * self.model.dtype.itemsize,
+            "forward pass": max(self.activations(layer, tokens) for layer in layers),
+            "exact attention": EXACT_COPIES * logits,
+        }
 
     def calibration(self, layers: list[tuple[nn.Module, list[nn.Linear]]], extra: Mapping[str, int]) -> Stage:
         """The walk over the layers, at the one that needs most."""

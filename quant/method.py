@@ -13,6 +13,7 @@ An *attention* method sees queries, keys and values as they arrive at one attent
 from __future__ import annotations
 
 import importlib
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
@@ -173,8 +174,8 @@ class AttentionMethod:
         """Quantized arithmetics that it may choose."""
         raise NotImplementedError
 
-    def choose(self, inputs: AttentionInputs | None) -> AttentionPolicy:
-        """The policy of one attention layer."""
+    def choose(self, inputs: AttentionInputs | None, usable: Collection[Mode]) -> AttentionPolicy:
+        """The policy of one attention layer. usable: modes that the device can run on such inputs."""
         raise NotImplementedError
 
 

@@ -14,6 +14,7 @@ Source: SageAttention (arXiv 2410.02367), SageAttention2 (2411.10958).
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -60,14 +61,14 @@ class Sage(AttentionMethod):
             return FASTEST_FIRST
         return () if self.mode == "bf16" else (self.mode,)
 
-    def choose(self, inputs: AttentionInputs | None) -> AttentionPolicy:
+    def choose(self, inputs: AttentionInputs | None, usable: Collection[Mode] = FASTEST_FIRST) -> AttentionPolicy:
         """See `AttentionMethod.choose`."""
         if self.mode != "auto":
             return AttentionPolicy(self.mode, self.min_tokens, reason="named in the recipe")
         assert inputs is not None
         tokens, tried = inputs.query.shape[0] * inputs.query.shape[2], {}
         exact = [exact_output(row) for row in rows(inputs)]
-        for mode in FASTEST_FIRST:
+        for mode in (mode for mode in FASTEST_FIRST if mode in usable):
             tried[mode] = compare_mode(inputs, mode, exact)
             if tried[mode].cosine >= self.min_cosine:
                 reason = f"the fastest with a cosine of at least {self.min_cosine}"

@@ -1,0 +1,96 @@
+"""What a recipe's attention slot adds to the tables of `tables.py`, and results of recipes without weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from . import tables
+from .tables import Shown, size, table
+
+
+def recipe_line(recipe: Any) -> str:
+    """A recipe on one line: name, and every slot's method with its options."""
+    content = recipe.model_dump(mode="json", exclude_none=True)
+    parts = []
+    if "weights" in content:
+        parts.append(tables.recipe_line(recipe))
+    if "attention" in content:
+        options = dict(content["attention"])
+        method = options.pop("method")
+        words = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in options.items())
+        parts.append(f"attention {method}, {words}")
+    return "; ".join(parts) if "weights" in content else f"recipe {recipe.name}: {'; '.join(parts)}"
+
+
+def compression(report: dict[str, Any]) -> Shown:
+    """The result of `compress`."""
+    if report["sizes"]["bits_per_weight"] is None:
+        shown = as_stored(tables.compression(with_bits(report)), report)
+    else:
+        shown = tables.compression(report)
+    if "attention" not in report:
+        return shown
+    return [*shown[:-2], layers(report), *ran(report["evaluation"]), "", *shown[-2:]]
+
+
+def evaluation(content: dict[str, Any]) -> Shown:
+    """The result of `evaluate`."""
+    return [*tables.evaluation(content), *ran(content)]
+
+
+def planned(content: dict[str, Any]) -> Shown:
+    """The result of `plan`."""
+    if content["scheme"] is None:
+        shown = tables.planned({**with_bits(content), "scheme": "weights as they are"})
+        shown = as_stored(shown, content)
+    else:
+        shown = tables.planned(content)
+    if "attention" not in content:
+        return shown
+    rows = table("", "attention", "layers", "")
+    groups: dict[tuple[str, str], int] = {}
+    for line in content["attention"]:
+        key = (line["status"], line["reason"])
+        groups[key] = groups.get(key, 0) + 1
+    for (status, reason), count in groups.items():
+        rows.add_row(status, f"{count}", reason)
+    below = content["recipe"]["attention"]["min_tokens"]
+    return [*shown, "", rows, f"calls of fewer than {below:,} queries, and decoding, are dense"]
+
+
+def layers(report: dict[str, Any]) -> Any:
+    """Attention layers by what they run in, with the worst figures."""
+    from ..compress.artifact import read_policies
+    from ..compress.card import attention_rows
+
+    rows = table("", "attention runs in", "layers", "cosine ≥", "relative L1 ≤", "SQNR ≥ dB", "")
+    for row in attention_rows(read_policies(report)):
+        cells = (row["cosine"], row["relative_l1"], row["sqnr_db"])
+        rows.add_row(row["mode"], f"{row['count']}", *cells, f"calls of {row['min_tokens']:,} queries and more")
+    return rows
+
+
+def ran(content: dict[str, Any] | None) -> list[str]:
+    """Whether attention ran quantized in an evaluation."""
+    from ..compress.card import attention_sentence
+
+    text = attention_sentence((content or {}).get("attention"))
+    return [text] if text else []
+
+
+def with_bits(content: dict[str, Any]) -> dict[str, Any]:
+    """The content with a number where `tables.py` formats one; `as_stored` replaces the row."""
+    return {**content, "sizes": {**content["sizes"], "bits_per_weight": 0.0}}
+
+
+def as_stored(shown: Shown, content: dict[str, Any]) -> Shown:
+    """The result with its first table replaced by one without bits per quantized weight."""
+    sizes = content["sizes"]
+    rows = table("", "", "base", "compressed", "")
+    rows.add_row("weights", size(sizes["base_bytes"]), size(sizes["compressed_bytes"]), "as they are")
+    for tokens, count in content.get("kv_cache_bytes", {}).items():
+        rows.add_row(f"cache of {int(tokens):,} tokens", size(count), size(count), "one sequence")
+    if content.get("evaluation") is not None:
+        tables.compare_rows(rows, content["evaluation"]["comparison"])
+    place = next(index for index, item in enumerate(shown) if not isinstance(item, str))
+    return [*shown[:place], rows, *shown[place + 1 :]]
