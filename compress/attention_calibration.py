@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..kernels.attention import Mode
 from ..quant.method import AttentionInputs, AttentionMethod, AttentionPolicy
 from .hf_attention import LayerAttention, attach, attention_modules, check_attention, detach
 from .hf_decoder import LayerCalls, decoder_layers, resident
@@ -46,8 +47,8 @@ def choose_policies(
 
     def visit(name: str, inputs: AttentionInputs) -> None:
         if name not in found:
-            refused = {mode: refusal(mode, inputs) for mode in method.modes}
-            usable = [mode for mode, reason in refused.items() if reason is None]
+            refused: dict[Mode, str | None] = {mode: refusal(mode, inputs) for mode in method.modes}
+            usable: list[Mode] = [mode for mode, reason in refused.items() if reason is None]
             found[name] = method.choose(inputs, usable)
             if not usable and refused:
                 found[name] = replace(found[name], reason=str(next(iter(refused.values()))))

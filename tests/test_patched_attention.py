@@ -1,0 +1,470 @@
+"""Models whose attention is patched: exact arithmetic equals eager attention, quantized arithmetic runs and is close,
+and everything else is the unpatched model bit for bit.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM, DynamicCache, StaticCache
+
+from kompakt.compress import patch
+from kompakt.compress.attention_calibration import capture_attention, choose_policies
+from kompakt.compress.hf_attention import (
+    ATTRIBUTE,
+    NAMES,
+    LayerAttention,
+    attach,
+    attached_layers,
+    attention_in_use,
+    attention_modules,
+    check_attention,
+    detach,
+)
+from kompakt.kernels.attention import MODES, prefill_attention
+from kompakt.quant.method import AttentionPolicy
+from kompakt.quant.sage import Sage
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SIZES = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
+NINE = {"hidden_size": 288, "num_attention_heads": 9, "num_key_value_heads": 3}
+FOURTEEN = {"hidden_size": 448, "num_attention_heads": 14, "num_key_value_heads": 2}
+EXPERTS = {"num_local_experts": 2, "num_experts_per_tok": 1}
+MLA = {"n_routed_experts": 2, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 1, "moe_intermediate_size": 32}
+MLA |= {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 12}
+DECODERS = {
+    "llama": NINE,
+    "qwen2": FOURTEEN,
+    "qwen3": FOURTEEN | {"head_dim": 32},
+    "mistral": {"sliding_window": 7},
+    "gemma2": {"head_dim": 16, "sliding_window": 7, "attn_logit_softcapping": 3.0},
+    "gemma3_text": {"head_dim": 16, "sliding_window": 7},
+    "phi": {"num_key_value_heads": 4},
+    "phi3": {"sliding_window": 7},
+    "gpt_oss": {"head_dim": 16, "sliding_window": 7, **EXPERTS},
+    "deepseek_v3": {"num_key_value_heads": 4, "first_k_dense_replace": 2, **MLA},
+}
+ENCODERS = {"bert": {}, "modernbert": {"local_attention": 6, "global_attn_every_n_layers": 2}}
+TOKENS = torch.randint(3, 128, (3, 23), generator=torch.Generator().manual_seed(1))
+EPS = torch.finfo(torch.float32).eps
+
+
+def tiny(family: str, *, eager: bool = True, dtype: torch.dtype = torch.float32, **settings: Any) -> Any:
+    """A tiny random model whose weights are large enough for an error of its attention to show."""
+    options = {**SIZES, **(DECODERS | ENCODERS).get(family, {}), **settings}
+    if family in ENCODERS:
+        options |= {"bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
+    config = CONFIG_MAPPING[family](**options)
+    make = AutoModel if family in ENCODERS else AutoModelForCausalLM
+    torch.manual_seed(0)
+    implementation = {"attn_implementation": "eager"} if eager else {}
+    model = make.from_config(config, **implementation).to(dtype).eval().requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim >= 2:
+            parameter.normal_(0, 1.5 * parameter.shape[-1] ** -0.5)
+        elif "norm" in name.lower() and name.endswith("weight"):
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+        else:
+            parameter.normal_(0, 0.2)
+    return model
+
+
+def follow_one(model: Any, mode: str, min_tokens: int = 2) -> None:
+    """Every attention layer in one arithmetic; "bf16" goes through the op as well."""
+    policy = AttentionPolicy(mode, min_tokens)  # pyright: ignore[reportArgumentType]
+    attach(model, {name: LayerAttention(policy, policy.mode, min_tokens) for name in attention_modules(model)})
+
+
+def ways(model: Any) -> Counter[str]:
+    """How calls went, over all layers."""
+    return sum((layer.ran for layer in attached_layers(model).values()), Counter())
+
+
+def output(model: Any, tokens: torch.Tensor = TOKENS, **options: Any) -> torch.Tensor:
+    found = model(tokens, **options)
+    return found.logits if hasattr(found, "logits") else found.last_hidden_state
+
+
+def padded(side: str) -> torch.Tensor:
+    lengths = torch.tensor([[23], [14], [3]])
+    positions = torch.arange(23)
+    return ((positions < lengths) if side == "right" else (positions >= 23 - lengths)).long()
+
+
+def plain(model: Any) -> torch.Tensor:
+    return output(model, use_cache=False)
+
+
+def left(model: Any) -> torch.Tensor:
+    return output(model, attention_mask=padded("left"), use_cache=False)[padded("left").bool()]
+
+
+def right(model: Any) -> torch.Tensor:
+    return output(model, attention_mask=padded("right"), use_cache=False)[padded("right").bool()]
+
+
+def packed(model: Any) -> torch.Tensor:
+    positions = torch.cat([torch.arange(length) for length in (9, 1, 13)])[None]
+    return output(model, TOKENS[:1], position_ids=positions, use_cache=False)
+
+
+def in_chunks(model: Any, cache: Any, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """A prefill in three parts; with a mask, of real tokens only."""
+    parts = []
+    for start, stop in ((0, 11), (11, 14), (14, 23)):
+        chunk = None if mask is None else mask[:, :stop]
+        parts.append(output(model, TOKENS[:, start:stop], past_key_values=cache, attention_mask=chunk, use_cache=True))
+    found = torch.cat(parts, dim=1)
+    return found if mask is None else found[mask.bool()]
+
+
+def with_past(model: Any) -> torch.Tensor:
+    return in_chunks(model, DynamicCache(config=model.config))
+
+
+def with_padded_past(model: Any) -> torch.Tensor:
+    return in_chunks(model, DynamicCache(config=model.config), padded("left"))
+
+
+def with_static_cache(model: Any) -> torch.Tensor:
+    return in_chunks(model, StaticCache(config=model.config, max_cache_len=40))
+
+
+DECODER_RUNS = (plain, left, right, packed, with_past, with_padded_past, with_static_cache)
+
+
+def compare_with_eager(model: Any, run: Any) -> None:
+    """The op's exact arithmetic is as far from eager attention as two roundings of one computation may be.
+
+    How far eager attention in float32 is from itself in float64, without padding, where float64 masks give no NaN, says
+    what rounding does to this model; both ways of computing may be off by it, in either direction. Beside it, 64
+    roundings of the largest output, where that error happens to vanish.
+    """
+    exact = copy.deepcopy(model).double()
+    if hasattr(exact, "set_experts_implementation"):
+        exact.set_experts_implementation("eager")
+    whole = plain if run in DECODER_RUNS else encoded
+    rounding = (whole(exact) - whole(model)).abs().max()
+    eager = run(model)
+    follow_one(model, "bf16")
+    got = run(model)
+    found = ways(model)
+    detach(model)
+    assert set(found) == {"bf16"}, found
+    assert (got - eager).abs().max() <= 2 * rounding + 64 * EPS * eager.abs().max()
+    assert torch.equal(run(model), eager)
+
+
+@pytest.mark.parametrize("run", DECODER_RUNS, ids=lambda run: run.__name__)
+@pytest.mark.parametrize("family", DECODERS)
+def test_exact_arithmetic_equals_eager_attention(family, run):
+    compare_with_eager(tiny(family), run)
+
+
+def encoded(model: Any) -> torch.Tensor:
+    return output(model)
+
+
+def encoded_right(model: Any) -> torch.Tensor:
+    return output(model, attention_mask=padded("right"))[padded("right").bool()]
+
+
+@pytest.mark.parametrize("run", [encoded, encoded_right], ids=lambda run: run.__name__)
+@pytest.mark.parametrize("family", ENCODERS)
+def test_exact_arithmetic_equals_eager_attention_in_encoders(family, run):
+    compare_with_eager(tiny(family), run)
+
+
+@pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "bf16"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "gpt_oss", "deepseek_v3"])
+def test_layers_give_what_the_op_gives(family, mode):
+    model = tiny(family)
+    inputs = capture_attention(model, TOKENS)
+    follow_one(model, mode)
+    seen: dict[str, torch.Tensor] = {}
+    hooks = []
+    for name, module in attention_modules(model).items():
+        projection = module.o_proj
+        hooks.append(projection.register_forward_pre_hook(lambda _, args, name=name: seen.update({name: args[0]})))
+    dense = plain(copy.deepcopy(tiny(family)))
+    got = plain(model)
+    for hook in hooks:
+        hook.remove()
+    first = next(iter(inputs))
+    call = inputs[first]
+    expected, _ = prefill_attention(call.query, call.key, call.value, mode=mode, **call.options)
+    assert torch.equal(seen[first], expected.transpose(1, 2).flatten(2))
+    assert ways(model) == Counter({mode: 2})
+    assert not torch.equal(got, dense)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text"])
+def test_padding_changes_no_quantized_row(family, side):
+    model, mask = tiny(family), padded(side)
+    follow_one(model, "int8_fp8")
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    together = output(model, attention_mask=mask, position_ids=positions, use_cache=False)
+    assert set(ways(model)) == {"int8_fp8"}
+    dense_model = tiny(family)
+    for row, tokens in enumerate(TOKENS):
+        alone = output(model, tokens[mask[row].bool()][None], use_cache=False)
+        dense = output(dense_model, tokens[mask[row].bool()][None], use_cache=False)
+        # Sums in another order may move a value over the edge between two codes, which is less than the codes cost.
+        difference = (together[row, mask[row].bool()] - alone[0]).square().mean()
+        assert difference <= 0.1 * (alone - dense).square().mean() + 1e-10
+
+
+@pytest.mark.parametrize("mode", ["int8_fp16", "int8_fp8", "fp8_fp8"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "mistral"])
+def test_padded_batch_generates_what_single_rows_generate(family, mode):
+    model, mask = tiny(family), padded("left")
+    follow_one(model, mode)
+    options = {"max_new_tokens": 6, "do_sample": False}
+    together = model.generate(TOKENS, attention_mask=mask, **options)[:, 23:]
+    assert ways(model)[mode] == 2
+    for row, tokens in enumerate(TOKENS):
+        alone = model.generate(tokens[mask[row].bool()][None], **options)
+        assert torch.equal(together[row], alone[0, -6:])
+
+
+@pytest.mark.parametrize("eager", [True, False], ids=["eager", "sdpa"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text", "phi3"])
+def test_short_calls_are_the_unpatched_model_bit_for_bit(family, eager):
+    model = tiny(family, eager=eager)
+    runs = (plain, left, right, packed, with_past, with_padded_past, with_static_cache)
+    expected = [run(model) for run in runs]
+    options: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "attention_mask": padded("left")}
+    texts = [model.generate(TOKENS, **options, **extra) for extra in ({}, {"cache_implementation": "static"})]
+    follow_one(model, "int8_fp8", min_tokens=24)
+    for run, before in zip(runs, expected, strict=True):
+        assert torch.equal(run(model), before), run.__name__
+    for extra, before in zip(({}, {"cache_implementation": "static"}), texts, strict=True):
+        assert torch.equal(model.generate(TOKENS, **options, **extra), before)
+    assert set(ways(model)) == {"dense"}
+
+
+@pytest.mark.parametrize("eager", [True, False], ids=["eager", "sdpa"])
+@pytest.mark.parametrize("family", ENCODERS)
+def test_short_calls_are_the_unpatched_encoder(family, eager):
+    model = tiny(family, eager=eager)
+    expected = [run(model) for run in (encoded, encoded_right)]
+    follow_one(model, "int8_fp8", min_tokens=24)
+    assert all(torch.equal(run(model), before) for run, before in zip((encoded, encoded_right), expected, strict=True))
+
+
+def test_generation_with_static_cache_runs_the_prefill_quantized():
+    model = tiny("llama")
+    follow_one(model, "fp8_fp8")
+    options: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "attention_mask": padded("left")}
+    expected = model.generate(TOKENS, **options)
+    assert torch.equal(model.generate(TOKENS, **options, cache_implementation="static"), expected)
+    assert ways(model) == Counter({"fp8_fp8": 4, "dense": 16})
+
+
+def custom_mask() -> torch.Tensor:
+    """A causal mask of the caller's own in which every third key is hidden."""
+    mask = torch.ones(23, 23, dtype=torch.bool).tril()
+    mask[:, 1::3] &= torch.eye(23, dtype=torch.bool)[:, 1::3]
+    return torch.where(mask, 0.0, torch.finfo(torch.float32).min).expand(3, 1, 23, 23)
+
+
+def holes() -> torch.Tensor:
+    mask = torch.ones_like(TOKENS)
+    mask[1, 5] = 0
+    return mask
+
+
+DENSE = {
+    "gives a mask of its own": {"attention_mask": custom_mask()},
+    "the padding mask has holes": {"attention_mask": holes()},
+    "attention weights are asked for": {"output_attentions": True},
+    "keyword cu_seq_lens_q is unknown": {"cu_seq_lens_q": torch.tensor([0, 23])},
+}
+
+
+@pytest.mark.parametrize("reason", DENSE)
+def test_what_the_op_does_not_do_runs_as_before_and_says_why(reason, caplog):
+    model = tiny("llama")
+    expected = model(TOKENS, use_cache=False, **DENSE[reason])
+    follow_one(model, "int8_fp8")
+    with caplog.at_level(logging.WARNING):
+        got = model(TOKENS, use_cache=False, **DENSE[reason])
+    assert torch.equal(got.logits, expected.logits)
+    (way,) = ways(model)
+    assert way.startswith("dense: ")
+    assert reason in way
+    if "output_attentions" in DENSE[reason]:
+        assert all(torch.equal(mine, theirs) for mine, theirs in zip(got.attentions, expected.attentions, strict=True))
+
+
+def test_gradients_and_dropout_run_as_before():
+    model = tiny("llama", attention_dropout=0.1).requires_grad_(True)
+    model(TOKENS, use_cache=False).logits.square().mean().backward()
+    expected = model.model.layers[0].self_attn.q_proj.weight.grad.clone()
+    model.zero_grad()
+    follow_one(model, "int8_fp8")
+    model(TOKENS, use_cache=False).logits.square().mean().backward()
+    assert torch.equal(model.model.layers[0].self_attn.q_proj.weight.grad, expected)
+    assert ways(model) == Counter({"dense: gradients are needed": 2})
+    with torch.no_grad():
+        model.train()(TOKENS, use_cache=False)
+        assert ways(model)["dense: attention has dropout"] == 2
+        model.eval()(TOKENS, use_cache=False)
+    assert ways(model)["int8_fp8"] == 2
+
+
+def test_module_that_disagrees_with_its_mask_runs_as_before():
+    model = tiny("llama", eager=False)
+    follow_one(model, "int8_fp8")
+    for module in attention_modules(model).values():
+        module.is_causal = False
+    plain(model)
+    assert set(ways(model)) == {"dense: the module and its mask do not agree on causality"}
+
+
+def test_every_layer_has_its_own_arithmetic():
+    model = tiny("llama")
+    first, second = attention_modules(model)
+    attach(model, {first: LayerAttention.of(AttentionPolicy("fp8_fp8", 2)), second: LayerAttention.of(DENSE_POLICY)})
+    one = plain(model)
+    detach(model)
+    follow_one(model, "fp8_fp8")
+    assert not torch.equal(plain(model), one)
+    detach(model)
+    attach(model, {first: LayerAttention.of(AttentionPolicy("fp8_fp8", 2))})
+    assert torch.equal(plain(model), one)
+    used = attention_in_use(model)
+    assert used is not None
+    assert (used["ran"], used["layers"]) == ("quantized", 1)
+
+
+DENSE_POLICY = AttentionPolicy("bf16", 2)
+
+
+def test_patch_by_recipe_and_unpatch():
+    model = tiny("llama", eager=False)
+    expected = plain(model)
+    recipe = {"attention": {"method": "sage", "mode": "int8_fp16", "min_tokens": 23}}
+    patched = patch(model, recipe)
+    assert {policy.mode for policy in patched.attention.values()} == {"int8_fp16"}
+    assert not torch.equal(plain(model), expected)
+    with pytest.raises(ValueError, match="patched already; unpatch it first"):
+        patch(model, recipe)
+    with pytest.raises(ValueError, match="patched already; unpatch it first"):
+        patch(model, "w4a16-rtn")
+    assert ways(model) == Counter({"int8_fp16": 2})
+    patched.unpatch()
+    patched.unpatch()
+    assert torch.equal(plain(model), expected)
+    assert model.config._attn_implementation == "sdpa"
+    assert not any(ATTRIBUTE in vars(module) for module in model.modules())
+    with patch(model, recipe):
+        assert model.config._attn_implementation in NAMES.values()
+    assert torch.equal(plain(model), expected)
+
+
+@pytest.mark.parametrize("family", ENCODERS)
+def test_encoder_is_patched_by_a_recipe(family):
+    model, mask = tiny(family, eager=False), padded("right")
+    expected = encoded_right(model)
+    with patch(model, {"attention": {"method": "sage", "mode": "int8_fp8", "min_tokens": 8}}):
+        together = output(model, attention_mask=mask)
+        assert set(ways(model)) == {"int8_fp8"}
+        alone = output(model, TOKENS[1:2, :14])
+        error = (together[mask.bool()] - expected).square().mean()
+        assert 0 < error < 0.01 * expected.square().mean()
+        assert (together[1, :14] - alone[0]).square().mean() <= 0.1 * error
+    assert torch.equal(encoded_right(model), expected)
+
+
+def test_encoder_layers_are_judged():
+    model = tiny("modernbert")
+    policies = choose_policies(model, Sage(), TOKENS, device=torch.device("cpu"))
+    assert list(policies) == list(attention_modules(model))
+    assert all(policy.tokens == 46 for policy in policies.values())
+    assert not any(ATTRIBUTE in vars(module) for module in model.modules())
+
+
+def test_capture_gives_the_inputs_of_every_layer_and_leaves_the_model_alone():
+    model = tiny("gemma2")
+    expected = plain(model)
+    found = capture_attention(model, TOKENS)
+    assert list(found) == list(attention_modules(model))
+    windows = [call.options["window"] for call in found.values()]
+    assert sorted(windows, key=str) == [7, None]
+    for call in found.values():
+        assert call.query.shape == (3, 4, 23, 16)
+        assert call.key.shape == call.value.shape == (3, 2, 23, 16)
+        assert call.options["softcap"] == 3.0
+    only = capture_attention(model, TOKENS, names=[next(iter(found))])
+    assert list(only) == [next(iter(found))]
+    assert torch.equal(plain(model), expected)
+    assert model.config._attn_implementation == "eager"
+
+
+def test_layer_whose_mask_is_not_understood_stays_dense():
+    model = tiny("llama4_text") if "llama4_text" in CONFIG_MAPPING else pytest.skip("no llama4")
+    policies = choose_policies(model, Sage(), TOKENS, device=torch.device("cpu"))
+    reasons = {policy.reason for policy in policies.values() if policy.mode == "bf16"}
+    assert any("chunked_overlay" in reason for reason in reasons), policies
+
+
+def test_models_that_cannot_be_patched_are_named():
+    falcon = AutoModelForCausalLM.from_config(CONFIG_MAPPING["falcon"](**SIZES))
+    with pytest.raises(ValueError, match="FalconForCausalLM does not compute its attention through"):
+        check_attention(falcon)
+    t5 = AutoModel.from_config(CONFIG_MAPPING["t5"](d_model=32, num_layers=1, num_heads=2, d_kv=16, vocab_size=64))
+    with pytest.raises(ValueError, match="T5Model is an encoder-decoder"):
+        patch(t5, "sage")
+    llama = tiny("llama")
+    llama.config._attn_implementation_internal = "flash_attention_2"
+    with pytest.raises(ValueError, match="runs attention 'flash_attention_2'; load it with attn_implementation sdpa"):
+        patch(llama, {"attention": {"method": "sage", "mode": "int8_fp8"}})
+    with pytest.raises(ValueError, match="no attention module model"):
+        attach(tiny("llama"), {"model.layers.7": LayerAttention.of(DENSE_POLICY)})
+
+
+def test_text_tower_alone_is_patched():
+    text = {**SIZES, "head_dim": 16, "sliding_window": 7}
+    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 16, "patch_size": 8}
+    config = CONFIG_MAPPING["gemma3"](text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    torch.manual_seed(0)
+    model = AutoModel.from_config(config).eval().requires_grad_(False)
+    before = model.config.vision_config._attn_implementation
+    expected = output(model)
+    follow_one(model, "int8_fp8")
+    assert model.config.vision_config._attn_implementation == before
+    assert not torch.equal(output(model), expected)
+    assert set(ways(model)) == {"int8_fp8"}
+    detach(model)
+    assert torch.equal(output(model), expected)
+
+
+def test_compiled_prefill_is_the_same():
+    model = tiny("llama")
+    follow_one(model, "int8_fp8")
+    expected = left(model)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")
+    got = compiled(TOKENS, attention_mask=padded("left"), use_cache=False).logits[padded("left").bool()]
+    assert torch.equal(got, expected)
+    assert set(ways(model)) == {"int8_fp8"}
