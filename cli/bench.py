@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,6 +33,19 @@ Peers = Annotated[
     str, typer.Option(help="What to stand beside: bf16, fp8, fp8-mm, torch-int4, gemlite.", metavar="A,B")
 ]
 Exact = Annotated[bool, typer.Option("--exact", help="Also w4a8 that never folds group scales into FP8 weights.")]
+Masks = Annotated[
+    str, typer.Option(help="causal, full, window, padding, packed, chunk, comma-separated.", metavar="A,B")
+]
+Lengths = Annotated[str, typer.Option(help="Numbers of keys, comma-separated.", metavar="N,N")]
+HeadDims = Annotated[str, typer.Option(help="Channels of a head, comma-separated.", metavar="N,N")]
+Heads = Annotated[str, typer.Option(help="Query heads / KV heads, comma-separated.", metavar="N/N,N/N")]
+Batch = Annotated[int, typer.Option(help="Sequences at once; padding takes at least 2.", min=1)]
+Modes = Annotated[
+    str, typer.Option(help="fp8_fp8, int8_fp8, int8_fp16, int4_fp8, bf16, comma-separated.", metavar="A,B")
+]
+AttentionPeers = Annotated[
+    str, typer.Option(help="What to stand beside: cudnn, fa2, transformers, sageattention.", metavar="A,B")
+]
 Document = Annotated[
     Path | None, typer.Option("--into", help="Markdown file to put the table into.", metavar="FILE.md")
 ]
@@ -187,6 +200,66 @@ def linear(
     check_speeds(result)
 
 
+@bench.command()
+def attention(
+    context: typer.Context,
+    masks: Masks = "causal",
+    lengths: Lengths = "1024,2048,4096,8192,32768,131072",
+    head_dims: HeadDims = "64,128",
+    heads: Heads = "32/32,32/8",
+    batch: Batch = 1,
+    modes: Modes = "fp8_fp8,int8_fp8,int8_fp16,int4_fp8,bf16",
+    against: AttentionPeers = "cudnn,fa2,transformers,sageattention",
+    note: Note = "",
+    append: Append = False,
+    output: o.OutputFile = None,
+    as_json: o.Json = False,
+) -> None:
+    """Speed of prefill attention on this CUDA device beside other kernels, checked against the reference first."""
+    from ..compress.attention_cases import MASKS, parse_head_dims, parse_heads, parse_lengths
+    from ..compress.attention_contenders import PEERS
+    from ..compress.attention_speed import attention_speed, cases, check_kernels, heading
+    from ..compress.attention_speed_table import check_attention_speeds, merged_attention
+    from ..compress.device_speed import Machine
+    from ..compress.linear_speed import parse_names
+    from ..compress.linear_speed_table import CONDITIONS
+    from ..compress.sweep import checked_earlier
+    from ..kernels.attention import MODES
+    from .progress import Bar
+    from .tables import attention_speeds
+
+    session: Session = context.obj
+    families = some(parse_names(masks, MASKS, "mask"), "mask", MASKS)
+    chosen: list[Any] = some(parse_names(modes, MODES, "mode"), "mode", MODES)
+    peers = parse_names(against, list(PEERS), "peer")
+    found = cases(families, parse_lengths(lengths), parse_head_dims(head_dims), parse_heads(heads), batch)
+    with session.working(), Bar(session.stderr, "measuring the ceilings") as bar:
+        machine = Machine.cuda(())
+        check_kernels(found, chosen, machine.device)
+        if output is not None and append:
+            checked_earlier(output, heading(machine, peers, note), CONDITIONS)
+        earlier = output if append else None
+
+        def merged(result: dict[str, Any]) -> dict[str, Any]:
+            return result if earlier is None else merged_attention(earlier, result)
+
+        def keep(result: dict[str, Any]) -> None:
+            if output is not None:
+                save(merged(result), output)
+
+        result = attention_speed(machine, found, chosen, peers, note=note, progress=bar, keep=keep)
+        result = merged(result)
+    session.show(result, attention_speeds, as_json)
+    check_attention_speeds(result)
+
+
+def some(names: list[str], what: str, known: Sequence[str]) -> list[str]:
+    """`names`. ValueError if there are none."""
+    if not names:
+        raise ValueError(f"no {what} was named; known: {', '.join(known)}")
+    return names
+
+
 def calibration_options(
     dataset: str | None, samples: int | None, length: int | None, batch_size: int | None, seed: int | None
 ) -> Any:
@@ -207,12 +280,14 @@ def save(result: dict[str, Any], output: Path) -> None:
 
 def renderer(result: dict[str, Any]) -> Callable[[dict[str, Any]], str]:
     """What makes the Markdown table of a result of any `bench` command."""
+    from ..compress.attention_speed_table import attention_table
     from ..compress.linear_speed_table import speed_table
     from ..compress.sensitivity import part_table
     from ..compress.sweep import markdown_table
 
-    if result.get("bench") == "linear":
-        return speed_table
+    known = {"linear": speed_table, "attention": attention_table}
+    if result.get("bench") in known:
+        return known[result["bench"]]
     return part_table if "part" in result["rows"][0] else markdown_table
 
 

@@ -247,3 +247,37 @@ def _speed_cells(row: dict[str, Any], peers: list[str]) -> list[str]:
         f"{row['share']:.0%}",
         f"{error}{folded}",
     ]
+
+
+def attention_speeds(content: dict[str, Any]) -> Shown:
+    """The result of `bench attention`: one table per mask, batch, heads and head_dim."""
+    from ..compress.attention_speed_table import absences
+    from ..compress.linear_speed_table import measured_on
+
+    shown: Shown = []
+    peers = list(content["against"])
+    keys = ("mask", "batch", "heads", "kv_heads", "head_dim")
+    for shape in dict.fromkeys(tuple(row[key] for key in keys) for row in content["rows"]):
+        mask, batch, heads, kv_heads, head_dim = shape
+        title = f"{mask}, batch {batch}, {heads}/{kv_heads} heads of {head_dim}"
+        rows = table(title, "mode", "tokens", "µs", *(f"× {peer}" for peer in peers), "TFLOP/s", "share", "error")
+        for row in content["rows"]:
+            if tuple(row[key] for key in keys) == shape:
+                rows.add_row(row["mode"], f"{row['length']:,}", *_attention_cells(row, peers))
+        shown += [rows, ""]
+    return [*shown, measured_on(content), *absences(content)]
+
+
+def _attention_cells(row: dict[str, Any], peers: list[str]) -> list[str]:
+    from ..compress.attention_speed_table import why_wrong
+
+    if not row["correct"]:
+        return ["", *("" for _ in peers), "", "", f"wrong: {why_wrong(row)}"]
+    ratios = [row["peers"].get(peer, {}).get("ratio") for peer in peers]
+    return [
+        f"{row['microseconds']:,.1f}",
+        *("–" if ratio is None else f"{ratio:.2f}" for ratio in ratios),
+        f"{row['tflops']:,.0f}",
+        f"{row['share']:.0%}",
+        f"{row['relative_error']:.1e}, cosine {row['cosine']:.5f}",
+    ]

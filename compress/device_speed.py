@@ -1,7 +1,8 @@
 """How fast one CUDA device is, and how long calls take on it.
 
 A call is timed by replaying a CUDA graph of many calls, so that launching costs nothing, over copies of its weights
-that together exceed the L2 cache several times, so that every call reads them from memory.
+that together exceed the L2 cache several times, so that every call reads them from memory. Calls that take so long that
+launching them is nothing beside it are timed as they are.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ MAX_COPIES = 256
 MAX_COPY_BYTES = 2 * 10**9
 MIN_CALLS = 4
 GRAPH_MILLISECONDS = 1.0
+LONG_MILLISECONDS = 20.0
+"""A call that takes this long is not captured in a graph."""
 SEQUENCE_MILLISECONDS = 30.0
 SEQUENCES = 5
 MATMUL_SIZE = 8192
@@ -118,6 +121,8 @@ def graph_time(calls: Sequence[Callable[[], Any]]) -> float:
 
     once()  # compiles kernels and creates handles, neither of which can be captured
     eager = milliseconds(once, 1) / len(calls)
+    if eager >= LONG_MILLISECONDS:
+        return statistics.median(milliseconds(once, 1) for _ in range(SEQUENCES)) / len(calls) / 1e3
     rounds = math.ceil(max(MIN_CALLS, GRAPH_MILLISECONDS / eager) / len(calls))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

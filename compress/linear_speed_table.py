@@ -33,17 +33,21 @@ def merged_speeds(file: Path, result: dict[str, Any]) -> dict[str, Any]:
     earlier = checked_earlier(file, result, CONDITIONS)
     if earlier is None:
         return result
-    ceilings = {
-        name: value if value is None else max(value, earlier["ceilings"][name])
-        for name, value in result["ceilings"].items()
-    }
     changed = {
-        "ceilings": ceilings,
+        "ceilings": larger_ceilings(earlier, result),
         "against": {**earlier["against"], **result["against"]},
         "rows": joined(earlier["rows"], result["rows"], identity),
         "quantization": joined(earlier["quantization"], result["quantization"], quantization_identity),
     }
     return with_shares({**result, **changed})
+
+
+def larger_ceilings(earlier: dict[str, Any], result: dict[str, Any]) -> dict[str, float | None]:
+    """The larger of two runs' ceilings, one by one."""
+    return {
+        name: value if value is None else max(value, earlier["ceilings"][name])
+        for name, value in result["ceilings"].items()
+    }
 
 
 def check_speeds(result: dict[str, Any]) -> None:
@@ -111,14 +115,18 @@ def meaning(peers: list[str]) -> str:
 
 def measured(result: dict[str, Any]) -> str:
     """A sentence on device, versions, date and ceilings, and one on every peer that never ran."""
+    return " ".join([measured_on(result), *(f"{peer} is absent: {why}." for peer, why in absent(result).items())])
+
+
+def measured_on(result: dict[str, Any]) -> str:
+    """A sentence on device, versions, date and ceilings."""
     environment, ceilings = result["environment"], result["ceilings"]
     fp8 = "" if ceilings["fp8_tflops"] is None else f", FP8 {ceilings['fp8_tflops']:,.0f}"
     bandwidth = max(ceilings["read_gb_per_second"], ceilings["copy_gb_per_second"]) / 1e3
-    sentence = (
+    return (
         f"{environment['device']}, torch {environment['torch']}, Triton {environment['triton']}, {result['date']}; "
         f"ceilings in the same run: {bandwidth:.2f} TB/s, bf16 {ceilings['bf16_tflops']:,.0f}{fp8} TFLOP/s."
     )
-    return " ".join([sentence, *(f"{peer} is absent: {why}." for peer, why in absent(result).items())])
 
 
 def absent(result: dict[str, Any]) -> dict[str, str]:
