@@ -63,6 +63,10 @@ class LayerAttention:
     observe: Callable[[AttentionInputs], None] | None = None
     ran: Counter[str] = field(default_factory=Counter)
 
+    def takes(self, queries: int) -> bool:
+        """Whether a call of so many queries is long enough to run in `mode`."""
+        return self.mode is not None and queries >= self.min_tokens
+
     @classmethod
     def of(cls, policy: AttentionPolicy) -> LayerAttention:
         """A layer that follows its policy."""
@@ -86,28 +90,44 @@ def attention_forward(
     (batch, queries, num_heads, value_head_dim) and attention weights or None.
     """
     layer: LayerAttention | None = vars(module).get(ATTRIBUTE)
-    queries = query.shape[2]
-    watched = layer is not None and layer.observe is not None and queries > 1
-    wanted = layer is not None and layer.mode is not None and queries >= max(2, layer.min_tokens)
-    if layer is not None and (watched or wanted):
-        found = untraced(call_inputs)(module, query, key, value, attention_mask, scaling, dropout, kwargs)
-        if watched and isinstance(found, AttentionInputs):
-            assert layer.observe is not None
+    if layer is not None:
+        queries = query.shape[2]
+        if queries > 1 and (layer.observe is not None or layer.takes(queries)):
+            call = (query, key, value, attention_mask, scaling, dropout)
+            out = untraced(run_layer)(layer, former, module, call, kwargs)
+            if out is not None:
+                return out, None
+        elif not torch.compiler.is_compiling():
+            layer.ran["dense"] += 1
+    mask = attention_mask.build(former, query.device) if isinstance(attention_mask, MaskInfo) else attention_mask
+    return former_function(former, module)(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)
+
+
+def run_layer(
+    layer: LayerAttention,
+    former: str,
+    module: nn.Module,
+    call: tuple[Tensor, Tensor, Tensor, Any, float | None, float],
+    kwargs: Mapping[str, Any],
+) -> Tensor | None:
+    """A call that is observed or long enough: its output, or None if `former` is to run it."""
+    query, key, value, mask, scaling, dropout = call
+    found = call_inputs(module, query, key, value, mask, scaling, dropout, kwargs)
+    taken = layer.takes(query.shape[2])
+    reason = found if isinstance(found, str) else None
+    if isinstance(found, AttentionInputs):
+        if layer.observe is not None:
             layer.observe(found)
-        reason = found if isinstance(found, str) else None
-        if wanted and isinstance(found, AttentionInputs):
+        if taken:
             assert layer.mode is not None
             reason = refusal(layer.mode, found)
             if reason is None:
                 layer.ran[layer.mode] += 1
-                return attend(layer.mode, "prefill", found), None
-        if wanted and reason is not None:
-            log_fallback(f"attention of {type(module).__name__}", reason, f"transformers' {former} attention")
-        layer.ran["dense" if reason is None else f"dense: {reason}"] += 1
-    elif layer is not None:
-        layer.ran["dense"] += 1
-    mask = attention_mask.build(former, query.device) if isinstance(attention_mask, MaskInfo) else attention_mask
-    return former_function(former, module)(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)
+                return attend(layer.mode, "prefill", found)
+    if taken and reason is not None:
+        log_fallback(f"attention of {type(module).__name__}", reason, f"transformers' {former} attention")
+    layer.ran["dense" if reason is None else f"dense: {reason}"] += 1
+    return None
 
 
 def untraced(function: Any) -> Any:

@@ -38,7 +38,7 @@ from .hf_attention import at_least, check_attention, following
 from .hf_decoder import decoder_layers, layerwise_logits, refuse_experts
 from .linear import storage
 from .recipe import Recipe
-from .restore import given_back, restore_worst, worst_attention
+from .restore import attention_beside, given_back, restore_worst, worst_attention
 from .resume import LayerStore, model_files
 from .runtime import attention_backends
 from .walk import Undo, WalkResult, quantize_layers
@@ -133,6 +133,7 @@ def compress(
                 dense = (*dense, *worst_attention(policies, evaluation, loaded.limits))
             else:
                 coverage = restore_worst(layers, walk.reports, undo, coverage, evaluation, loaded.limits)
+                dense = attention_beside(coverage, policies)
         write_tensors(staging, walk.tensors)
         report = {
             "kompakt": package_version(),

@@ -1,12 +1,13 @@
 """Backing off: giving whole decoder layers back their float weights when a quality limit is exceeded.
 
-Folds stay inside a layer, so a layer whose Linears and norms are restored computes what the float model's layer does,
-up to its attention. A recipe without weights gives attention layers back to dense attention instead.
+Folds stay inside a layer, so a layer whose Linears and norms are restored, and whose attention is dense again, computes
+what the float model's layer does. A recipe without weights gives back attention alone.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -61,6 +62,12 @@ def restore_worst(
         else line
         for line in coverage
     ]
+
+
+def attention_beside(coverage: list[Coverage], policies: Iterable[str]) -> tuple[str, ...]:
+    """Attention modules, of those that have policies, in decoder layers whose weights were restored."""
+    restored = [line.name for line in coverage if line.reason == REASON]
+    return tuple(name for name in policies if any(line.startswith(f"{name.rpartition('.')[0]}.") for line in restored))
 
 
 def worst_attention(

@@ -39,7 +39,7 @@ def packed(function, *lengths: int):
     positions = torch.cat([torch.arange(length) for length in lengths])[None]
     compatible = getattr(masking_utils, "packed_sequence_compatibility_function", None)
     if compatible is None:
-        return and_masks(function, packed_sequence_mask_function(documents))
+        return and_masks(function, packed_sequence_mask_function(documents.expand(BATCH, -1)))
     return compatible(function, positions.expand(BATCH, -1), documents.expand(BATCH, -1))
 
 

@@ -468,3 +468,22 @@ def test_compiled_prefill_is_the_same():
     got = compiled(TOKENS, attention_mask=padded("left"), use_cache=False).logits[padded("left").bool()]
     assert torch.equal(got, expected)
     assert set(ways(model)) == {"int8_fp8"}
+
+
+def compiled_steps(model: Any) -> torch.Tensor:
+    """Logits of three tokens decoded from a static cache by one compiled graph."""
+    torch._dynamo.reset()
+    step = torch.compile(model, backend="eager", fullgraph=True)
+    cache = StaticCache(config=model.config, max_cache_len=40)
+    with torch.no_grad():
+        model(TOKENS, past_key_values=cache, use_cache=True)
+        found = [step(TOKENS[:, i : i + 1], past_key_values=cache, use_cache=True).logits for i in range(3)]
+    return torch.cat(found, dim=1)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_decoding_compiles_into_one_graph_and_is_unchanged(family):
+    model = tiny(family, eager=False)
+    expected = compiled_steps(model)
+    follow_one(model, "int8_fp8", min_tokens=24)
+    assert torch.equal(compiled_steps(model), expected)

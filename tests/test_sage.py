@@ -337,7 +337,7 @@ def test_limit_gives_attention_layers_back(base, tmp_path, monkeypatch):
     honest = pipeline.verify_quality
 
     def measured(*arguments):
-        found = honest(*arguments)
+        found: Any = honest(*arguments)
         found["comparison"]["perplexity_increase"] = next(increases)
         return found
 
