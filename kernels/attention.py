@@ -35,6 +35,7 @@ import torch
 from torch import Tensor
 
 from .activations import FP8_CAPABILITY, launching_on, log_fallback, triton_refusal
+from .attention_hopper import HEAD_DIMS
 from .attention_quant import (
     LEVELS,
     dequantize_keys,
@@ -172,7 +173,12 @@ def attention_backend(
         refusal = f"head_dim {max(head_dim, value_dim)} exceeds the kernel's {MAX_HEAD_DIM}"
     if refusal is not None:
         return "exact", refusal
-    fast = call.mode in ("int8_fp8", "fp8_fp8") and call.softcap is None and head_dim == value_dim in (64, 128)
+    fast = (
+        call.mode in ("int8_fp8", "fp8_fp8")
+        and call.softcap is None
+        and head_dim == value_dim
+        and head_dim in HEAD_DIMS
+    )
     if fast and hopper_refusal(query.device) is None:
         return "gluon", "compute capability is 9.0"
     return "triton", "a CUDA device with Triton"

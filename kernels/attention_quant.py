@@ -9,10 +9,12 @@ INT4 has so few levels that it pays that price: one scale per token.
     int8   k8 = round((k − k̄) / σ), σ = max|k − k̄| / 127        fp8: e4m3((k − k̄) / σ), σ = max / 448
     int4   the same with 7; channels d and d + head_dim/2 in one byte
 
-*Values.* FP8, e4m3((v − v̄) / σ_v) with mean and scale per channel over all tokens; the output adds v̄ again, since
-probabilities sum to one. The FP8 matrix units want the tokens of a channel side by side, so values are transposed, and
-in every 16 tokens their order is that in which a thread holds its logits (`TOKEN_ORDER`): probabilities then go from
-one product into the next without leaving their registers.
+*Values.* FP8, e4m3((v − v̄) / σ_v), with a mean per channel of the same sampled tokens, which the output adds again,
+since probabilities sum to one, and one scale per tile: e4m3 is a floating-point format, so channels of different size
+need no scale of their own, and a kernel that adds up tiles in FP32 takes a tile's scale along in the factor with which
+it rescales its sum anyway. Values are then quantized in one pass. The FP8 matrix units want the tokens of a channel
+side by side, so values are transposed, and in every 16 tokens their order is that in which a thread holds its logits
+(`TOKEN_ORDER`): probabilities then go from one product into the next without leaving their registers.
 
 Tokens outside `bounds` become zeros and count in no mean or scale, whatever they hold. Source: SageAttention (arXiv
 2410.02367), SageAttention2 (2411.10958).
@@ -29,8 +31,10 @@ from .activations import E4M3_MAX, MIN_SCALE
 
 TILE = 128
 """Keys with one scale, as in the authors' kernel for Hopper; storage is padded to whole tiles."""
-SAMPLED = 1024
-"""The mean of the keys is that of at most so many tokens."""
+SAMPLED = 512
+"""The means of keys and values are those of at most so many tokens."""
+MIN_VALUE_SCALE = 2.0**-60
+"""Sums are kept in units of the last tile's scale, so scales must not be so far apart that their ratio overflows."""
 LEVELS = {"int8": 127.0, "int4": 7.0, "fp8": E4M3_MAX}
 TOKEN_ORDER = tuple(a * 8 + b * 2 + c for b in range(4) for a in range(2) for c in range(2))
 """Place in storage → token, in every 16 values."""
@@ -50,8 +54,8 @@ class QuantizedKeys:
 
 @dataclass(frozen=True)
 class QuantizedValues:
-    """codes: (batch, num_kv_heads, width, padded tokens) e4m3, tokens in `TOKEN_ORDER`. scale and mean: (batch,
-    num_kv_heads, head_dim) fp32.
+    """codes: (batch, num_kv_heads, width, padded tokens) e4m3, tokens in `TOKEN_ORDER`. scale: (batch, num_kv_heads,
+    padded tokens / TILE) fp32. mean: (batch, num_kv_heads, head_dim) fp32.
     """
 
     codes: Tensor
@@ -70,13 +74,13 @@ def padded_width(head_dim: int) -> int:
 
 
 def sampling_step(tokens: int) -> int:
-    """Tokens whose index is a multiple of this enter the mean of the keys."""
+    """Tokens whose index is a multiple of this enter the means."""
     return -(-tokens // SAMPLED)
 
 
-def scale_of(amax: Tensor, levels: float) -> Tensor:
-    """amax / levels; 1 for an all-zero group, never a subnormal, NaN where amax is not finite."""
-    scale = (amax / torch.full_like(amax, levels)).clamp_min(MIN_SCALE)
+def scale_of(amax: Tensor, levels: float, least: float = MIN_SCALE) -> Tensor:
+    """amax / levels, at least `least`; 1 for an all-zero group, NaN where amax is not finite."""
+    scale = (amax / torch.full_like(amax, levels)).clamp_min(least)
     return scale.masked_fill(amax == 0, 1.0).masked_fill(~amax.isfinite(), torch.nan)
 
 
@@ -96,6 +100,18 @@ def inside(bounds: Tensor | None, batch: int, tokens: int, device: torch.device)
     return ((positions >= bounds[:, :1]) & (positions < bounds[:, 1:]))[:, None, :, None]
 
 
+def smooth(x: Tensor, bounds: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(batch, heads, padded tokens, width) fp32 without its mean, zeros where there is no token, and the mean."""
+    batch, heads, tokens, head_dim = x.shape
+    valid = inside(bounds, batch, tokens, x.device)
+    values = torch.where(valid, x.float(), 0.0)
+    sampled = valid & (torch.arange(tokens, device=x.device) % sampling_step(tokens) == 0)[None, None, :, None]
+    mean = torch.where(sampled, values, 0.0).sum(dim=2) / sampled.sum(dim=2).clamp_min(1)
+    storage = torch.zeros((batch, heads, padded_tokens(tokens), padded_width(head_dim)), device=x.device)
+    storage[:, :, :tokens, :head_dim] = torch.where(valid, values - mean[:, :, None], 0.0)
+    return storage, mean
+
+
 def quantize_keys_ref(key: Tensor, kind: str, bounds: Tensor | None) -> QuantizedKeys:
     """Torch specification, any device.
 
@@ -104,37 +120,26 @@ def quantize_keys_ref(key: Tensor, kind: str, bounds: Tensor | None) -> Quantize
         kind: "int8", "int4" or "fp8".
         bounds: (batch, 2) int32, first and last + 1 key that is looked at; None for all.
     """
-    batch, heads, tokens, head_dim = key.shape
-    valid = inside(bounds, batch, tokens, key.device)
-    values = torch.where(valid, key.float(), 0.0)
-    sampled = valid & (torch.arange(tokens, device=key.device) % sampling_step(tokens) == 0)[None, None, :, None]
-    mean = torch.where(sampled, values, 0.0).sum(dim=2) / sampled.sum(dim=2).clamp_min(1)
-    centered = torch.where(valid, values - mean[:, :, None], 0.0)
-    rows, width = padded_tokens(tokens), padded_width(head_dim)
-    storage = torch.zeros((batch, heads, rows, width), device=key.device)
-    storage[:, :, :tokens, :head_dim] = centered
+    storage, mean = smooth(key, bounds)
     if kind == "int4":
         scale = scale_of(storage.abs().amax(dim=3), LEVELS[kind])
         codes = round_codes(storage, scale[..., None], kind) + 8
-        low, high = codes.to(torch.uint8).split(width // 2, dim=3)
+        low, high = codes.to(torch.uint8).chunk(2, dim=3)
         return QuantizedKeys(low | (high << 4), scale, mean)
-    tiles = storage.view(batch, heads, rows // TILE, TILE, width)
+    tiles = storage.unflatten(2, (-1, TILE))
     scale = scale_of(tiles.abs().amax(dim=(3, 4)), LEVELS[kind])
     return QuantizedKeys(round_codes(tiles, scale[..., None, None], kind).view(storage.shape), scale, mean)
 
 
 def quantize_values_ref(value: Tensor, bounds: Tensor | None) -> QuantizedValues:
     """Torch specification, any device. value: (batch, num_kv_heads, tokens, head_dim) floating, any strides."""
-    batch, heads, tokens, head_dim = value.shape
-    valid = inside(bounds, batch, tokens, value.device)
-    values = torch.where(valid, value.float(), 0.0)
-    mean = values.sum(dim=2) / valid.sum(dim=2).clamp_min(1)
-    centered = torch.where(valid, values - mean[:, :, None], 0.0)
-    scale = scale_of(centered.abs().amax(dim=2), LEVELS["fp8"])
-    storage = torch.zeros((batch, heads, padded_width(head_dim), padded_tokens(tokens)), device=value.device)
-    storage[:, :, :head_dim, :tokens] = (centered * scale.reciprocal()[:, :, None]).transpose(2, 3)
-    ordered = storage.view(*storage.shape[:3], -1, 16)[..., list(TOKEN_ORDER)].reshape(storage.shape)
-    return QuantizedValues(round_codes(ordered, torch.ones_like(ordered), "fp8"), scale, mean)
+    storage, mean = smooth(value, bounds)
+    tiles = storage.unflatten(2, (-1, TILE))
+    scale = scale_of(tiles.abs().amax(dim=(3, 4)), LEVELS["fp8"], MIN_VALUE_SCALE)
+    codes = round_codes(tiles, scale[..., None, None], "fp8").view(storage.shape).transpose(2, 3)
+    order = torch.tensor(TOKEN_ORDER, device=value.device)
+    ordered = codes.unflatten(3, (-1, 16)).view(torch.uint8)[..., order].flatten(3)
+    return QuantizedValues(ordered.contiguous().view(torch.float8_e4m3fn), scale, mean)
 
 
 def dequantize_keys(keys: QuantizedKeys, tokens: int, head_dim: int, kind: str) -> Tensor:
@@ -151,5 +156,5 @@ def dequantize_values(values: QuantizedValues, tokens: int, head_dim: int) -> Te
     """(batch, num_kv_heads, tokens, head_dim) fp32, the mean taken off."""
     codes = values.codes.float()
     order = torch.tensor(TOKEN_ORDER, device=codes.device).argsort()
-    plain = codes.view(*codes.shape[:3], -1, 16)[..., order].reshape(codes.shape)
-    return (plain[:, :, :head_dim, :tokens] * values.scale[..., None]).transpose(2, 3)
+    plain = codes.unflatten(3, (-1, 16))[..., order].flatten(3).transpose(2, 3)
+    return (plain * values.scale.repeat_interleave(TILE, dim=2)[..., None])[:, :, :tokens, :head_dim]

@@ -92,7 +92,7 @@ def product(a, b, EXACT: tl.constexpr, INTEGER: tl.constexpr, INTERPRET: tl.cons
         result = tl.dot(a, b)
     else:
         # Hopper's FP8 accumulator is promoted by the caller, once per tile.
-        result = tl.dot(a, b, max_num_imprecise_acc=1024)
+        result = tl.dot(a, b, max_num_imprecise_acc=a.shape[1])
     return result
 
 
@@ -240,6 +240,8 @@ def attention_kernel(
         m = tl.full((BLOCK_M,), LOWEST, tl.float32)
         total = tl.zeros((BLOCK_M,), tl.float32)
         acc = tl.zeros((BLOCK_M, VALUE_WIDTH), tl.float32)
+        # The sum is kept in units of the last tile's scale.
+        unit = 1.0
         first_position = first - q_stop + k_stop
         begin, whole_begin, whole_end, end = key_range(
             first_position,
@@ -252,7 +254,6 @@ def attention_kernel(
             BLOCK_N,
         )
         for run in tl.static_range(3):
-            MASKED: tl.constexpr = run != 1
             if run == 0:
                 lo, hi = begin, whole_begin
             elif run == 1:
@@ -270,7 +271,7 @@ def attention_kernel(
                     x = (s + shift[:, None]) / bound
                     # tanh(x) = 1 − 2 / (exp(2x) + 1)
                     s = bound * (1.0 - 2.0 / (tl.math.exp2(x * (2.0 * LOG2E)) + 1.0))
-                if MASKED:
+                if run != 1:
                     seen = (token >= k_start)[None, :] & (token < k_stop)[None, :]
                     if CAUSAL:
                         seen = seen & (token[None, :] <= position[:, None])
@@ -285,6 +286,10 @@ def attention_kernel(
                     p = tl.math.exp2(s - new_m[:, None])
                 alpha = tl.math.exp2(m - new_m)
                 total = total * alpha + tl.sum(p, axis=1)
+                if FP8_VALUES:
+                    next_unit = tl.load(value_scale_ptr + plane * (rows // SCALED) + start // SCALED)
+                    alpha *= unit / next_unit
+                    unit = next_unit
                 acc = acc * alpha[:, None] + weigh(
                     p, value_base, vt, start, token, k_start, k_stop, value_dim, rows, FP8_VALUES, VALUE_WIDTH,
                     BLOCK_M, INTERPRET,
@@ -293,7 +298,7 @@ def attention_kernel(
         channel = tl.arange(0, VALUE_WIDTH)
         if FP8_VALUES:
             values = plane * value_dim + channel
-            acc *= tl.load(value_scale_ptr + values, mask=channel < value_dim, other=0.0)[None, :]
+            acc *= unit
             acc += tl.load(value_mean_ptr + values, mask=channel < value_dim, other=0.0)[None, :] * total[:, None]
         true_m = m
         if not SOFTCAP:

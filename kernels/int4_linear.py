@@ -175,7 +175,8 @@ def multiply_expanded(rows: Tensor, weight_packed: Tensor, weight_scale: Tensor,
         if bias is None:
             torch.mm(rows, weight, out=y[:, part])
         else:
-            torch.addmm(bias[part].to(rows.dtype), rows, weight, out=y[:, part])
+            # A product that adds a bias into a part of y rounds twice; one with a result of its own rounds once.
+            y[:, part] = torch.addmm(bias[part].to(rows.dtype), rows, weight)
     return y
 
 

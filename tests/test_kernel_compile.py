@@ -43,6 +43,7 @@ POINTERS = {
     torch.int16: "i16",
     torch.int32: "i32",
     torch.int64: "i64",
+    torch.int8: "i8",
     torch.uint8: "u8",
 }
 
@@ -62,6 +63,8 @@ def signature_of(value: Any) -> str:
         return f"*{POINTERS[value.dtype]}"
     if isinstance(value, int):
         return "i32"
+    if isinstance(value, float):
+        return "fp32"
     return f"tensordesc<{POINTERS[value.base.dtype]}{list(value.block_shape)},{value.layout!r}>"
 
 
