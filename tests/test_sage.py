@@ -78,7 +78,7 @@ def test_a_mode_is_compared_on_all_sequences(mode):
         for i in (0, 1)
     ]
     alone = [compare_mode(row, mode).relative_l1 for row in rows]
-    assert min(alone) <= found.relative_l1 <= max(alone)
+    assert min(alone) < found.relative_l1 < max(alone)
 
 
 def test_exact_output_is_softmax_attention():
@@ -352,6 +352,27 @@ def test_limit_gives_attention_layers_back(base, tmp_path, monkeypatch):
     assert result.evaluation["attention"]["ran"] == "partly quantized"
     ranked = sorted(layers, key=lambda name: layers[name]["tried"]["fp8_fp8"]["cosine"])
     assert sorted(restored) == sorted(ranked[:2])
+
+
+def test_restored_layers_are_dense_as_well(base, tmp_path, monkeypatch):
+    from kompakt.compress import pipeline
+
+    increases = iter((0.5, 0.0))
+    honest = pipeline.verify_quality
+
+    def measured(*arguments):
+        found: Any = honest(*arguments)
+        found["comparison"]["perplexity_increase"] = next(increases)
+        return found
+
+    monkeypatch.setattr(pipeline, "verify_quality", measured)
+    recipe = {"weights": "rtn", "attention": "sage", "limits": {"perplexity_increase": "3%"}}
+    report = compress(base, recipe, tmp_path / "out", overrides=SHORT).report
+    kept = [line["name"] for line in report["coverage"] if line["status"] == "kept"]
+    restored = {name.removesuffix(".self_attn.q_proj") for name in kept if name.endswith("q_proj")}
+    assert len(restored) == 1
+    layers = report["attention"]["layers"]
+    assert {name.removesuffix(".self_attn") for name, policy in layers.items() if policy["mode"] == "bf16"} == restored
 
 
 def test_limit_that_cannot_be_met_fails_with_numbers():
