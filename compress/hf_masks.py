@@ -28,6 +28,7 @@ from transformers.masking_utils import (
 from ..kernels.segments import Segments
 
 HOME = "transformers.masking_utils"
+READ_BY_MODEL = "the model reads its attention mask itself; kompakt's attention cannot run it, unpatch it"
 
 
 @dataclass(frozen=True)
@@ -104,10 +105,12 @@ def read_mask_function(function: Callable) -> Pattern:
 class MaskInfo:
     """Arguments of one mask of one forward pass, in place of the mask.
 
-    arguments: as transformers gives them to a mask function. ndim, shape and `contiguous` are what `generate` asks of a
+    implementation: what will run the calls that kompakt does not. arguments: as transformers gives them to a mask
+    function. ndim, shape and `contiguous` are what `generate` asks of a
     prepared mask.
     """
 
+    implementation: str
     arguments: dict[str, Any]
     ndim: int = 0
     shape: tuple[int, ...] = ()
@@ -118,9 +121,26 @@ class MaskInfo:
         """Itself."""
         return self
 
-    def __getitem__(self, index: object) -> Any:
-        """ValueError: a model that works on the mask cannot be patched."""
-        raise ValueError("the model reads its attention mask itself; kompakt's attention cannot run it, unpatch it")
+    def __getitem__(self, index: Any) -> Any:
+        """The mask of the last queries, as ``mask[:, :, -n:, :]`` of a model that drops the others.
+
+        ValueError for anything else: a model that works on the mask cannot be patched.
+        """
+        every = slice(None)
+        match index:
+            case (batch, heads, slice(start=int(start), stop=None, step=None), keys) if start <= 0:
+                if (batch, heads, keys) == (every, every, every):
+                    queries = self.arguments["q_length"]
+                    left = min(-start, queries) or queries
+                    offset = self.arguments["q_offset"] + queries - left
+                    return keep_arguments(
+                        self.implementation, **{**self.arguments, "q_length": left, "q_offset": offset}
+                    )
+        raise ValueError(READ_BY_MODEL)
+
+    def __getattr__(self, name: str) -> Any:
+        """AttributeError that says what the model did."""
+        raise AttributeError(f"{READ_BY_MODEL} ({name})")
 
     def build(self, implementation: str, device: torch.device) -> Tensor | None:
         """The mask that an attention implementation of transformers expects, built once for all layers."""
@@ -221,4 +241,4 @@ def keep_arguments(implementation: str, **arguments: Any) -> Any:
         arguments[name] = offset.clone() if isinstance(offset, Tensor) else offset
     if arguments["q_length"] == 1:
         return ALL_MASK_ATTENTION_FUNCTIONS[implementation](**arguments)
-    return MaskInfo(arguments)
+    return MaskInfo(implementation, arguments)

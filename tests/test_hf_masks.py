@@ -208,6 +208,33 @@ def test_built_mask_is_the_implementations_own(implementation):
     assert keep_arguments(implementation, **{**arguments, "attention_mask": info}) is info
 
 
+@pytest.mark.parametrize("case", ["causal", "chunk of a prefill", "sliding cache", "static cache, filled"])
+@pytest.mark.parametrize("left", [0, 3, 99])
+def test_last_queries_of_a_mask(case, left):
+    """Models whose last layers share keys run them for the last queries only."""
+    _, queries, keys, *_ = CASES[case]
+    info = info_of(*CASES[case])
+    some = info[:, :, slice(-left, None), :]
+    count = min(left, queries) or queries
+    layout = some.layout(BATCH, count, keys, CPU)
+    assert isinstance(layout, Layout)
+    whole_mask = sdpa_mask(**{**info.arguments, "allow_is_causal_skip": False})
+    assert whole_mask is not None
+    expected = whole_mask.expand(BATCH, 1, queries, keys)[:, 0, -count:]
+    assert torch.equal(ours(layout, count, keys), expected)
+
+
+def test_last_query_of_a_mask_is_a_mask():
+    last = info_of(causal_mask_function, 5, 9, 2, 0, padding(*LEFT, tokens=9))[:, :, slice(-1, None), :]
+    expected = sdpa_mask(BATCH, 1, 9, q_offset=6, attention_mask=padding(*LEFT, tokens=9))
+    assert torch.equal(last, expected)
+
+
 def test_a_model_that_reads_its_mask_is_told():
-    with pytest.raises(ValueError, match="reads its attention mask itself"):
-        info_of(causal_mask_function, 9, 9, 0, 0, None)[:, 0]
+    info = info_of(causal_mask_function, 9, 9, 0, 0, None)
+    for index in ((slice(None), 0), 0, (slice(None), slice(None), slice(None, 3), slice(None))):
+        with pytest.raises(ValueError, match="reads its attention mask itself"):
+            info[index]
+    with pytest.raises(AttributeError, match=r"reads its attention mask itself.*dtype"):
+        info.dtype  # noqa: B018
+    assert not hasattr(info, "to")

@@ -279,6 +279,22 @@ def test_generation_with_static_cache_runs_the_prefill_quantized():
     assert ways(model) == Counter({"fp8_fp8": 4, "dense": 16})
 
 
+@pytest.mark.skipif("gemma4_text" not in CONFIG_MAPPING, reason="this transformers has no gemma4")
+@pytest.mark.parametrize("eager", [True, False], ids=["eager", "sdpa"])
+def test_layers_that_run_the_last_query_alone(eager):
+    kinds = ["sliding_attention", "full_attention"] * 2
+    shared = {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "layer_types": kinds}
+    sizes = {"head_dim": 16, "global_head_dim": 16, "sliding_window": 7, "vocab_size_per_layer_input": 128}
+    model = tiny("gemma4_text", eager=eager, hidden_size_per_layer_input=8, **sizes, **shared)
+    options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "attention_mask": padded("left")}
+    expected = model.generate(TOKENS, **options)
+    follow_one(model, "bf16")
+    assert torch.equal(model.generate(TOKENS, **options), expected)
+    # Older transformers runs them for every query.
+    assert ways(model)["bf16"] in (2, 4)
+    assert set(ways(model)) == {"bf16", "dense"}
+
+
 def custom_mask() -> torch.Tensor:
     """A causal mask of the caller's own in which every third key is hidden."""
     mask = torch.ones(23, 23, dtype=torch.bool).tril()
