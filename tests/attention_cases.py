@@ -95,8 +95,8 @@ class AttentionCase:
         if self.hard == "poisoned padding" and segments is not None:
             for row, (start, stop) in enumerate(segments.key_bounds(self.batch).tolist()):
                 key[row, :start], key[row, stop:], value[row, :start], value[row, stop:] = (torch.nan,) * 4
-        tensors = [t.transpose(1, 2).to(self.dtype).to(device) for t in (query, key, value)]
-        return (*tensors, None if sinks is None else sinks.to(device), segments)
+        query, key, value = (t.transpose(1, 2).to(self.dtype).to(device) for t in (query, key, value))
+        return query, key, value, None if sinks is None else sinks.to(device), segments
 
 
 def operands_of(quantize: Callable[..., tuple]) -> Callable[..., tuple[Tensor, ...]]:

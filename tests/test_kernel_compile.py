@@ -26,7 +26,17 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.compiler import compile as triton_compile
 
-from kompakt.kernels import activations_triton, int4_expand_triton, int4_linear_triton, planes_triton
+from kompakt.kernels import (
+    activations_triton,
+    attention_quant_triton,
+    attention_triton,
+    int4_expand_triton,
+    int4_linear_triton,
+    planes_triton,
+)
+from kompakt.kernels.attention import MODES, Call
+from kompakt.kernels.attention_hopper import attention_hopper
+from kompakt.kernels.attention_quant import quantize_keys_ref, quantize_values_ref
 from kompakt.kernels.planes import DIGIT_SUMS, empty_planes
 from kompakt.kernels.w4a8_hopper import w4a8_hopper
 
@@ -169,6 +179,51 @@ def compile_hopper(tokens: int, out_features: int, sum_size: int):
     )
 
 
+def compile_codes(target: GPUTarget, kernel: str, kind: str):
+    """8,192 keys and values of 8 heads."""
+    x = meta(1, 8, 8192, 128, dtype=BF16)
+    other = {"means_kernel": "codes_kernel", "codes_kernel": "means_kernel"}[kernel]
+    with mock.patch.object(attention_quant_triton, other, Recorder()):
+        return compile_launch(
+            attention_quant_triton,
+            kernel,
+            lambda: attention_quant_triton.quantize_keys_values(x, x, kind, True, None),
+            target,
+        )
+
+
+def compile_attention(
+    target: GPUTarget, mode: str, head_dim: int, *, window: int | None = None, softcap: float | None = None
+):
+    """Causal, 32 heads over 8, 4,096 tokens, bf16; on "gluon" by `attention_hopper`."""
+    query, key = meta(1, 32, 4096, head_dim, dtype=BF16), meta(1, 8, 4096, head_dim, dtype=BF16)
+    call = Call(mode, True, window, head_dim**-0.5, softcap)
+
+    def quantized(key: Tensor, value: Tensor, kind: str | None, fp8: bool, bounds: None, **_: bool) -> tuple:
+        return quantize_keys_ref(key, kind, bounds) if kind else None, quantize_values_ref(
+            value, bounds
+        ) if fp8 else None
+
+    module, name, run = attention_triton, "attention_kernel", attention_triton.attention_triton
+    if target == "gluon":
+        module = pytest.importorskip("kompakt.kernels.attention_hopper_triton", reason="this Triton has no Gluon")
+        name, run, target = "attention_hopper_kernel", attention_hopper, SM90
+    with (
+        mock.patch.object(attention_quant_triton, "quantize_keys_values", quantized),
+        mock.patch.object(attention_triton, "quantize_keys_values", quantized),
+    ):
+        return compile_launch(module, name, lambda: run(query, key, key, call, None, None), target)
+
+
+def machine_code(compiled: Any) -> str:
+    """SASS of a compiled kernel."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [knobs.nvidia.nvdisasm.path, "-c", file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
 def stack_bytes(compiled: Any) -> int:
     """Bytes per thread in local memory: spilled registers."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -266,6 +321,51 @@ def test_w4a8_hopper(tokens, out_features, sum_size):
     assert stack_bytes(compiled) <= {0: 0, 128: 0, 64: 48, 32: 152}[sum_size]
 
 
+@pytest.mark.parametrize("kernel", ["means_kernel", "codes_kernel"])
+@pytest.mark.parametrize(
+    ("target", "kind"), [(SM90, "fp8"), (SM90, "int4"), (SM89, "int8"), (GFX942, "int8")], ids=short_id
+)
+def test_attention_codes(target, kernel, kind):
+    assert fits(compile_codes(target, kernel, kind), target)
+
+
+@pytest.mark.parametrize(
+    ("target", "mode", "head_dim"),
+    [
+        *((SM90, mode, head_dim) for mode in MODES for head_dim in (64, 128)),
+        (SM90, "int8_fp8", 256),
+        (SM89, "int8_fp8", 128),
+        (SM80, "int8_fp16", 128),
+        (SM80, "bf16", 80),
+        (GFX942, "int8_fp16", 64),
+    ],
+    ids=short_id,
+)
+def test_attention(target, mode, head_dim):
+    compiled = compile_attention(target, mode, head_dim, window=512 if head_dim == 64 else None)
+    assert fits(compiled, target)
+    if target == SM90:
+        ptx = compiled.asm["ptx"]
+        assert "wgmma.mma_async" in ptx
+        assert (".e4m3.e4m3" in ptx) == ("fp8" in mode) and (".s32.s8.s8" in ptx) == ("int" in mode)
+
+
+@pytest.mark.parametrize("window", [None, 512])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("mode", ["fp8_fp8", "int8_fp8"])
+def test_attention_hopper(mode, head_dim, window):
+    compiled = compile_attention("gluon", mode, head_dim, window=window)  # pyright: ignore
+    assert fits(compiled, SM90)
+    ptx = compiled.asm["ptx"]
+    assert "setmaxnreg" in ptx and (".s32.s8.s8" in ptx) == (mode == "int8_fp8")
+    assert f"m64n{head_dim}k32.f32.e4m3.e4m3" in ptx
+    # Where the assembler makes products wait for each other, each has a wait of its own; here a chain has one.
+    code = machine_code(compiled)
+    assert 0 < 3 * code.count("WARPGROUP.DEPBAR") <= code.count("GMMA.64x")
+    # Around the products nothing is spilled; before the first and after the last some registers are.
+    assert stack_bytes(compiled) <= (0 if head_dim == 64 else 320)
+
+
 @pytest.mark.parametrize(
     "build",
     [
@@ -273,8 +373,9 @@ def test_w4a8_hopper(tokens, out_features, sum_size):
         lambda: compile_quantize(SM80, BF16),
         lambda: compile_planes(SM80, BF16, 16, 4096, 0),
         lambda: compile_expand(SM80, E4M3, 1),
+        lambda: compile_attention(SM80, "int8_fp8", 64),
     ],
-    ids=["w4a8", "quantize", "planes", "expand"],
+    ids=["w4a8", "quantize", "planes", "expand", "attention"],
 )
 def test_sm80_has_no_e4m3(build: Callable[[], Any]):
     """Why dispatch asks for compute capability 8.9: were this to pass, the demand could be lowered."""
@@ -289,7 +390,20 @@ def test_sm80_has_no_e4m3(build: Callable[[], Any]):
 
 
 @pytest.mark.parametrize(
-    "name", ["packing", "activations", "planes", "int4_expand", "int4_linear", "w4a8_linear", "fp8_linear"]
+    "name",
+    [
+        "packing",
+        "activations",
+        "planes",
+        "int4_expand",
+        "int4_linear",
+        "w4a8_linear",
+        "fp8_linear",
+        "attention",
+        "attention_quant",
+        "attention_hopper",
+        "segments",
+    ],
 )
 def test_ops_import_triton_only_where_they_launch(name):
     source = (Path(__file__).parents[1] / "kernels" / f"{name}.py").read_text()
