@@ -112,10 +112,14 @@ def observe_attention(
 
 
 def run_layers(model: Any, tokens: torch.Tensor, device: torch.device | None) -> None:
-    """One pass without a head: decoder layer by decoder layer, or the whole model where there are none to be found."""
+    """One pass without a head: decoder layer by decoder layer, or the whole model where there are none to be found, or
+    where the first ones found may be those of another tower.
+    """
     try:
-        layers = decoder_layers(model)
+        layers = decoder_layers(model) if model.config.get_text_config() is model.config else []
     except ValueError:
+        layers = []
+    if not layers:
         model(tokens.to(next(model.parameters()).device))
         return
     calls = LayerCalls(model, layers, [tokens])

@@ -411,8 +411,9 @@ def test_encoder_is_patched_by_a_recipe(family):
     assert torch.equal(encoded_right(model), expected)
 
 
-def test_encoder_layers_are_judged():
-    model = tiny("modernbert")
+@pytest.mark.parametrize("family", ENCODERS)
+def test_encoder_layers_are_judged(family):
+    model = tiny(family)
     policies = choose_policies(model, Sage(), TOKENS, device=torch.device("cpu"))
     assert list(policies) == list(attention_modules(model))
     assert all(policy.tokens == 46 for policy in policies.values())
@@ -458,13 +459,25 @@ def test_models_that_cannot_be_patched_are_named():
         attach(tiny("llama"), {"model.layers.7": LayerAttention.of(DENSE_POLICY)})
 
 
-def test_text_tower_alone_is_patched():
+def multimodal() -> Any:
+    """A tiny Gemma 3 with its vision tower."""
     text = {**SIZES, "head_dim": 16, "sliding_window": 7}
     vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     vision |= {"image_size": 16, "patch_size": 8}
     config = CONFIG_MAPPING["gemma3"](text_config=text, vision_config=vision, mm_tokens_per_image=4)
     torch.manual_seed(0)
-    model = AutoModel.from_config(config).eval().requires_grad_(False)
+    return AutoModel.from_config(config).eval().requires_grad_(False)
+
+
+def test_text_tower_alone_is_judged():
+    model = multimodal()
+    policies = choose_policies(model, Sage(), TOKENS, device=torch.device("cpu"))
+    assert len(policies) == 2
+    assert all("language_model" in name and policy.tried for name, policy in policies.items())
+
+
+def test_text_tower_alone_is_patched():
+    model = multimodal()
     before = model.config.vision_config._attn_implementation
     expected = output(model)
     follow_one(model, "int8_fp8")
