@@ -253,6 +253,45 @@ def attention(
     check_attention_speeds(result)
 
 
+@bench.command("attention-accuracy")
+def attention_accuracy(
+    context: typer.Context,
+    model: o.Model,
+    text: o.Text = "builtin",
+    length: Annotated[int, typer.Option(help="Tokens of a window.", min=2)] = 8192,
+    windows: o.Windows = 0,
+    modes: Modes = "fp8_fp8,int8_fp8,int8_fp16,int4_fp8",
+    choices: o.Choices = None,
+    limit: o.Limit = None,
+    note: Note = "",
+    output: o.OutputFile = None,
+    as_json: o.Json = False,
+) -> None:
+    """What modes of attention cost: every layer's output, random inputs, perplexity, tasks (--windows 0: all)."""
+    from ..compress.attention_accuracy import QUANTIZED, accuracy_table
+    from ..compress.attention_accuracy import attention_accuracy as measure
+    from ..compress.linear_speed import parse_names
+    from .progress import Bar
+
+    session: Session = context.obj
+    chosen: list[Any] = some(parse_names(modes, QUANTIZED, "mode"), "mode", QUANTIZED)
+    with session.working(), Bar(session.stderr, "loading the model") as bar:
+        result = measure(
+            model,
+            modes=chosen,
+            text=text,
+            length=length,
+            windows=windows,
+            choices=choices,
+            limit=limit,
+            note=note,
+            progress=bar,
+        )
+        if output is not None:
+            save(result, output)
+    session.show(result, lambda content: [accuracy_table(content)], as_json)
+
+
 def some(names: list[str], what: str, known: Sequence[str]) -> list[str]:
     """`names`. ValueError if there are none."""
     if not names:
@@ -280,12 +319,13 @@ def save(result: dict[str, Any], output: Path) -> None:
 
 def renderer(result: dict[str, Any]) -> Callable[[dict[str, Any]], str]:
     """What makes the Markdown table of a result of any `bench` command."""
+    from ..compress.attention_accuracy import accuracy_table
     from ..compress.attention_speed_table import attention_table
     from ..compress.linear_speed_table import speed_table
     from ..compress.sensitivity import part_table
     from ..compress.sweep import markdown_table
 
-    known = {"linear": speed_table, "attention": attention_table}
+    known = {"linear": speed_table, "attention": attention_table, "attention-accuracy": accuracy_table}
     if result.get("bench") in known:
         return known[result["bench"]]
     return part_table if "part" in result["rows"][0] else markdown_table
