@@ -206,7 +206,7 @@ def test_the_floor_is_that_of_both_products():
     assert floor_seconds(row, replace(CEILINGS, fp8_tflops=None)) == pytest.approx(10e-3)
 
 
-@pytest.mark.parametrize("broken", ["head", "nan", "raises", "long"])
+@pytest.mark.parametrize("broken", ["head", "nan", "raises", "long", "long nan"])
 def test_a_wrong_result_has_no_time(machine, monkeypatch, broken):
     def wrong(query, key, value, mode, **options):
         out, lse = prefill_attention(query, key, value, mode=mode, **options)
@@ -218,7 +218,8 @@ def test_a_wrong_result_has_no_time(machine, monkeypatch, broken):
             elif broken == "nan":
                 out[:, 0, 61] = math.nan
             elif query.shape[2] == 64:
-                out[:, :, 63] = 0  # the last query, and only of the length that is timed
+                # The last query, and only of the length that is timed.
+                out[:, :, 63] = 0 if broken == "long" else math.nan
         return out, lse
 
     monkeypatch.setattr(attention_contenders, "prefill_attention", wrong)
@@ -227,7 +228,12 @@ def test_a_wrong_result_has_no_time(machine, monkeypatch, broken):
     assert good["correct"] and not bad["correct"]
     assert "microseconds" not in bad and "share" not in bad and "ratio" not in bad["peers"]["transformers"]
     json.dumps(result, allow_nan=False)
-    says = {"raises": "no such tile", "long": "error 1.0 at this length", "nan": "error None on 333 tokens"}
+    says = {
+        "raises": "no such tile",
+        "long": "error 1.0 at this length",
+        "long nan": "error None at this length",
+        "nan": "error None on 333 tokens",
+    }
     with pytest.raises(RuntimeError, match=r"1 of 2 results are wrong.*causal 9/3 heads of 16, 64 tokens, fp8_fp8"):
         check_attention_speeds(result)
     with pytest.raises(RuntimeError, match=says.get(broken, "on 333 tokens")):
@@ -248,9 +254,18 @@ def test_a_wrong_peer_is_absent(machine, monkeypatch):
     assert "its result is wrong: error" in found["peers"]["fa2"]["absent"] and not found["correct"]
 
 
-def test_what_a_masked_peer_writes_for_padding_does_not_matter(machine):
-    found = measure(machine, masks=["padding"], modes=["bf16"], peers=["transformers"])["rows"][0]
-    assert found["batch"] == 2 and found["peers"]["transformers"]["ratio"] == 1
+def test_what_a_peer_writes_for_padding_does_not_matter(machine, monkeypatch):
+    def peer(problem, machine):
+        def run(query, key, value):
+            out = prefill_attention(query, key, value, mode="bf16", segments=problem.layout.segments)[0]
+            out[1, :, : 64 // 3] = math.nan
+            return out
+
+        return attention_contenders.Contender([(problem.query, problem.key, problem.value)], run)
+
+    monkeypatch.setitem(PEERS, "fa2", peer)
+    found = measure(machine, masks=["padding"], modes=["bf16"], peers=["fa2"])["rows"][0]
+    assert found["batch"] == 2 and found["peers"]["fa2"]["ratio"] == 1
 
 
 def test_dense_masks_have_a_limit(machine):
