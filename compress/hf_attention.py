@@ -197,16 +197,26 @@ def attention_modules(model: Any) -> dict[str, nn.Module]:
 
 def check_attention(model: Any) -> dict[str, nn.Module]:
     """`attention_modules`. ValueError, naming the model, if its attention cannot be patched."""
-    kind = type(model).__name__
+    name = type(model).__name__
     if getattr(model.config, "is_encoder_decoder", False):
-        raise ValueError(f"{kind} is an encoder-decoder; attention is patched in decoders and in encoders alone")
+        raise ValueError(f"{name} is an encoder-decoder; attention is patched in decoders and in encoders alone")
     modules = attention_modules(model)
     if not modules or not hasattr(model, "set_attn_implementation"):
-        raise ValueError(f"{kind} does not compute its attention through transformers' attention interface")
+        raise ValueError(f"{name} does not compute its attention through transformers' attention interface")
+    kinds = {kind for module in modules.values() if (kind := layer_kind(module)) is not None}
+    choosing = sorted(kind for kind in kinds if any(word in kind for word in ("indexed", "sparse", "compressed")))
+    if choosing:
+        raise ValueError(f"{name} has {choosing[0]}, which works on the mask itself; it is not patched")
     former = model.config.get_text_config()._attn_implementation
     if former not in NAMES and former not in NAMES.values():
-        raise ValueError(f"{kind} runs attention {former!r}; load it with attn_implementation {' or '.join(NAMES)}")
+        raise ValueError(f"{name} runs attention {former!r}; load it with attn_implementation {' or '.join(NAMES)}")
     return modules
+
+
+def layer_kind(module: nn.Module) -> str | None:
+    """What transformers calls the attention of a layer, such as "sliding_attention", where the config says it."""
+    kinds, index = getattr(module.config, "layer_types", None), getattr(module, "layer_idx", None)
+    return kinds[index] if kinds and isinstance(index, int) and index < len(kinds) else None
 
 
 def is_attached(model: Any) -> bool:

@@ -19,7 +19,7 @@ from ..kernels.int4_linear import Backend, available_backends
 from ..quant.method import WeightScheme
 from .coverage import Coverage
 from .hf import meta_model, read_config, resolve_model
-from .hf_attention import attention_modules
+from .hf_attention import attention_modules, layer_kind
 from .hf_decoder import decoder_layers
 from .linear import CompressedLinear
 from .pipeline import OPS, covered
@@ -191,6 +191,8 @@ def cover_attention(model: Any, layer_names: list[str], recipe: Recipe) -> list[
         for name, module in inside.items():
             head_dim = getattr(module, "head_dim", 0)
             status, why = ("covered", reason) if method.modes else ("dense", reason)
+            if layer_kind(module) == "chunked_attention":
+                status, why = "dense", "its mask is made of chunks"
             if head_dim > MAX_HEAD_DIM:
                 status, why = "dense", f"head_dim {head_dim} exceeds the kernel's {MAX_HEAD_DIM}"
             lines.append(AttentionCoverage(name, type(module).__name__, status, why))

@@ -348,6 +348,10 @@ def test_models_that_cannot_be_patched_are_named():
     t5 = AutoModel.from_config(CONFIG_MAPPING["t5"](d_model=32, num_layers=1, num_heads=2, d_kv=16, vocab_size=64))
     with pytest.raises(ValueError, match="T5Model is an encoder-decoder"):
         patch(t5, "sage")
+    indexed = tiny("deepseek_v3")
+    indexed.config.layer_types = ["full_attention", "indexed_attention"]
+    with pytest.raises(ValueError, match="has indexed_attention, which works on the mask itself"):
+        check_attention(indexed)
     llama = tiny("llama")
     llama.config._attn_implementation_internal = "flash_attention_2"
     with pytest.raises(ValueError, match="runs attention 'flash_attention_2'; load it with attn_implementation sdpa"):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import tiny_directory
-from transformers import AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from kompakt.compress import compress, evaluate, load, patch, plan
 from kompakt.compress.artifact import read_policies, read_sidecar
@@ -405,6 +405,17 @@ def test_plan_says_what_is_covered_and_what_is_not(base):
     assert {line["reason"] for line in plan(wide, "sage", device="cpu").as_dict()["attention"]} == {
         "head_dim 320 exceeds the kernel's 256"
     }
+
+
+def test_plan_knows_chunks(tmp_path):
+    config = CONFIG_MAPPING["llama4_text"](
+        num_hidden_layers=4, hidden_size=64, head_dim=16, num_attention_heads=4, num_key_value_heads=2, vocab_size=64
+    )
+    config.architectures = ["Llama4ForCausalLM"]
+    config.save_pretrained(tmp_path)
+    lines = plan(tmp_path, "sage", device="cpu").as_dict()["attention"]
+    assert [line["status"] for line in lines] == ["dense", "dense", "dense", "covered"]
+    assert lines[0]["reason"] == "its mask is made of chunks"
 
 
 def tiny_config(base, **changes):
