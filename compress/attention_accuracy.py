@@ -55,9 +55,8 @@ def attention_accuracy(
     if positions is not None and length > positions:
         raise ValueError(f"length {length} exceeds the {positions} positions of {bench.path.name}")
     device = input_device(bench.subject)
-    layers, refused = layer_figures(bench, modes, progress)
+    layers, runs, refused = layer_figures(bench, modes, progress)
     synthetic = synthetic_figures(modes, length, device, progress)
-    runs = backends(modes, device)
     rows: list[dict[str, Any]] = []
     before = None if choices is None else answers(bench.base, bench, choices, limit, progress)
     for mode in modes:
@@ -77,20 +76,25 @@ def attention_accuracy(
 
 def layer_figures(
     bench: Bench, modes: Sequence[Mode], progress: Progress
-) -> tuple[dict[str, dict[str, dict[str, Any]]], dict[str, str]]:
-    """Mode → layer → figures on the first window, and layers that could not be captured with the reason."""
+) -> tuple[dict[str, dict[str, dict[str, Any]]], dict[str, str], dict[str, str]]:
+    """On the first window: mode → layer → figures; mode → what ran it in the first layer; layers that could not be
+    captured with the reason.
+    """
     found: dict[str, dict[str, Figures]] = {}
+    runs: dict[str, str] = {}
 
     def visit(name: str, inputs: AttentionInputs) -> None:
         progress("attention layers", len(found), len(found) + 1, name)
         found[name] = compare_all(inputs, modes)
+        if not runs:
+            runs.update(backends(inputs, modes))
 
     refused = observe_attention(bench.subject, bench.windows[:1], visit)
     if not found:
         raise ValueError(f"no attention layer of {bench.path.name} can be measured: {next(iter(refused.values()))}")
     layers = {name: described(item) for name, item in found.items()}
     by_mode = {mode: {name: layer[mode] for name, layer in layers.items()} for mode in (*modes, BASELINE)}
-    return by_mode, {name: why for name, why in refused.items() if name not in found}
+    return by_mode, runs, {name: why for name, why in refused.items() if name not in found}
 
 
 def synthetic_figures(

@@ -25,6 +25,7 @@ from ..kernels.attention_quant import E4M3_MAX, LEVELS, round_codes, scale_of
 from ..kernels.segments import visible, whole
 from ..quant.method import AttentionInputs, Figures
 from ..quant.sage import difference_sums, exact_output, figures, rows
+from .runtime import refusal
 
 BASELINE = "per-tensor FP8"
 KINDS = ("normal", "channel offsets", "large channel offsets", "outliers", "channel offsets and outliers")
@@ -73,7 +74,14 @@ def one_scale(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def compare_all(inputs: AttentionInputs, modes: Sequence[Mode]) -> dict[str, Figures]:
-    """Figures of every mode and of the baseline against attention in FP32, by name."""
+    """Figures of every mode and of the baseline against attention in FP32, by name.
+
+    Raises ValueError if a mode has no kernel for the inputs: exact attention would run in its place.
+    """
+    for mode in modes:
+        why = refusal(mode, inputs)
+        if why is not None:
+            raise ValueError(f"mode {mode} cannot be measured on this device: {why}; leave it out")
     sums: dict[str, Tensor] = {name: torch.zeros(6, dtype=torch.float64) for name in (*modes, BASELINE)}
     for part in rows(inputs):
         single = replace(part, query=part.query.float(), key=part.key.float(), value=part.value.float())
@@ -123,7 +131,10 @@ def synthetic_inputs(kind: str, head_dim: int, length: int, device: torch.device
     return AttentionInputs(query, key, value, options)
 
 
-def backends(modes: Sequence[Mode], device: torch.device, head_dim: int = HEAD_DIMS[-1]) -> dict[str, str]:
-    """mode → what runs it on a device, in bf16."""
-    probe = torch.empty((1, 1, 1, head_dim), dtype=torch.bfloat16, device=device)
-    return {mode: attention_backend(probe, probe, Call(mode, True, None, 1.0, None))[0] for mode in modes}
+def backends(inputs: AttentionInputs, modes: Sequence[Mode]) -> dict[str, str]:
+    """mode → what runs it for such inputs: "gluon", "triton" or "reference"."""
+    options = inputs.options
+    calls = {
+        mode: Call(mode, options["causal"], options["window"], options["scaling"], options["softcap"]) for mode in modes
+    }
+    return {mode: attention_backend(inputs.query, inputs.value, call)[0] for mode, call in calls.items()}

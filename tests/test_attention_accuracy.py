@@ -207,6 +207,12 @@ def test_a_model_that_runs_dense_is_an_error(base, monkeypatch):
         attention_accuracy(directory, modes=["int8_fp8"], text=str(text), length=32, windows=1)
 
 
+def test_a_mode_that_would_run_exactly_is_refused(monkeypatch):
+    monkeypatch.setattr(attention_error, "refusal", lambda mode, inputs: "needs compute capability 8.9")
+    with pytest.raises(ValueError, match="mode fp8_fp8 cannot be measured on this device: needs compute capability"):
+        compare_all(inputs_of(), ["fp8_fp8"])
+
+
 def test_command_writes_what_it_prints(base, tmp_path, monkeypatch, capsys):
     directory, text, _ = base
     monkeypatch.setattr(module, "KINDS", KINDS[:1])
