@@ -52,7 +52,7 @@ def load(
     sidecar = read_sidecar(path, verify=verify)
     policies = read_policies(sidecar)
     model: Any = load_written(path, device_map=device_map, trust_remote_code=trust_remote_code)
-    check_kernels(Recipe.load(sidecar["recipe"]), model.get_input_embeddings().weight.device, strict)
+    check_kernels(Recipe.load(sidecar["recipe"]), model.get_input_embeddings().weight.device, strict, policies)
     keep_group_scales_exact(model, exact)
     follow(model, policies)
     return model

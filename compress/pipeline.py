@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..kernels.int4_linear import available_backends
+from ..kernels.attention import Mode
+from ..kernels.int4_linear import Backend, available_backends
 from ..quant.method import AttentionPolicy
 from .artifact import (
     check_output,
@@ -40,12 +41,14 @@ from .linear import storage
 from .recipe import Recipe
 from .restore import attention_beside, given_back, restore_worst, worst_attention
 from .resume import LayerStore, model_files
-from .runtime import attention_backends
+from .runtime import AttentionBackend, attention_backends
 from .walk import Undo, WalkResult, quantize_layers
 
 log = logging.getLogger(__name__)
 Progress = Callable[[str, int, int, str], None]
 PROBE_TOKENS = 256
+WITHOUT_KERNEL = {"reference": "the torch reference", "dense": "the attention that the model had before"}
+"""Backends that are no kernels, and what runs instead."""
 OPS = {("int4", "fp8"): "w4a8_linear", ("int4", "none"): "w4a16_linear", ("fp8", "fp8"): "fp8_linear"}
 
 
@@ -228,21 +231,30 @@ def layer_facts(
     }
 
 
-def check_kernels(recipe: Recipe, device: torch.device, strict: bool) -> None:
-    """Logs, or with `strict` raises ValueError, when what the recipe multiplies has no kernel on `device`."""
-    found = {}
+def check_kernels(
+    recipe: Recipe, device: torch.device, strict: bool, policies: dict[str, AttentionPolicy] | None = None
+) -> None:
+    """Logs, or with `strict` raises ValueError, when what the recipe multiplies has no kernel on `device`.
+
+    policies: arithmetics that were chosen; where they are to be chosen yet, one with a kernel is enough.
+    """
+    found: dict[str, Backend | AttentionBackend] = {}
+    if recipe.attention is not None:
+        modes: list[Mode] = list(recipe.attention.modes)
+        if policies is not None:
+            modes = list(dict.fromkeys(policy.mode for policy in policies.values() if policy.mode != "bf16"))
+        found |= attention_backends(modes, device)
+        if policies is None and any(backend.name not in WITHOUT_KERNEL for backend in found.values()):
+            found = {}
     if recipe.weights is not None and (op := OPS.get((recipe.weights.storage, recipe.weights.activations))):
         found[op] = available_backends(device)[op]
-    if recipe.attention is not None:
-        found |= attention_backends(recipe.attention.modes, device)
     for op, backend in found.items():
-        if backend.name != "reference":
+        if backend.name not in WITHOUT_KERNEL:
             continue
+        way = WITHOUT_KERNEL[backend.name]
         if strict:
-            raise ValueError(
-                f"{op} has no kernel on this device ({backend.reason}), and --strict forbids the torch reference"
-            )
-        log.warning("%s runs through the torch reference: %s", op, backend.reason)
+            raise ValueError(f"{op} has no kernel on this device ({backend.reason}), and --strict forbids {way}")
+        log.warning("%s runs through %s: %s", op, way, backend.reason)
 
 
 def check_outer(model: Any, layer_names: list[str]) -> None:

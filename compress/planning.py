@@ -6,7 +6,7 @@ stored in the config's dtype. Memory is an estimate (`planning_memory.py`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from .linear import CompressedLinear
 from .pipeline import OPS, covered
 from .planning_memory import MemoryModel, Stage
 from .recipe import Recipe
-from .runtime import attention_backends
+from .runtime import AttentionBackend, attention_backends
 
 CONTEXTS = (1024, 8192, 32768)
 
@@ -52,7 +52,7 @@ class Plan:
     attention: list[AttentionCoverage]
     stages: list[Stage]
     kv_cache: dict[int, int]
-    kernels: dict[str, Backend]
+    kernels: Mapping[str, Backend | AttentionBackend]
     op: str | None
 
     @property
@@ -134,7 +134,8 @@ def plan(
     quantized = 0 if scheme is None else sum(packed_bytes(linear, scheme) for linear in linears.values())
     base = sum(own_bytes(skeleton))
     compressed = base - sum(linear.weight.nbytes for linear in linears.values()) + quantized
-    kernels, op = available_backends(place), None if method is None else OPS.get((method.storage, method.activations))
+    op = None if method is None else OPS.get((method.storage, method.activations))
+    kernels: dict[str, Backend | AttentionBackend] = {**available_backends(place)}
     if loaded.attention is not None:
         kernels |= attention_backends(loaded.attention.modes, place)
     memory = MemoryModel(

@@ -6,6 +6,7 @@ Prefill is the only phase with kernels of its own; decoding stays with transform
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -13,10 +14,17 @@ from torch import Tensor
 
 from ..kernels.activations import triton_refusal
 from ..kernels.attention import Call, Mode, attention_backend, prefill_attention
-from ..kernels.int4_linear import Backend
 from ..quant.method import AttentionInputs
 
 Phase = Literal["prefill"]
+
+
+@dataclass(frozen=True)
+class AttentionBackend:
+    """What attention runs on, and why; "dense" is the attention that the model had before."""
+
+    name: Literal["gluon", "triton", "reference", "dense"]
+    reason: str
 
 
 def attend(mode: Mode, phase: Phase, inputs: AttentionInputs) -> Tensor:
@@ -38,7 +46,7 @@ def refusal(mode: Mode, inputs: AttentionInputs) -> str | None:
     return reason if backend == "exact" else None
 
 
-def attention_backends(modes: Iterable[Mode], device: torch.device) -> dict[str, Backend]:
+def attention_backends(modes: Iterable[Mode], device: torch.device) -> dict[str, AttentionBackend]:
     """``prefill_attention (mode)`` → what it runs on and why, on `device`, for bf16 and heads of 128 channels."""
     found = {}
     for mode in modes:
@@ -47,7 +55,7 @@ def attention_backends(modes: Iterable[Mode], device: torch.device) -> dict[str,
             name, reason = attention_backend(probe, probe, Call(mode, True, None, 1.0, None))
         else:
             name, reason = "reference", triton_refusal(device, (8, 0)) or "device is unknown"
-        found[f"prefill_attention ({mode})"] = Backend("reference" if name == "exact" else name, reason)
+        found[f"prefill_attention ({mode})"] = AttentionBackend("dense" if name == "exact" else name, reason)
     return found
 
 

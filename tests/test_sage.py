@@ -18,6 +18,7 @@ from kompakt.compress.attention_calibration import SEQUENCES, choose_policies
 from kompakt.compress.hf_attention import attached_layers, attention_in_use, attention_modules
 from kompakt.compress.recipe import EvaluationOptions, Recipe
 from kompakt.compress.restore import LimitExceeded, worst_attention
+from kompakt.compress.runtime import AttentionBackend
 from kompakt.quant.method import AttentionInputs, AttentionPolicy, Figures
 from kompakt.quant.sage import FASTEST_FIRST, Sage, compare_mode, difference_sums, exact_output, figures
 
@@ -328,6 +329,28 @@ def test_what_cannot_be_is_refused_in_one_sentence(base, tmp_path):
     with pytest.raises(ValueError, match="weights needs a `method`"):
         compress(base, "sage", tmp_path / "flag", overrides={**SHORT, "weights.group_size": 64})
     assert not list(tmp_path.iterdir())
+
+
+def test_a_kernel_for_one_arithmetic_is_enough_until_one_is_chosen(made, monkeypatch, caplog):
+    from kompakt.compress import pipeline
+
+    def backends(modes, device):
+        return {
+            mode: AttentionBackend("triton" if mode == "int8_fp16" else "dense", "compute capability is 8.0")
+            for mode in modes
+        }
+
+    monkeypatch.setattr(pipeline, "attention_backends", backends)
+    cpu, recipe = torch.device("cpu"), Recipe.load("sage")
+    pipeline.check_kernels(recipe, cpu, strict=True)
+    pipeline.check_kernels(recipe, cpu, strict=True, policies={"a": AttentionPolicy("int8_fp16", 4)})
+    pipeline.check_kernels(recipe, cpu, strict=True, policies={"a": AttentionPolicy("bf16", 4)})
+    assert not caplog.records
+    chosen = {"a": AttentionPolicy("int8_fp16", 4), "b": AttentionPolicy("fp8_fp8", 4)}
+    pipeline.check_kernels(recipe, cpu, strict=False, policies=chosen)
+    assert "fp8_fp8 runs through the attention that the model had before: compute capability is 8.0" in caplog.text
+    with pytest.raises(ValueError, match="forbids the attention that the model had before"):
+        load(made("sage").output, strict=True)
 
 
 def test_limit_gives_attention_layers_back(base, tmp_path, monkeypatch):
