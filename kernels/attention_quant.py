@@ -85,11 +85,13 @@ def scale_of(amax: Tensor, levels: float, least: float = MIN_SCALE) -> Tensor:
 
 
 def round_codes(values: Tensor, scale: Tensor, kind: str) -> Tensor:
-    """values / scale to the nearest code; int8 for the integer kinds."""
-    scaled = values * scale.reciprocal()
+    """values · (1 / scale) to the nearest code; int8 for the integer kinds, from the exact product, as a fused
+    multiply-add rounds it.
+    """
+    inverse = scale.reciprocal()
     if kind == "fp8":
-        return scaled.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
-    return scaled.round().clamp(-LEVELS[kind], LEVELS[kind]).to(torch.int8)
+        return (values * inverse).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+    return (values.double() * inverse.double()).round().clamp(-LEVELS[kind], LEVELS[kind]).to(torch.int8)
 
 
 def inside(bounds: Tensor | None, batch: int, tokens: int, device: torch.device) -> Tensor:

@@ -88,9 +88,9 @@ def row_amax(values):
 
 
 @triton.jit
-def to_integers(values):
-    """Nearest integers, ties to even; int8."""
-    return ((values + ROUND) - ROUND).to(tl.int8)
+def to_integers(values, inverse):
+    """values · inverse to the nearest integers, ties to even, from the exact product; int8."""
+    return (tl.fma(values, tl.broadcast_to(inverse, values.shape), ROUND) - ROUND).to(tl.int8)
 
 
 @triton.jit
@@ -126,7 +126,7 @@ def write_keys(
         scale = scale_for(tl.maximum(row_amax(low), row_amax(high)), LEVELS_, MIN)
         tl.store(scale_ptr + place * rows + token, scale)
         inverse = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)[:, None]
-        nibbles = (to_integers(low * inverse) + 8) | ((to_integers(high * inverse) + 8) << 4)
+        nibbles = (to_integers(low, inverse) + 8) | ((to_integers(high, inverse) + 8) << 4)
         tl.store(
             codes_ptr + (place * rows + token)[:, None] * HALF + channel[None, :], nibbles.to(tl.uint8, bitcast=True)
         )
@@ -135,12 +135,12 @@ def write_keys(
         values = smoothed(base, kt, means, token, channel, valid, head_dim)
         scale = scale_for(tl.max(row_amax(values), axis=0), LEVELS_, MIN)
         tl.store(scale_ptr + place * tl.num_programs(0) + tl.program_id(0), scale)
-        scaled = values * tl.div_rn(1.0, scale)
+        inverse = tl.div_rn(1.0, scale)
         out = codes_ptr + (place * rows + token)[:, None] * STORED + channel[None, :]
         if KIND == "int8":
-            tl.store(out, to_integers(scaled))
+            tl.store(out, to_integers(values, inverse))
         else:
-            tl.store(out, to_e4m3(scaled, INTERPRET))
+            tl.store(out, to_e4m3(values * inverse, INTERPRET))
 
 
 @triton.jit

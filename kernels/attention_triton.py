@@ -107,11 +107,11 @@ def load_16bit(ptr, stride, token, channel, valid, channels):
 
 @triton.jit
 def quantize_queries(q, scale, KIND: tl.constexpr, INTERPRET: tl.constexpr):
-    scaled = q * tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)[:, None]
+    inverse = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)[:, None]
     if KIND == "fp8":
-        codes = to_e4m3(scaled, INTERPRET)
+        codes = to_e4m3(q * inverse, INTERPRET)
     else:
-        codes = to_integers(scaled)
+        codes = to_integers(q, inverse)
     return codes
 
 

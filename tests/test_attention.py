@@ -6,6 +6,7 @@ The tolerance of kernels is that of `attention_cases.py`.
 import functools
 import itertools
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -326,39 +327,52 @@ GPU_CASES = {
 }
 
 
+LONG = [name for name in GPU_CASES if name not in CASES]
+HOPPER_CASES = [
+    *(
+        "one token",
+        "grouped 9/3",
+        "grouped 14/2",
+        "more queries than keys",
+        "window",
+        "full window",
+        "sinks",
+        "scaling",
+    ),
+    *("padding", "padding, sinks", "packed, window", "zeros", "large", "tiny"),
+    *LONG,
+]
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("dtype", [BF16, FP16])
-def test_triton_on_gpu(mode, dtype):
+@pytest.mark.parametrize(("mode", "name"), [*INTERPRETED, *((mode, name) for mode in MODES for name in LONG)])
+def test_triton_on_gpu(mode, name):
     """The portable kernel, whatever the card has besides."""
     skip_below((8, 9))
-    for name, case in GPU_CASES.items():
-        if dtype == FP16 and name not in ("grouped 9/3", "padding", "large"):
-            continue
-        case = AttentionCase(**{**case.__dict__, "dtype": dtype})
-        check_kernel(run_triton, quantize, case, mode, device="cuda", fp8_sums=True)
+    check_kernel(run_triton, quantize, replace(GPU_CASES[name], dtype=BF16), mode, device="cuda", fp8_sums=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", MODES)
+def test_triton_on_gpu_in_fp16(mode):
+    skip_below((8, 9))
+    for name in ("grouped 9/3", "padding"):
+        check_kernel(run_triton, quantize, GPU_CASES[name], mode, device="cuda", fp8_sums=True)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("mode", ["fp8_fp8", "int8_fp8"])
 @pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("part", range(3))
-def test_hopper_on_gpu(mode, head_dim, part):
+@pytest.mark.parametrize("name", HOPPER_CASES)
+def test_hopper_on_gpu(mode, head_dim, name):
     skip_below((9, 0))
-    ran = 0
-    for case in list(GPU_CASES.values())[part::3]:
-        case = AttentionCase(**{**case.__dict__, "dims": (head_dim, head_dim), "dtype": BF16})
-        query, _, value, _, _ = case.make("cuda")
-        backend, reason = attention_backend(query, value, case.call(mode))
-        if case.softcap is not None:
-            assert backend == "triton"
-            continue
-        if backend != "gluon":
-            pytest.skip(reason)
-        with poisoned():
-            check_kernel(run_attention, quantize, case, mode, device="cuda", fp8_sums=True)
-        ran += 1
-    assert ran > 3
+    case = replace(GPU_CASES[name], dims=(head_dim, head_dim), dtype=BF16 if head_dim == 128 else FP16)
+    query, _, value, _, _ = case.make("cuda")
+    backend, reason = attention_backend(query, value, case.call(mode))
+    if backend != "gluon":
+        pytest.skip(reason)
+    with poisoned():
+        check_kernel(run_attention, quantize, case, mode, device="cuda", fp8_sums=True)
 
 
 @pytest.mark.gpu
