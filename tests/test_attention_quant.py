@@ -169,11 +169,7 @@ MUTATIONS = {
         "fp8, sampled",
     ),
     "halves": ("channel + HALF, valid, head_dim)", "channel, valid, head_dim)", "int4, odd widths"),
-    "rounding": (
-        "tl.broadcast_to(inverse, values.shape), ROUND)",
-        "tl.broadcast_to(inverse, values.shape), ROUND + 0.4)",
-        "int8, odd widths",
-    ),
+    "rounding": ("ROUND) - ROUND)", "0.0))", "int8, odd widths"),
     "token order": ("permute(0, 2, 1, 3, 4)", "permute(0, 1, 2, 3, 4)", "int8, odd widths"),
     "NaN": ('tl.where(amax < float("inf"), scale, float("nan"))', "scale", "not finite"),
 }

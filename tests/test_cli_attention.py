@@ -28,7 +28,7 @@ def words(capsys) -> str:
 def test_plan(base, capsys, recipe):
     assert main(["plan", str(base), "-r", recipe, "--device", "cpu"]) == 0
     said = words(capsys)
-    assert "covered 4 the fastest of fp8_fp8, int8_fp8, int8_fp16 that calibration allows" in said
+    assert "covered 4 the fastest of fp8_fp8, int8_fp8 that calibration allows" in said
     assert "calls of fewer than 4,096 queries, and decoding, are dense" in said
     assert "prefill_attention (int8_fp8) reference used" in said
     assert ("bits per quantized weight" in said) == (recipe == "w4a8-sage")

@@ -96,7 +96,7 @@ def test_exact_output_is_softmax_attention():
 def test_the_fastest_arithmetic_within_the_threshold_is_taken():
     inputs = inputs_of(outlier=4.0)
     cosines = {mode: compare_mode(inputs, mode).cosine for mode in FASTEST_FIRST}
-    assert cosines["fp8_fp8"] < cosines["int8_fp8"] < cosines["int8_fp16"] < 1
+    assert cosines["fp8_fp8"] < cosines["int8_fp8"] < 1
     for index, mode in enumerate(FASTEST_FIRST):
         policy = Sage(min_cosine=cosines[mode], min_tokens=7).choose(inputs)
         assert (policy.mode, policy.min_tokens, policy.tokens) == (mode, 7, 74)
@@ -106,7 +106,7 @@ def test_the_fastest_arithmetic_within_the_threshold_is_taken():
     assert strict.mode == "bf16"
     assert list(strict.tried) == list(FASTEST_FIRST)
     assert "no faster mode has a cosine of at least 1.0" in strict.reason
-    assert Sage(min_cosine=0.1).choose(inputs, ["int8_fp16"]).mode == "int8_fp16"
+    assert Sage(min_cosine=0.1).choose(inputs, ["int8_fp8"]).mode == "int8_fp8"
     assert Sage(min_cosine=0.1).choose(inputs, []).mode == "bf16"
 
 
@@ -336,17 +336,17 @@ def test_a_kernel_for_one_arithmetic_is_enough_until_one_is_chosen(made, monkeyp
 
     def backends(modes, device):
         return {
-            mode: AttentionBackend("triton" if mode == "int8_fp16" else "dense", "compute capability is 8.0")
+            mode: AttentionBackend("triton" if mode == "int8_fp8" else "dense", "compute capability is 8.0")
             for mode in modes
         }
 
     monkeypatch.setattr(pipeline, "attention_backends", backends)
     cpu, recipe = torch.device("cpu"), Recipe.load("sage")
     pipeline.check_kernels(recipe, cpu, strict=True)
-    pipeline.check_kernels(recipe, cpu, strict=True, policies={"a": AttentionPolicy("int8_fp16", 4)})
+    pipeline.check_kernels(recipe, cpu, strict=True, policies={"a": AttentionPolicy("int8_fp8", 4)})
     pipeline.check_kernels(recipe, cpu, strict=True, policies={"a": AttentionPolicy("bf16", 4)})
     assert not caplog.records
-    chosen = {"a": AttentionPolicy("int8_fp16", 4), "b": AttentionPolicy("fp8_fp8", 4)}
+    chosen = {"a": AttentionPolicy("int8_fp8", 4), "b": AttentionPolicy("fp8_fp8", 4)}
     pipeline.check_kernels(recipe, cpu, strict=False, policies=chosen)
     assert "fp8_fp8 runs through the attention that the model had before: compute capability is 8.0" in caplog.text
     with pytest.raises(ValueError, match="forbids the attention that the model had before"):
