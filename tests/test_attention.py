@@ -440,5 +440,5 @@ def test_random_problems_have_no_nan(seed):
             query, key, value, mode=mode, window=pick(None, 1, 100), segments=segments,
             sinks=pick(None, torch.randn(kv_heads * group, device="cuda") * 10),
         )  # fmt: skip
-        bound = 1.2 * value.abs().amax()
+        bound = 1.3 * value.abs().amax()
         assert out.isfinite().all() and (out.abs() <= bound).all() and not lse.isnan().any()
