@@ -37,7 +37,6 @@ from kompakt.compress.linear_speed import (
 )
 from kompakt.compress.linear_speed_table import check_speeds, merged_speeds, speed_table
 from kompakt.compress.quantization_speed import in_order, quantization_speed
-from kompakt.compress.sweep import insert_table
 from kompakt.kernels.activations import quantize_fp8_ref
 from kompakt.kernels.packing import unpack_int4
 from kompakt.kernels.planes import quantize_planes_ref
@@ -288,15 +287,6 @@ def test_command_refuses_in_one_sentence(options, says, capsys):
     assert main(["bench", "linear", *options]) == 2
     err = capsys.readouterr().err
     assert says in err and err.count("\n") == 1
-
-
-def test_readme_table_is_the_committed_measurement(tmp_path):
-    copy, file = tmp_path / "README.md", tmp_path / "benchmarks" / "linear.json"
-    copy.write_text((ROOT / "README.md").read_text("utf-8"), "utf-8")
-    file.parent.mkdir()
-    file.write_text((ROOT / "benchmarks" / "linear.json").read_text("utf-8"), "utf-8")
-    insert_table(copy, file, speed_table)
-    assert copy.read_text("utf-8") == (ROOT / "README.md").read_text("utf-8")
 
 
 @pytest.mark.gpu

@@ -72,16 +72,6 @@ def test_table_and_merge(measured, tmp_path):
         insert_table(document, tmp_path / "else.json")
 
 
-def test_readme_table_is_the_committed_measurement(tmp_path):
-    copy = tmp_path / "README.md"
-    copy.write_text((ROOT / "README.md").read_text("utf-8"), "utf-8")
-    (tmp_path / "benchmarks").mkdir()
-    file = tmp_path / "benchmarks" / "weights.json"
-    file.write_text((ROOT / "benchmarks" / "weights.json").read_text("utf-8"), "utf-8")
-    insert_table(copy, file)
-    assert copy.read_text("utf-8") == (ROOT / "README.md").read_text("utf-8")
-
-
 def test_the_method_in_the_readme_works(tmp_path, monkeypatch):
     from kompakt.compress import walk
     from kompakt.compress.coverage import cover
