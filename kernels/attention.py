@@ -12,9 +12,9 @@
 | `fp8_fp8`   | FP8                              | FP8                                                        |
 | `int4_fp8`  | INT4 values on the INT8 units    | FP8; half the bytes of keys, no faster arithmetic on Hopper |
 
-Queries are scaled per token, for which a kernel needs no extra instruction; keys and values as in
-`attention_quant.py`. INT4 queries have the mean of every `QUERY_GROUP` of them taken off, whose product with the keys
-is added to the logits. FP8 probabilities have the static scale 448, which is an offset in the exponent, and their
+Queries are rotated as the keys are and scaled per token, for which a kernel needs no extra instruction; keys and values
+as in `attention_quant.py`. INT4 queries have the mean of every `QUERY_GROUP` of them taken off, whose product with the
+keys is added to the logits. FP8 probabilities have the static scale 448, which is an offset in the exponent, and their
 products are promoted to FP32 after each tile of keys: FP8 accumulators hold about 14 bits.
 
 Causality is aligned to the **end**: the last query sits on the last key (of its segment, see `segments.py`). A query
@@ -42,6 +42,7 @@ from .attention_quant import (
     dequantize_values,
     quantize_keys_ref,
     quantize_values_ref,
+    rotate,
     round_codes,
     scale_of,
 )
@@ -253,10 +254,10 @@ def attention_ref(
         q = query[:, :, rows].float()
         centered = q if means is None else q - means[:, :, rows]
         grouped = (batch, kv_heads, heads // kv_heads, -1)
-        coded = code_queries(centered, call.mode).to(dtype).view(*grouped, head_dim)
-        logits = coded @ k[:, :, None].mT
+        coded = code_queries(centered, call.mode).to(dtype)
+        logits = coded.view(*grouped, k.shape[-1]) @ k[:, :, None].mT
         if means is not None:
-            logits += means[:, :, rows].to(dtype).view(*grouped, head_dim) @ k[:, :, None].mT
+            logits += rotate(means[:, :, rows]).to(dtype).view(*grouped, k.shape[-1]) @ k[:, :, None].mT
         # The logits' part that softmax does not see.
         shift = (q.to(dtype).view(*grouped, head_dim) * key_mean[:, :, None, None]).sum(dim=-1, keepdim=True)
         logits = (logits + shift) * call.scaling
@@ -277,7 +278,9 @@ def attention_ref(
 
 
 def operands_ref(key: Tensor, value: Tensor, mode: str, bounds: Tensor | None) -> tuple[Tensor, ...]:
-    """Keys and values as a mode multiplies them, without their means, and the means; masked tokens are finite."""
+    """Keys and values as a mode multiplies them, without their means, quantized keys rotated; and the means. Masked
+    tokens are finite.
+    """
     batch, kv_heads, keys, head_dim = key.shape
     kind = KEY_KINDS[mode]
     positions = torch.arange(keys, device=key.device)
@@ -289,7 +292,7 @@ def operands_ref(key: Tensor, value: Tensor, mode: str, bounds: Tensor | None) -
         k, key_mean = key.float(), key.new_zeros((batch, kv_heads, head_dim), dtype=torch.float32)
     else:
         coded = quantize_keys_ref(key, kind, bounds)
-        k, key_mean = dequantize_keys(coded, keys, head_dim, kind), coded.mean
+        k, key_mean = dequantize_keys(coded, keys, kind), coded.mean
     if mode in FP8_VALUES:
         coded_values = quantize_values_ref(value, bounds)
         return k, dequantize_values(coded_values, keys, value.shape[-1]), key_mean, coded_values.mean
@@ -297,10 +300,11 @@ def operands_ref(key: Tensor, value: Tensor, mode: str, bounds: Tensor | None) -
 
 
 def code_queries(query: Tensor, mode: str) -> Tensor:
-    """Queries as a mode multiplies them, fp32: one scale per token."""
+    """Queries as a mode multiplies them, fp32: rotated, one scale per token."""
     kind = KEY_KINDS[mode]
     if kind is None:
         return query
+    query = rotate(query)
     scale = scale_of(query.abs().amax(dim=-1, keepdim=True), LEVELS[kind])
     return round_codes(query, scale, kind).float() * scale
 

@@ -31,57 +31,21 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .w4a8_hopper_triton import async_load, thread_barrier
+from .attention_hopper_rows_triton import (
+    LOG2_448,
+    ROWS,
+    TILE,
+    exp2,
+    pack,
+    quantize_queries,
+    signs,
+    softmax,
+    unpack,
+)
+from .w4a8_hopper_triton import async_load
 
 LOG2E = gl.constexpr(1.4426950408889634)
-LOG2_448 = gl.constexpr(8.807354922057604)
 LOWEST = gl.constexpr(-1.0e38)
-ROUND = gl.constexpr(12582912.0)
-TILE = gl.constexpr(128)
-ROWS = gl.constexpr(64)
-
-
-@gluon.jit
-def exp2(x):
-    """MUFU alone: subnormal results become zero."""
-    return gl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
-
-
-@gluon.jit
-def divide(a, b):
-    """Correctly rounded, as the reference divides: one code more or less is 6 % of an e4m3 number."""
-    return gl.inline_asm_elementwise("div.rn.f32 $0, $1, $2;", "=f,f,f", [a, b], dtype=gl.float32, is_pure=True, pack=1)
-
-
-@gluon.jit
-def pack(p):
-    """FP32 operand (ROWS, TILE) → its e4m3 codes, four neighbours in a word: (ROWS, TILE / 4).
-
-    Four bytes that a loop carries one by one are taken apart and put together again in every turn, words are not.
-    """
-    first, second = gl.split(p.reshape([ROWS, TILE // 4, 2, 2]))
-    a, c = gl.split(first)
-    b, d = gl.split(second)
-    return gl.inline_asm_elementwise(
-        "{ .reg .b16 x, y; cvt.rn.satfinite.e4m3x2.f32 x, $2, $1; cvt.rn.satfinite.e4m3x2.f32 y, $4, $3;"
-        " mov.b32 $0, {x, y}; }",
-        "=r,f,f,f,f",
-        [a, b, c, d],
-        dtype=gl.int32,
-        is_pure=True,
-        pack=1,
-    )
-
-
-@gluon.jit
-def unpack(words, operand: gl.constexpr):
-    """The reverse of `pack`: a left operand, in the same registers."""
-    a = words.to(gl.uint8).to(gl.float8e4nv, bitcast=True)
-    b = (words >> 8).to(gl.uint8).to(gl.float8e4nv, bitcast=True)
-    c = (words >> 16).to(gl.uint8).to(gl.float8e4nv, bitcast=True)
-    d = (words >> 24).to(gl.uint8).to(gl.float8e4nv, bitcast=True)
-    p8 = gl.join(gl.join(a, c), gl.join(b, d)).reshape([ROWS, TILE])
-    return gl.convert_layout(p8, operand, assert_trivial=True)
 
 
 @gluon.jit
@@ -183,98 +147,15 @@ def start_logits(q_tile, k_tiles, slot, INT8: gl.constexpr, logits: gl.constexpr
 
 
 @gluon.jit
-def halves(x):
-    """(rows, 2n) → its left and right n columns, by renaming registers."""
-    left, right = gl.split(x.reshape([ROWS, 2, x.shape[1] // 2]).permute([0, 2, 1]))
-    return left, right
-
-
-@gluon.jit
-def row_max(s, row: gl.constexpr):
-    """Maximum of each row, by a tree: the assembler would make one long chain of dependent steps of the other way."""
-    a, b = halves(s)
-    a, b = halves(gl.maximum(a, b))
-    a, b = halves(gl.maximum(a, b))
-    a, b = halves(gl.maximum(a, b))
-    return gl.convert_layout(gl.max(gl.maximum(a, b), axis=1), row)
-
-
-@gluon.jit
-def partial_sums(p):
-    """(ROWS, TILE) → (ROWS, 8): what is left to add lies in neighbouring threads, and is added once, at the end."""
-    a, b = halves(p)
-    a, b = halves(a + b)
-    a, b = halves(a + b)
-    a, b = halves(a + b)
-    return a + b
-
-
-@gluon.jit
-def softmax(
-    s, factor, m, total, start, position, k_start, k_stop, window,
-    MASKED: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, INT8: gl.constexpr, logits: gl.constexpr,
-    operand: gl.constexpr, sums: gl.constexpr,
-):  # fmt: skip
-    """Logits of a tile → FP8 probabilities as a left operand, rescaling of what is summed so far, maximum and sum."""
-    s = s.to(gl.float32)
-    if MASKED:
-        token = start + gl.arange(0, TILE, gl.SliceLayout(0, logits))
-        seen = ((token >= k_start) & (token < k_stop))[None, :]
-        if CAUSAL:
-            seen = seen & (token[None, :] <= position[:, None])
-        if WINDOW:
-            seen = seen & (token[None, :] > (position - window)[:, None])
-            if not CAUSAL:
-                seen = seen & (token[None, :] < (position + window)[:, None])
-        s = gl.where(seen, s, float("-inf"))
-    new_m = gl.maximum(m, row_max(s, gl.SliceLayout(1, logits)) * factor)
-    p = exp2(s * factor[:, None] - (new_m - LOG2_448)[:, None])
-    alpha = exp2(m - new_m)
-    part = gl.convert_layout(partial_sums(p), sums, assert_trivial=True)
-    total = total * gl.convert_layout(alpha, gl.SliceLayout(1, sums))[:, None] + part
-    p = p.reshape([ROWS, TILE // 16, 2, 4, 2]).permute([0, 1, 3, 2, 4]).reshape([ROWS, TILE])
-    return gl.convert_layout(p, operand), alpha, new_m, total
-
-
-@gluon.jit
 def start_values(p8, v_tiles, slot, HEAD_DIM: gl.constexpr, result: gl.constexpr):
     v = v_tiles.index(slot).permute((1, 0))
     return warpgroup_mma(p8, v, gl.zeros([ROWS, HEAD_DIM], gl.float32, result), use_acc=False, is_async=True)
 
 
 @gluon.jit
-def quantize_queries(
-    q_ptr, q_tile, key_mean_ptr, first, q_stop, stride,
-    LEVELS: gl.constexpr, MIN: gl.constexpr, INT8: gl.constexpr, HEAD_DIM: gl.constexpr, logits: gl.constexpr,
-):  # fmt: skip
-    """Reads 64 queries, leaves their codes in shared memory; scale per row, and q·k̄."""
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HEAD_DIM, HEAD_DIM // 8], [4, 1], [1, 0])
-    i = first + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
-    channel = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, layout))
-    place = q_ptr + i.to(gl.int64)[:, None] * stride + channel[None, :]
-    q = gl.load(place, mask=(i < q_stop)[:, None], other=0.0).to(gl.float32)
-    size = gl.abs(q)
-    amax = gl.max(gl.where(size < float("inf"), size, float("inf")), axis=1)
-    scale = gl.maximum(divide(amax, gl.full_like(amax, LEVELS)), MIN)
-    scale = gl.where(amax == 0, 1.0, scale)
-    scale = gl.where(amax < float("inf"), scale, float("nan"))
-    inverse = divide(gl.full_like(scale, 1.0), scale)[:, None] + gl.zeros_like(q)
-    if INT8:
-        codes = (gl.fma(q, inverse, gl.full_like(q, ROUND)) - ROUND).to(gl.int8)
-    else:
-        codes = (q * inverse).to(gl.float8e4nv)
-    shift = gl.sum(q * gl.load(key_mean_ptr + channel)[None, :], axis=1)
-    q_tile.store(codes)
-    fence_async_shared()
-    thread_barrier()
-    row: gl.constexpr = gl.SliceLayout(1, logits)
-    return gl.convert_layout(scale, row), gl.convert_layout(shift, row)
-
-
-@gluon.jit
 def consume_partition(
     q_ptr, key_scale_ptr, key_mean_ptr, value_scale_ptr, value_mean_ptr, sink_ptr, table_ptr, out_ptr, lse_ptr,
-    q_tiles, k_tiles, v_tiles, k_full, v_full, empty,
+    q_tiles, k_tiles, v_tiles, sign_tile, k_full, v_full, empty,
     qb, qh, qt, queries, keys, rows, tiles, heads, group, segments, items, window, scaling,
     INT8: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, SINKS: gl.constexpr, SEGMENTS: gl.constexpr,
     HEAD_DIM: gl.constexpr, LEVELS: gl.constexpr, MIN: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr,
@@ -306,7 +187,7 @@ def consume_partition(
                 q_base = q_ptr + batch.to(gl.int64) * qb + head.to(gl.int64) * qh
                 mine = first + ROWS * PART
                 scale, shift = quantize_queries(
-                    q_base, q_tile, key_mean_ptr + plane * HEAD_DIM, mine, q_stop, qt,
+                    q_base, q_tile, sign_tile, key_mean_ptr + plane * HEAD_DIM, mine, q_stop, qt,
                     LEVELS, MIN, INT8, HEAD_DIM, logits,
                 )  # fmt: skip
                 scale *= scaling * LOG2E
@@ -435,6 +316,8 @@ def attention_hopper_kernel(
     q_tiles = gl.allocate_shared_memory(CODE, [CONSUMERS, ROWS, HEAD_DIM], q_layout)
     k_tiles = gl.allocate_shared_memory(CODE, [STAGES, TILE, HEAD_DIM], k_desc.layout)
     v_tiles = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, HEAD_DIM, TILE], v_desc.layout)
+    sign_tile = gl.allocate_shared_memory(q_ptr.dtype.element_ty, [ROWS, ROWS], gl.NVMMASharedLayout(128, 16, 2))
+    sign_tile.store(signs(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])).to(q_ptr.dtype.element_ty))
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -450,7 +333,7 @@ def attention_hopper_kernel(
                 consume_partition,
                 (
                     q_ptr, key_scale_ptr, key_mean_ptr, value_scale_ptr, value_mean_ptr, sink_ptr, table_ptr, out_ptr,
-                    lse_ptr, q_tiles, k_tiles, v_tiles, k_full, v_full, empty, qb, qh, qt, queries, keys,
+                    lse_ptr, q_tiles, k_tiles, v_tiles, sign_tile, k_full, v_full, empty, qb, qh, qt, queries, keys,
                     rows, tiles, heads, group, segments, items, window, scaling, INT8, CAUSAL, WINDOW, SINKS, SEGMENTS,
                     HEAD_DIM, LEVELS, MIN, STAGES, CONSUMERS, 0,
                 ),
@@ -459,7 +342,7 @@ def attention_hopper_kernel(
                 consume_partition,
                 (
                     q_ptr, key_scale_ptr, key_mean_ptr, value_scale_ptr, value_mean_ptr, sink_ptr, table_ptr, out_ptr,
-                    lse_ptr, q_tiles, k_tiles, v_tiles, k_full, v_full, empty, qb, qh, qt, queries, keys,
+                    lse_ptr, q_tiles, k_tiles, v_tiles, sign_tile, k_full, v_full, empty, qb, qh, qt, queries, keys,
                     rows, tiles, heads, group, segments, items, window, scaling, INT8, CAUSAL, WINDOW, SINKS, SEGMENTS,
                     HEAD_DIM, LEVELS, MIN, STAGES, CONSUMERS, 1,
                 ),

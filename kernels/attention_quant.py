@@ -31,6 +31,8 @@ from .activations import E4M3_MAX, MIN_SCALE
 
 TILE = 128
 """Keys with one scale, as in the authors' kernel for Hopper; storage is padded to whole tiles."""
+BLOCK = 64
+"""Channels that are rotated together, at most."""
 SAMPLED = 512
 """The means of keys and values are those of at most so many tokens."""
 MIN_VALUE_SCALE = 2.0**-60
@@ -42,9 +44,9 @@ TOKEN_ORDER = tuple(a * 8 + b * 2 + c for b in range(4) for a in range(2) for c 
 
 @dataclass(frozen=True)
 class QuantizedKeys:
-    """codes: (batch, num_kv_heads, padded tokens, width) int8, e4m3, or uint8 for two INT4 in a byte; width is head_dim
-    up to a power of two (half of it for INT4). scale: (batch, num_kv_heads, padded tokens / TILE) fp32, or one per
-    token for INT4. mean: (batch, num_kv_heads, head_dim) fp32.
+    """codes: (batch, num_kv_heads, padded tokens, width) int8, e4m3, or uint8 for two INT4 in a byte, of rotated keys;
+    width is head_dim up to a power of two (half of it for INT4). scale: (batch, num_kv_heads, padded tokens / TILE)
+    fp32, or one per token for INT4. mean: (batch, num_kv_heads, head_dim) fp32.
     """
 
     codes: Tensor
@@ -102,6 +104,22 @@ def inside(bounds: Tensor | None, batch: int, tokens: int, device: torch.device)
     return ((positions >= bounds[:, :1]) & (positions < bounds[:, 1:]))[:, None, :, None]
 
 
+def hadamard(size: int, device: torch.device | str = "cpu") -> Tensor:
+    """(size, size) fp32: Sylvester's matrix, −1 where row and column have an odd number of common one bits."""
+    matrix = torch.ones((1, 1), device=device)
+    while len(matrix) < size:
+        matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
+    return matrix
+
+
+def rotate(x: Tensor) -> Tensor:
+    """(…, head_dim) floating → (…, padded width) fp32: x·H / √block, block by block."""
+    width = padded_width(x.shape[-1])
+    block = min(width, BLOCK)
+    blocks = torch.nn.functional.pad(x.float(), (0, width - x.shape[-1])).unflatten(-1, (-1, block))
+    return (blocks @ hadamard(block, x.device) * block**-0.5).flatten(-2)
+
+
 def smooth(x: Tensor, bounds: Tensor | None) -> tuple[Tensor, Tensor]:
     """(batch, heads, padded tokens, width) fp32 without its mean, zeros where there is no token, and the mean."""
     batch, heads, tokens, head_dim = x.shape
@@ -123,6 +141,7 @@ def quantize_keys_ref(key: Tensor, kind: str, bounds: Tensor | None) -> Quantize
         bounds: (batch, 2) int32, first and last + 1 key that is looked at; None for all.
     """
     storage, mean = smooth(key, bounds)
+    storage = rotate(storage)
     if kind == "int4":
         scale = scale_of(storage.abs().amax(dim=3), LEVELS[kind])
         codes = round_codes(storage, scale[..., None], kind) + 8
@@ -144,14 +163,14 @@ def quantize_values_ref(value: Tensor, bounds: Tensor | None) -> QuantizedValues
     return QuantizedValues(ordered.contiguous().view(torch.float8_e4m3fn), scale, mean)
 
 
-def dequantize_keys(keys: QuantizedKeys, tokens: int, head_dim: int, kind: str) -> Tensor:
-    """(batch, num_kv_heads, tokens, head_dim) fp32, the mean taken off."""
+def dequantize_keys(keys: QuantizedKeys, tokens: int, kind: str) -> Tensor:
+    """(batch, num_kv_heads, tokens, padded width) fp32, rotated, the mean taken off."""
     if kind == "int4":
         codes = torch.cat((keys.codes & 15, keys.codes >> 4), dim=3).float() - 8
         values = codes * keys.scale[..., None]
     else:
         values = keys.codes.float() * keys.scale.repeat_interleave(TILE, dim=2)[..., None]
-    return values[:, :, :tokens, :head_dim]
+    return values[:, :, :tokens]
 
 
 def dequantize_values(values: QuantizedValues, tokens: int, head_dim: int) -> Tensor:

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import attention_quant
 from .activations import E4M3_MAX, MIN_SCALE
 from .activations_triton import e4m3_by_bits
 from .attention_quant import (
@@ -25,6 +26,7 @@ CHANNELS = 16
 ROUND = tl.constexpr(12582912.0)
 """1.5 · 2²³: adding and subtracting it rounds to the nearest integer, ties to even."""
 TOKENS = tl.constexpr(TILE)
+BLOCK = tl.constexpr(attention_quant.BLOCK)
 
 
 @triton.jit
@@ -104,6 +106,45 @@ def to_e4m3(values, INTERPRET: tl.constexpr):
 
 
 @triton.jit
+def signs(SIZE: tl.constexpr, dtype: tl.constexpr):
+    """Sylvester's Hadamard matrix: −1 where row and column have an odd number of common one bits."""
+    i = tl.arange(0, SIZE)
+    common = i[:, None] & i[None, :]
+    common ^= common >> 4
+    common ^= common >> 2
+    common ^= common >> 1
+    return (1 - 2 * (common & 1)).to(dtype)
+
+
+@triton.jit
+def rotated(x, ROWS: tl.constexpr, WIDTH: tl.constexpr, INTERPRET: tl.constexpr):
+    """(ROWS, WIDTH) of 16 bit → x·H / √block in FP32: exact products, added in FP32."""
+    SIZE: tl.constexpr = min(WIDTH, BLOCK)
+    rows = x.reshape(ROWS * WIDTH // SIZE, SIZE)
+    if INTERPRET:
+        turned = tl.dot(rows.to(tl.float32), signs(SIZE, tl.float32), input_precision="ieee")
+    else:
+        turned = tl.dot(rows, signs(SIZE, x.dtype))
+    return turned.reshape(ROWS, WIDTH) * SIZE**-0.5
+
+
+@triton.jit
+def halves(x, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """(ROWS, WIDTH) → its left and right columns."""
+    left, right = tl.split(x.reshape(ROWS, 2, WIDTH // 2).permute(0, 2, 1))
+    return left, right
+
+
+@triton.jit
+def rotated_mean(mean, WIDTH: tl.constexpr):
+    """(WIDTH,) FP32 → mean·H / √block."""
+    SIZE: tl.constexpr = min(WIDTH, BLOCK)
+    blocks = mean.reshape(WIDTH // SIZE, SIZE)
+    turned = tl.sum(blocks[:, :, None] * signs(SIZE, tl.float32)[None, :, :], axis=1)
+    return turned.reshape(WIDTH) * SIZE**-0.5
+
+
+@triton.jit
 def smoothed(base, stride_t, mean_ptr, token, channel, valid, channels):
     """(tokens, channels) FP32 without their mean; zeros where there is no token or channel."""
     values = load_tile(base, stride_t, token, channel, valid, channels)
@@ -116,23 +157,22 @@ def write_keys(
     base, kt, codes_ptr, scale_ptr, mean_ptr, token, valid, rows, head_dim, place,
     STORED: tl.constexpr, KIND: tl.constexpr, LEVELS_: tl.constexpr, MIN: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """Codes and scales of a tile of keys; INT4 in halves of the channels, which go into one byte."""
-    means = mean_ptr + place * head_dim
+    """Codes and scales of a tile of rotated keys; INT4 in halves of the channels, which go into one byte."""
+    channel = tl.arange(0, STORED)
+    seen = valid[:, None] & (channel < head_dim)[None, :]
+    keys = tl.load(base + token.to(tl.int64)[:, None] * kt + channel[None, :], mask=seen, other=0.0)
+    mean = tl.load(mean_ptr + place * head_dim + channel, mask=channel < head_dim, other=0.0)
+    values = rotated(keys, TOKENS, STORED, INTERPRET) - rotated_mean(mean, STORED)[None, :]
+    values = tl.where(valid[:, None], values, 0.0)
     if KIND == "int4":
         HALF: tl.constexpr = STORED // 2
-        channel = tl.arange(0, HALF)
-        low = smoothed(base, kt, means, token, channel, valid, head_dim)
-        high = smoothed(base, kt, means, token, channel + HALF, valid, head_dim)
-        scale = scale_for(tl.maximum(row_amax(low), row_amax(high)), LEVELS_, MIN)
+        scale = scale_for(row_amax(values), LEVELS_, MIN)
         tl.store(scale_ptr + place * rows + token, scale)
         inverse = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)[:, None]
-        nibbles = (to_integers(low, inverse) + 8) | ((to_integers(high, inverse) + 8) << 4)
-        tl.store(
-            codes_ptr + (place * rows + token)[:, None] * HALF + channel[None, :], nibbles.to(tl.uint8, bitcast=True)
-        )
+        low, high = halves(to_integers(values, inverse) + 8, TOKENS, STORED)
+        out = codes_ptr + (place * rows + token)[:, None] * HALF + tl.arange(0, HALF)[None, :]
+        tl.store(out, (low | (high << 4)).to(tl.uint8, bitcast=True))
     else:
-        channel = tl.arange(0, STORED)
-        values = smoothed(base, kt, means, token, channel, valid, head_dim)
         scale = scale_for(tl.max(row_amax(values), axis=0), LEVELS_, MIN)
         tl.store(scale_ptr + place * tl.num_programs(0) + tl.program_id(0), scale)
         inverse = tl.div_rn(1.0, scale)

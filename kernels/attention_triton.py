@@ -20,7 +20,15 @@ from torch import Tensor
 
 from .activations import MIN_SCALE
 from .attention_quant import LEVELS, TILE, padded_tokens, padded_width
-from .attention_quant_triton import quantize_keys_values, row_amax, scale_for, to_e4m3, to_integers
+from .attention_quant_triton import (
+    halves,
+    quantize_keys_values,
+    rotated,
+    row_amax,
+    scale_for,
+    to_e4m3,
+    to_integers,
+)
 from .segments import Segments
 
 if TYPE_CHECKING:
@@ -200,29 +208,19 @@ def attention_kernel(
         q_high = 0
         t_low = 0
         t_high = 0
-        if KIND == "int4":
-            channel = tl.arange(0, WIDTH // 2)
-            low = load_16bit(q_base, qt, i, channel, inside, head_dim).to(tl.float32)
-            high = load_16bit(q_base, qt, i, channel + WIDTH // 2, inside, head_dim).to(tl.float32)
-            means = key_mean_ptr + plane * head_dim + channel
-            shift += tl.sum(low * tl.load(means, mask=channel < head_dim, other=0.0)[None, :], axis=1)
-            mean_high = tl.load(means + WIDTH // 2, mask=channel + WIDTH // 2 < head_dim, other=0.0)
-            shift += tl.sum(high * mean_high[None, :], axis=1)
-            members = tl.minimum(q_stop - first, BLOCK_M).to(tl.float32)
-            t_low = tl.sum(low, axis=0) / members
-            t_high = tl.sum(high, axis=0) / members
-            low = tl.where(inside[:, None], low - t_low[None, :], 0.0)
-            high = tl.where(inside[:, None], high - t_high[None, :], 0.0)
-            q_scale = scale_for(tl.maximum(row_amax(low), row_amax(high)), Q_LEVELS, MIN)
-            q = quantize_queries(low, q_scale, KIND, INTERPRET)
-            q_high = quantize_queries(high, q_scale, KIND, INTERPRET)
-        else:
-            channel = tl.arange(0, WIDTH)
-            q = load_16bit(q_base, qt, i, channel, inside, head_dim)
-            if QUANTIZED:
-                wide = q.to(tl.float32)
-                mean = tl.load(key_mean_ptr + plane * head_dim + channel, mask=channel < head_dim, other=0.0)
-                shift += tl.sum(wide * mean[None, :], axis=1)
+        channel = tl.arange(0, WIDTH)
+        q = load_16bit(q_base, qt, i, channel, inside, head_dim)
+        if QUANTIZED:
+            mean = tl.load(key_mean_ptr + plane * head_dim + channel, mask=channel < head_dim, other=0.0)
+            shift += tl.sum(q.to(tl.float32) * mean[None, :], axis=1)
+            wide = rotated(q, BLOCK_M, WIDTH, INTERPRET)
+            if KIND == "int4":
+                average = tl.sum(wide, axis=0) / tl.minimum(q_stop - first, BLOCK_M).to(tl.float32)
+                wide = tl.where(inside[:, None], wide - average[None, :], 0.0)
+                q_scale = scale_for(row_amax(wide), Q_LEVELS, MIN)
+                q, q_high = halves(quantize_queries(wide, q_scale, KIND, INTERPRET), BLOCK_M, WIDTH)
+                t_low, t_high = tl.split(average.reshape(2, WIDTH // 2).permute(1, 0))
+            else:
                 q_scale = scale_for(row_amax(wide), Q_LEVELS, MIN)
                 q = quantize_queries(wide, q_scale, KIND, INTERPRET)
         shift *= scaling * LOG2E

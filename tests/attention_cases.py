@@ -5,7 +5,8 @@ values have tests of their own). The kernel adds, for every output o = Σ p·v:
 
 - the rounding of P, of relative size ε (e4m3 2⁻⁴, bf16 2⁻⁸, fp16 2⁻¹¹), and where P becomes a subnormal of e4m3, half
   of its step 2⁻⁹/448 of the largest p: ε·Σ p|v| + n·2⁻¹⁰/448·max|v|
-- logits that are off by δ: (exp(2δ) − 1)·Σ p|v|, with δ from FP32 sums, 2⁻²⁰ of Σ|q·k|, or FP8 sums, 2⁻¹⁰ of it
+- logits that are off by δ: (exp(2δ) − 1)·Σ p|v|, with δ from FP32 sums, 2⁻²⁰ of Σ|q·k|, or FP8 sums, 2⁻¹⁰ of it, and
+  from one channel of a rotated query whose code is the next one, because its rotation was added up in another order
 - FP8 sums of P·V: 2⁻¹⁰·Σ p|v|
 - the rounding of the result to the dtype of the query
 """
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from kompakt.kernels import attention
 from kompakt.kernels.attention import FP8_VALUES, KEY_KINDS, Call, attention_ref
-from kompakt.kernels.attention_quant import dequantize_keys, dequantize_values
+from kompakt.kernels.attention_quant import LEVELS, dequantize_keys, dequantize_values, rotate
 from kompakt.kernels.segments import Segments
 
 Runner = Callable[..., tuple[Tensor, Tensor]]
@@ -106,7 +107,7 @@ def operands_of(quantize: Callable[..., tuple]) -> Callable[..., tuple[Tensor, .
         kind, tokens = KEY_KINDS[mode], key.shape[2]
         keys, values = quantize(key, value, kind, mode in FP8_VALUES, bounds)
         if keys is not None:
-            k, key_mean = dequantize_keys(keys, tokens, key.shape[3], kind), keys.mean
+            k, key_mean = dequantize_keys(keys, tokens, kind), keys.mean
         if values is not None:
             v, value_mean = dequantize_values(values, tokens, value.shape[3]), values.mean
         return k, v, key_mean, value_mean
@@ -136,9 +137,15 @@ def check_kernel(
     with mock.patch.object(attention, "operands_ref", sizes):
         size, _ = attention_ref(query.float(), key, value, call, sinks, segments, dtype=torch.float64)
     group = query.shape[1] // key.shape[1]
-    products = query.float().abs() @ k.abs().repeat_interleave(group, 1).mT
+    turned = query.float() if KEY_KINDS[mode] is None else rotate(query)
+    products = turned.abs() @ k.abs().repeat_interleave(group, 1).mT
     reach = products.amax().item() * call.scaling
     delta = reach * (FP8_ACCUMULATOR if fp8_sums and mode == "fp8_fp8" else 2.0**-20) + 1e-6
+    kind = KEY_KINDS[mode]
+    if kind is not None:
+        # A rotated query on the border of two codes: a step of integers, an eighth of the value of e4m3.
+        step = turned.abs().amax().item() / (8 if kind == "fp8" else LEVELS[kind])
+        delta += step * k.abs().amax().item() * call.scaling
     fp8_values = mode in FP8_VALUES
     relative = 2.0**-4 if fp8_values else P_ROUNDING[case.dtype]
     relative += torch.expm1(torch.tensor(2 * delta)).item() + (FP8_ACCUMULATOR if fp8_values and fp8_sums else 2.0**-20)

@@ -7,6 +7,7 @@ step, 2⁻¹⁰·σ. FP32 roundings of mean and product add 2⁻²⁰ of the lar
 import functools
 
 import pytest
+import scipy.linalg
 import torch
 from interpreter_cases import interpreter_results, needs_triton
 from kernel_cases import BF16, FP16, poisoned, skip_below
@@ -71,9 +72,16 @@ def check_mean(x: Tensor, mean: Tensor, valid: Tensor) -> None:
     torch.testing.assert_close(mean.double(), expected, rtol=1e-5, atol=1e-5)
 
 
-def check_codes(x: Tensor, mean: Tensor, decoded: Tensor, scale: Tensor, valid: Tensor, kind: str) -> None:
-    """decoded: like x; scale: of every token, (batch, heads, tokens)."""
-    target = torch.where(valid, x.double() - mean.double()[:, :, None], 0.0)
+def turned(x: Tensor) -> Tensor:
+    """(…, head_dim) FP64 → (…, padded width): scipy's Hadamard matrix in blocks of 64 channels."""
+    width = padded_width(x.shape[-1])
+    block = min(width, 64)
+    matrix = torch.from_numpy(scipy.linalg.hadamard(block)).double().to(x.device) / block**0.5
+    return (torch.nn.functional.pad(x, (0, width - x.shape[-1])).unflatten(-1, (-1, block)) @ matrix).flatten(-2)
+
+
+def check_codes(target: Tensor, decoded: Tensor, scale: Tensor, valid: Tensor, kind: str) -> None:
+    """target: what is to be quantized, zeros where not valid; scale: of every token, (batch, heads, tokens)."""
     step = scale.double()[..., None]
     half = 2.0**-4 * target.abs() + 2.0**-10 * step if kind == "fp8" else step / 2
     error = (decoded.double() - target).abs()
@@ -87,17 +95,17 @@ def check_keys(key: Tensor, keys: QuantizedKeys, bounds: Tensor | None, kind: st
     check_mean(key, keys.mean, valid)
     scale = keys.scale if kind == "int4" else keys.scale.repeat_interleave(TILE, dim=2)
     levels = {"int8": 127, "int4": 7, "fp8": 448}[kind]
-    centered = torch.where(valid, key.double() - keys.mean.double()[:, :, None], 0.0)
+    target = turned(torch.where(valid, key.double() - keys.mean.double()[:, :, None], 0.0))
     reach = torch.zeros((batch, heads, padded_tokens(tokens)), dtype=torch.float64, device=key.device)
-    reach[:, :, :tokens] = centered.abs().amax(3)
+    reach[:, :, :tokens] = target.abs().amax(3)
     if kind != "int4":
         reach = reach.unflatten(2, (-1, TILE)).amax(3).repeat_interleave(TILE, dim=2)
     expected = torch.where(reach == 0, 1.0, reach / levels)
     torch.testing.assert_close(scale.double(), expected, rtol=1e-5, atol=1e-9)
-    check_codes(key, keys.mean, dequantize_keys(keys, tokens, head_dim, kind), scale[:, :, :tokens], valid, kind)
+    check_codes(target, dequantize_keys(keys, tokens, kind), scale[:, :, :tokens], valid, kind)
     width = padded_width(head_dim) // (2 if kind == "int4" else 1)
     assert keys.codes.shape == (batch, heads, padded_tokens(tokens), width)
-    assert not dequantize_keys(keys, padded_tokens(tokens), padded_width(head_dim), kind)[:, :, tokens:].any()
+    assert not dequantize_keys(keys, padded_tokens(tokens), kind)[:, :, tokens:].any()
 
 
 def check_values(value: Tensor, values: QuantizedValues, bounds: Tensor | None) -> None:
@@ -105,7 +113,8 @@ def check_values(value: Tensor, values: QuantizedValues, bounds: Tensor | None) 
     valid = inside(value, bounds)
     check_mean(value, values.mean, valid)
     scale = values.scale.repeat_interleave(TILE, dim=2)[:, :, :tokens]
-    check_codes(value, values.mean, dequantize_values(values, tokens, value_dim), scale, valid, "fp8")
+    target = torch.where(valid, value.double() - values.mean.double()[:, :, None], 0.0)
+    check_codes(target, dequantize_values(values, tokens, value_dim), scale, valid, "fp8")
     assert values.codes.shape == (batch, heads, padded_width(value_dim), padded_tokens(tokens))
     assert not dequantize_values(values, padded_tokens(tokens), padded_width(value_dim))[:, :, tokens:].any()
 
@@ -161,14 +170,16 @@ INTERPRETER_CASES = {
 MUTATIONS = {
     "sampling": ("token = start + tl.arange(0, BLOCK) * step", "token = start + tl.arange(0, BLOCK)", "int8, sampled"),
     "count": ("tl.cdiv(last, step) - tl.cdiv(first, step)", "tl.cdiv(last, step)", "int8, bounds"),
-    "mean of another head": ("mean_ptr + place * head_dim", "mean_ptr", "int8, less than a tile"),
+    "mean of another head": ("mean_ptr + place * head_dim + channel", "mean_ptr + channel", "int8, less than a tile"),
     "masked tokens": ("(token >= first) & (token < last)", "(token >= 0) & (token < last)", "int8, bounds"),
     "scale of another tile": (
         "tl.num_programs(0) + tl.program_id(0), scale)",
         "tl.num_programs(0), scale)",
         "fp8, sampled",
     ),
-    "halves": ("channel + HALF, valid, head_dim)", "channel, valid, head_dim)", "int4, odd widths"),
+    "halves": ("low | (high << 4)", "high | (low << 4)", "int4, odd widths"),
+    "signs": ("common ^= common >> 2", "common ^= common >> 3", "int8, odd widths"),
+    "rotation of the mean": ("- rotated_mean(mean, STORED)", "- mean", "int8, less than a tile"),
     "rounding": ("ROUND) - ROUND)", "0.0))", "int8, odd widths"),
     "token order": ("permute(0, 2, 1, 3, 4)", "permute(0, 1, 2, 3, 4)", "int8, odd widths"),
     "NaN": ('tl.where(amax < float("inf"), scale, float("nan"))', "scale", "not finite"),
