@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.attention import MAX_HEAD_DIM, code_queries, operands_ref, query_means
+from ..kernels.attention_quant import rotate
 from ..kernels.segments import Segments, visible, whole
 
 MASKS = ("causal", "full", "window", "padding", "packed", "chunk")
@@ -164,18 +165,26 @@ def blocks(queries: int) -> list[slice]:
 
 
 def attend_rows(
-    query: Tensor, key: Tensor, value: Tensor, layout: Layout, rows: slice, dtype: torch.dtype = torch.float32
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Layout,
+    rows: slice,
+    dtype: torch.dtype = torch.float32,
+    *,
+    scaling: float | None = None,
 ) -> Tensor:
     """Attention of some queries with nothing rounded: (batch, heads, rows, head_dim) in `dtype`.
 
     query: (batch, heads, rows, head_dim), those of `rows` alone; key, value: (batch, KV heads, keys, head_dim).
+    scaling: of the logits, default 1/√head_dim.
     """
     batch, heads, _, head_dim = query.shape
     kv_heads = key.shape[1]
     q = query.to(dtype).reshape(batch, kv_heads, heads // kv_heads, -1, head_dim)
     k, v = key.to(dtype)[:, :, None], value.to(dtype)[:, :, None]
     mask = layout.visible(rows, query.device)[:, None, None]
-    logits = (q @ k.mT * head_dim**-0.5).masked_fill(~mask, -torch.inf)
+    logits = (q @ k.mT * (head_dim**-0.5 if scaling is None else scaling)).masked_fill(~mask, -torch.inf)
     weights = torch.softmax(logits, dim=-1).masked_fill(~mask, 0.0)
     return (weights @ v).reshape(batch, heads, -1, value.shape[-1])
 
@@ -192,11 +201,14 @@ def reference_rows(
     means = query_means(query, layout.places) if mode == "int4_fp8" else None
     found = []
     for run in rows:
-        mean = 0.0 if means is None else means[:, :, run]
-        coded = code_queries(query[:, :, run].float() - mean, mode) + mean
+        wanted = query[:, :, run].float()
+        if means is None:
+            coded = code_queries(wanted, mode)
+        else:
+            coded = code_queries(wanted - means[:, :, run], mode) + rotate(means[:, :, run])
         seen = layout.visible(run, query.device).any(dim=-1)[:, None, :, None]
         added = value_mean.repeat_interleave(query.shape[1] // key.shape[1], dim=1)[:, :, None]
-        found.append(attend_rows(coded, k, v, layout, run) + added * seen)
+        found.append(attend_rows(coded, k, v, layout, run, scaling=query.shape[3] ** -0.5) + added * seen)
     return found
 
 
