@@ -300,7 +300,7 @@ def finish(
     gl.store(out_ptr + place, out, mask=(i < q_stop)[:, None])
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["queries", "keys", "tiles", "heads", "group", "segments", "items", "window"])
 def attention_hopper_kernel(
     k_desc, v_desc, q_ptr, key_scale_ptr, key_mean_ptr, value_scale_ptr, value_mean_ptr, sink_ptr, table_ptr, out_ptr,
     lse_ptr, qb, qh, qt, queries, keys, rows, tiles, heads, group, segments, items, window, scaling,

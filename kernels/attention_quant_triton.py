@@ -46,7 +46,7 @@ def load_tile(ptr, stride_t, token, channel, valid, channels):
     return tl.load(place, mask=valid[:, None] & (channel < channels)[None, :], other=0.0).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "heads", "step"])
 def means_kernel(
     key_ptr, value_ptr, bounds_ptr, key_mean, value_mean, kb, kh, kt, vb, vh, vt, tokens, head_dim, value_dim, heads,
     step, HAS_BOUNDS: tl.constexpr, HAS_KEYS: tl.constexpr, HAS_VALUES: tl.constexpr, BLOCK: tl.constexpr,
@@ -198,7 +198,7 @@ def write_values(
     tl.store(codes_ptr + (place * STORED + channel)[:, None] * rows + token[None, :], tl.trans(codes))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "heads"])
 def codes_kernel(
     key_ptr, value_ptr, bounds_ptr, key_codes, key_scale, key_mean, value_codes, value_scale, value_mean,
     kb, kh, kt, vb, vh, vt, tokens, rows, head_dim, value_dim, heads,

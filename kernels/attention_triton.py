@@ -42,6 +42,10 @@ LOWEST = tl.constexpr(-1.0e38)
 """Start of the running maximum; finite, so that a tile without a visible key leaves no NaN."""
 
 
+LENGTHS = ["queries", "keys", "heads", "group", "tiles", "window"]
+"""Arguments for whose values nothing is compiled anew: they change from call to call."""
+
+
 @dataclass(frozen=True)
 class LaunchConfig:
     """Options of one launch."""
@@ -170,11 +174,11 @@ def weigh(
     return result
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def attention_kernel(
     q_ptr, key_ptr, key_scale_ptr, key_mean_ptr, value_ptr, value_scale_ptr, value_mean_ptr, sink_ptr, table_ptr,
     out_ptr, lse_ptr, qb, qh, qt, kb, kh, kt, vb, vh, vt,
-    batch_size, queries, keys, rows, heads, group, head_dim, value_dim, tiles, window, scaling, softcap,
+    queries, keys, rows, heads, group, head_dim, value_dim, tiles, window, scaling, softcap,
     KIND: tl.constexpr, FP8_VALUES: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
     SINKS: tl.constexpr, SEGMENTS: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
     Q_LEVELS: tl.constexpr, MIN: tl.constexpr, BLOCK_M: tl.constexpr, INTERPRET: tl.constexpr,
@@ -352,7 +356,7 @@ def attention_triton(
         None if coded_values is None else coded_values.mean,
         sinks, None if segments is None else segments.table, out, lse,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
-        batch, queries, keys, padded_tokens(keys), heads, heads // kv_heads, head_dim, value_dim, tiles,
+        queries, keys, padded_tokens(keys), heads, heads // kv_heads, head_dim, value_dim, tiles,
         call.window or 0, call.scaling, call.softcap or 0.0,
         KIND=kind, FP8_VALUES=fp8_values, CAUSAL=call.causal, WINDOW=call.window is not None,
         SOFTCAP=call.softcap is not None, SINKS=sinks is not None, SEGMENTS=segments is not None, WIDTH=width,

@@ -91,11 +91,13 @@ def compile_launch(module: ModuleType, kernel_name: str, call: Callable[[], Any]
     constant = {parameter.name for parameter in kernel.params if parameter.is_constexpr}
     constants = {name: value for name, value in given.items() if name in constant or value is None}
     signature = {name: "constexpr" if name in constants else signature_of(given[name]) for name in kernel.arg_names}
-    # What the launcher finds: torch aligns its tensors, and integers are looked at one by one.
+    # What the launcher finds: torch aligns its tensors, and integers are looked at one by one where that is asked for.
+    plain = {parameter.name for parameter in kernel.params if parameter.do_not_specialize}
     aligned = [
         name
         for name, value in given.items()
-        if name not in constants and (isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0))
+        if name not in constants.keys() | plain
+        and (isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0))
     ]
     attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     source = source_class(module)(kernel, signature, constants, attributes)
@@ -363,7 +365,7 @@ def test_attention_hopper(mode, head_dim, window):
     code = machine_code(compiled)
     assert 0 < 3 * code.count("WARPGROUP.DEPBAR") <= code.count("GMMA.64x")
     # Around the products nothing is spilled; before the first and after the last some registers are.
-    assert stack_bytes(compiled) <= (0 if head_dim == 64 else 320)
+    assert stack_bytes(compiled) <= (0 if head_dim == 64 else 400)
 
 
 @pytest.mark.parametrize(
