@@ -89,6 +89,8 @@ def attention_hopper(
         STAGES=STAGES,
         CONSUMER_REGISTERS=CONSUMER_REGISTERS,
         LOADER=LOADER_REGISTERS,
+        # A multiply-add is one instruction; a later Triton leaves that to be asked for.
+        enable_fp_fusion=True,
         num_warps=4,
         maxnreg=REGISTERS,
     )

@@ -361,7 +361,8 @@ def attention_triton(
         KIND=kind, FP8_VALUES=fp8_values, CAUSAL=call.causal, WINDOW=call.window is not None,
         SOFTCAP=call.softcap is not None, SINKS=sinks is not None, SEGMENTS=segments is not None, WIDTH=width,
         VALUE_WIDTH=padded_width(value_dim), Q_LEVELS=LEVELS[kind or "int8"], MIN=MIN_SCALE, BLOCK_M=config.block_m,
-        INTERPRET=interpret, num_warps=config.num_warps, num_stages=config.num_stages,
+        # A multiply-add is one instruction; a later Triton leaves that to be asked for.
+        INTERPRET=interpret, enable_fp_fusion=True, num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return out, lse
 

@@ -270,6 +270,8 @@ def int4_matmul(
         HAS_BIAS=bias is not None and split == 1,
         PTX=not interpret and torch.version.hip is None,
         INTERPRET=interpret,
+        # A multiply-add is one instruction; a later Triton leaves that to be asked for.
+        enable_fp_fusion=True,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )

@@ -139,6 +139,8 @@ def w4a8_hopper(
         HAS_BIAS=bias is not None,
         CONSUMER_REGISTERS=c.consumer_registers,
         LOADER=LOADER_REGISTERS,
+        # A multiply-add is one instruction; a later Triton leaves that to be asked for.
+        enable_fp_fusion=True,
         num_warps=4,
         maxnreg=c.registers,
         launch_pdl=weights_ready,
