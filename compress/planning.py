@@ -180,7 +180,7 @@ def cover_attention(model: Any, layer_names: list[str], recipe: Recipe) -> list[
     method, modules = recipe.attention, attention_modules(model)
     assert method is not None
     if method.needs_data:
-        reason = f"the fastest of {', '.join(method.modes)} that calibration allows"
+        reason = f"the first of {', '.join(method.modes)} that calibration allows"
     else:
         reason = f"runs in {method.modes[0]}" if method.modes else "the recipe says bf16"
     lines = []

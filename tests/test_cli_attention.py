@@ -28,7 +28,7 @@ def words(capsys) -> str:
 def test_plan(base, capsys, recipe):
     assert main(["plan", str(base), "-r", recipe, "--device", "cpu"]) == 0
     said = words(capsys)
-    assert "covered 4 the fastest of fp8_fp8, int8_fp8 that calibration allows" in said
+    assert "covered 4 the first of int8_fp8, fp8_fp8 that calibration allows" in said
     assert "calls of fewer than 4,096 queries, and decoding, are dense" in said
     assert "prefill_attention (int8_fp8) reference used" in said
     assert ("bits per quantized weight" in said) == (recipe == "w4a8-sage")
@@ -45,7 +45,7 @@ def test_compress_and_evaluate(base, tmp_path, capsys, recipe):
     assert "attention sage, mode auto, min cosine 0.998, min tokens 512" in said
     assert "attention runs in layers" in said
     assert "calls of 512 queries and more" in said
-    ran = "Attention ran quantized in this evaluation (4 layers; calls: 8 × fp8_fp8); in use, windows this short run"
+    ran = "Attention ran quantized in this evaluation (4 layers; calls: 8 × int8_fp8); in use, windows this short run"
     assert ran in said
     assert ("bits per quantized weight" in said) == (recipe == "w4a8-sage")
     evaluate = ["evaluate", output, "--against", str(base), "--window", "96", "--windows", "2", "--no-speed"]
@@ -53,7 +53,7 @@ def test_compress_and_evaluate(base, tmp_path, capsys, recipe):
     assert ran in words(capsys)
     assert main([*evaluate, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["attention"]["calls"] == {"fp8_fp8": 8}
+    assert found["attention"]["calls"] == {"int8_fp8": 8}
 
 
 def test_list(capsys):

@@ -20,7 +20,7 @@ from kompakt.compress.recipe import EvaluationOptions, Recipe
 from kompakt.compress.restore import LimitExceeded, worst_attention
 from kompakt.compress.runtime import AttentionBackend
 from kompakt.quant.method import AttentionInputs, AttentionPolicy, Figures
-from kompakt.quant.sage import FASTEST_FIRST, Sage, compare_mode, difference_sums, exact_output, figures
+from kompakt.quant.sage import CANDIDATES, Sage, compare_mode, difference_sums, exact_output, figures
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 WINDOW = 96
@@ -65,7 +65,7 @@ def test_figures_of_nothing_and_of_garbage():
         figures(difference_sums(torch.tensor([math.nan]), torch.ones(1)))
 
 
-@pytest.mark.parametrize("mode", FASTEST_FIRST)
+@pytest.mark.parametrize("mode", CANDIDATES)
 def test_a_mode_is_compared_on_all_sequences(mode):
     inputs = inputs_of()
     found = compare_mode(inputs, mode)
@@ -93,21 +93,30 @@ def test_exact_output_is_softmax_attention():
     torch.testing.assert_close(exact_output(inputs).double(), expected.transpose(1, 2), rtol=1e-5, atol=1e-6)
 
 
-def test_the_fastest_arithmetic_within_the_threshold_is_taken():
+def test_the_first_arithmetic_within_the_threshold_is_taken():
     inputs = inputs_of(outlier=4.0)
-    cosines = {mode: compare_mode(inputs, mode).cosine for mode in FASTEST_FIRST}
+    cosines = {mode: compare_mode(inputs, mode).cosine for mode in CANDIDATES}
     assert cosines["fp8_fp8"] < cosines["int8_fp8"] < 1
-    for index, mode in enumerate(FASTEST_FIRST):
-        policy = Sage(min_cosine=cosines[mode], min_tokens=7).choose(inputs)
-        assert (policy.mode, policy.min_tokens, policy.tokens) == (mode, 7, 74)
-        assert list(policy.tried) == list(FASTEST_FIRST[: index + 1])
-        assert policy.tried[mode].cosine == cosines[mode]
+    policy = Sage(min_cosine=cosines["int8_fp8"], min_tokens=7).choose(inputs)
+    assert (policy.mode, policy.min_tokens, policy.tokens) == ("int8_fp8", 7, 74)
+    assert list(policy.tried) == ["int8_fp8"]
+    assert policy.tried["int8_fp8"].cosine == cosines["int8_fp8"]
     strict = Sage(min_cosine=1.0).choose(inputs)
     assert strict.mode == "bf16"
-    assert list(strict.tried) == list(FASTEST_FIRST)
-    assert "no faster mode has a cosine of at least 1.0" in strict.reason
-    assert Sage(min_cosine=0.1).choose(inputs, ["int8_fp8"]).mode == "int8_fp8"
+    assert list(strict.tried) == list(CANDIDATES)
+    assert "no mode has a cosine of at least 1.0" in strict.reason
+    assert Sage(min_cosine=0.1).choose(inputs, ["fp8_fp8"]).mode == "fp8_fp8"
     assert Sage(min_cosine=0.1).choose(inputs, []).mode == "bf16"
+
+
+def test_fp8_is_taken_where_one_token_outweighs_its_tile():
+    """One key far larger than the others leaves them no levels in INT8; FP8 has an exponent for each."""
+    inputs = inputs_of()
+    inputs.key[:, :, 5] *= 100
+    cosines = {mode: compare_mode(inputs, mode).cosine for mode in CANDIDATES}
+    assert cosines["int8_fp8"] < cosines["fp8_fp8"]
+    policy = Sage(min_cosine=cosines["fp8_fp8"]).choose(inputs)
+    assert policy.mode == "fp8_fp8" and list(policy.tried) == list(CANDIDATES)
 
 
 @pytest.mark.parametrize("mode", ["bf16", "int8_fp16", "int4_fp8"])
@@ -322,7 +331,7 @@ def test_attention_is_judged_with_quantized_weights(base, made):
 
 
 def test_what_cannot_be_is_refused_in_one_sentence(base, tmp_path):
-    with pytest.raises(ValueError, match=r"prefill_attention \(fp8_fp8\) has no kernel on this device"):
+    with pytest.raises(ValueError, match=r"prefill_attention \(int8_fp8\) has no kernel on this device"):
         compress(base, "sage", tmp_path / "strict", overrides=SHORT, strict=True, device="cpu")
     with pytest.raises(ValueError, match="--resume keeps quantized layers"):
         compress(base, "sage", tmp_path / "resume", overrides=SHORT, resume=True)
@@ -336,19 +345,19 @@ def test_a_kernel_for_one_arithmetic_is_enough_until_one_is_chosen(made, monkeyp
 
     def backends(modes, device):
         return {
-            mode: AttentionBackend("triton" if mode == "int8_fp8" else "dense", "compute capability is 8.0")
+            mode: AttentionBackend("triton" if mode == "fp8_fp8" else "dense", "compute capability is 8.0")
             for mode in modes
         }
 
     monkeypatch.setattr(pipeline, "attention_backends", backends)
     cpu, recipe = torch.device("cpu"), Recipe.load("sage")
     pipeline.check_kernels(recipe, cpu, strict=True)
-    pipeline.check_kernels(recipe, cpu, strict=True, policies={"a": AttentionPolicy("int8_fp8", 4)})
+    pipeline.check_kernels(recipe, cpu, strict=True, policies={"a": AttentionPolicy("fp8_fp8", 4)})
     pipeline.check_kernels(recipe, cpu, strict=True, policies={"a": AttentionPolicy("bf16", 4)})
     assert not caplog.records
     chosen = {"a": AttentionPolicy("int8_fp8", 4), "b": AttentionPolicy("fp8_fp8", 4)}
     pipeline.check_kernels(recipe, cpu, strict=False, policies=chosen)
-    assert "fp8_fp8 runs through the attention that the model had before: compute capability is 8.0" in caplog.text
+    assert "int8_fp8 runs through the attention that the model had before: compute capability is 8.0" in caplog.text
     with pytest.raises(ValueError, match="forbids the attention that the model had before"):
         load(made("sage").output, strict=True)
 
@@ -373,7 +382,7 @@ def test_limit_gives_attention_layers_back(base, tmp_path, monkeypatch):
     assert all(layers[name]["mode"] == "bf16" for name in restored)
     assert result.evaluation is not None
     assert result.evaluation["attention"]["ran"] == "partly quantized"
-    ranked = sorted(layers, key=lambda name: layers[name]["tried"]["fp8_fp8"]["cosine"])
+    ranked = sorted(layers, key=lambda name: layers[name]["tried"]["int8_fp8"]["cosine"])
     assert sorted(restored) == sorted(ranked[:2])
 
 
@@ -418,7 +427,7 @@ def test_plan_says_what_is_covered_and_what_is_not(base):
     assert {line["reason"] for line in found["coverage"]} >= {"the recipe leaves weights as they are"}
     assert [stage["name"] for stage in found["stages"]] == ["loading", "attention", "reading back", "evaluation"]
     used = [op for op, kernel in found["kernels"].items() if kernel["used"]]
-    assert used == [f"prefill_attention ({mode})" for mode in FASTEST_FIRST]
+    assert used == [f"prefill_attention ({mode})" for mode in CANDIDATES]
     named = plan(base, "sage", overrides={"attention.mode": "bf16"}, device="cpu").as_dict()
     assert {line["status"] for line in named["attention"]} == {"dense"}
     assert "attention" not in [stage["name"] for stage in named["stages"]]
@@ -455,5 +464,5 @@ def test_recipe_patches_a_model_with_its_tokenizer(base):
     overrides = {"calibration.length": WINDOW, "attention.min_tokens": 8}
     with patch(model, "sage", overrides=overrides) as patched:
         assert len(attached_layers(patched)) == len(attention_modules(model))
-        assert all(layer.mode == "fp8_fp8" for layer in attached_layers(patched).values())
+        assert all(layer.mode == "int8_fp8" for layer in attached_layers(patched).values())
     assert attention_in_use(model) is None
