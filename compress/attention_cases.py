@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -93,7 +93,7 @@ class Layout:
 
     def visible(self, rows: slice, device: torch.device) -> Tensor:
         """(batch, queries of the slice, keys) bool."""
-        places = Segments(self.places.table.to(device), self.places.max_queries)
+        places = replace(self.places, table=self.places.table.to(device))
         return visible(places, self.batch, rows, self.keys, causal=self.causal, window=self.window)
 
     def pairs(self) -> int:

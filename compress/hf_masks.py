@@ -14,7 +14,7 @@ did before, with the mask that transformers builds from the same arguments.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -186,7 +186,7 @@ class MaskInfo:
         else:
             segments = None if padding is None else padding_segments(padding, queries, stop)
         if segments is not None:
-            segments = Segments(segments.table.to(device), segments.max_queries)
+            segments = replace(segments, table=segments.table.to(device))
         return Layout(pattern.causal, window, segments, keys)
 
     def padding(self, kv_offset: int, keys: int) -> Tensor | None:

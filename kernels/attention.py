@@ -28,7 +28,7 @@ Source: SageAttention (arXiv 2410.02367), SageAttention2 (2411.10958).
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -114,6 +114,9 @@ def prefill_attention(
     """
     call = Call(mode, causal, window, scaling if scaling is not None else query.shape[-1] ** -0.5, softcap)
     check_attention(query, key, value, call, sinks, segments)
+    if window is not None and window >= query.shape[2] + key.shape[2]:
+        # It hides nothing, and positions plus such a window might leave the range of 32 bit.
+        call = replace(call, window=None)
     table = None if segments is None else segments.table
     out, lse = attention_op(
         query,
@@ -146,7 +149,8 @@ def attention_op(
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
     """Registered op behind :func:`prefill_attention`, opaque to torch.compile; out is (batch, queries, heads, dim)."""
-    segments = None if table is None else Segments(table, max_queries)
+    extent = (query.shape[0], query.shape[2], key.shape[2])
+    segments = None if table is None else Segments(table, max_queries, extent)
     with launching_on(query):
         return run_attention(query, key, value, Call(mode, causal, window, scaling, softcap), sinks, segments)
 
@@ -196,6 +200,8 @@ def run_attention(
     interpret: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Dispatch without checks: out (batch, queries, heads, value_head_dim) contiguous, and lse."""
+    sinks = None if sinks is None else sinks.contiguous()
+    segments = None if segments is None else replace(segments, table=segments.table.contiguous())
     if query.numel() == 0 or key.numel() == 0:
         return attention_ref(query, key, value, call, sinks, segments)
     backend, reason = attention_backend(query, value, call, interpret=interpret)
@@ -217,7 +223,7 @@ def run_attention(
 def exact_attention(
     query: Tensor, key: Tensor, value: Tensor, call: Call, sinks: Tensor | None, segments: Segments | None
 ) -> tuple[Tensor, Tensor]:
-    """The same mask and softmax, nothing quantized, in torch on any device."""
+    """The same mask and softmax, nothing quantized, in torch on any device. Waits for the device."""
     plain = Call("bf16", call.causal, call.window, call.scaling, call.softcap)
     return attention_ref(query, key, value, plain, sinks, segments)
 
@@ -345,11 +351,26 @@ def check_attention(
         raise ValueError(f"window is {call.window}; it counts keys, from 1")
     if call.softcap is not None and not call.softcap > 0:
         raise ValueError(f"softcap is {call.softcap}; it bounds the logits, above 0")
-    if not math.isfinite(call.scaling):
-        raise ValueError(f"scaling is {call.scaling}; it must be finite")
+    if not (math.isfinite(call.scaling) and call.scaling > 0):
+        raise ValueError(f"scaling is {call.scaling}; it must be finite and above 0")
+    if segments is not None:
+        check_segments(segments, (batch, queries, key.shape[2]))
     if sinks is not None and (tuple(sinks.shape) != (heads,) or not sinks.dtype.is_floating_point):
         raise ValueError(f"sinks have shape {tuple(sinks.shape)} and dtype {sinks.dtype}; expected ({heads},) floating")
     tensors = {"key": key, "value": value, "sinks": sinks, "segments": None if segments is None else segments.table}
     for name, tensor in tensors.items():
         if tensor is not None and tensor.device != query.device:
             raise ValueError(f"{name} is on {tensor.device}, query on {query.device}")
+
+
+def check_segments(segments: Segments, extent: tuple[int, int, int]) -> None:
+    """Raise ValueError unless segments speak of a batch of this extent: rows, queries, keys."""
+    table = segments.table
+    if table.dtype != torch.int32 or table.dim() != 2 or table.shape[1] != 5:
+        raise ValueError(
+            f"segments have a table {tuple(table.shape)} {table.dtype}; expected (segments, 5) torch.int32"
+        )
+    if segments.extent[0] != extent[0] or segments.extent[1] > extent[1] or segments.extent[2] > extent[2]:
+        raise ValueError(
+            f"segments speak of (rows, queries, keys) = {segments.extent}, which the tensors' {extent} do not hold"
+        )

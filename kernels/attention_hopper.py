@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .activations import MIN_SCALE
-from .attention_quant import LEVELS, TILE, padded_tokens
+from .attention_quant import LEVELS, MIN_SCALE, TILE, padded_tokens
 from .segments import Segments
 from .w4a8_hopper import LOADER_REGISTERS, descriptor
 
@@ -47,7 +46,8 @@ def attention_hopper(
     bounds = None if segments is None else segments.key_bounds(batch)
     coded, coded_values = quantize_keys_values(key, value, kind, True, bounds)
     assert coded is not None and coded_values is not None and kind in ("int8", "fp8")
-    out, lse = outputs(query, head_dim, segments)
+    # Where there are more queries than keys, some may see none of them.
+    out, lse = outputs(query, head_dim, filled=segments is not None or queries > keys)
     count = batch if segments is None else len(segments.table)
     tiles = -(-(queries if segments is None else segments.max_queries) // BLOCK_M)
     items = tiles * heads * count

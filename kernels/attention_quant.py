@@ -27,7 +27,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .activations import E4M3_MAX, MIN_SCALE
+from .activations import E4M3_MAX
 
 TILE = 128
 """Keys with one scale, as in the authors' kernel for Hopper; storage is padded to whole tiles."""
@@ -35,8 +35,11 @@ BLOCK = 64
 """Channels that are rotated together, at most."""
 SAMPLED = 512
 """The means of keys and values are those of at most so many tokens."""
+MIN_SCALE = 2.0**-50
+"""Of queries and keys: the product of two scales must not underflow, or a masked logit of −∞ would become NaN."""
 MIN_VALUE_SCALE = 2.0**-60
-"""Sums are kept in units of the last tile's scale, so scales must not be so far apart that their ratio overflows."""
+"""Sums are kept in units of the last tile's scale, whose ratio to the one before must not overflow: it cannot for
+values up to 10²²."""
 LEVELS = {"int8": 127.0, "int4": 7.0, "fp8": E4M3_MAX}
 TOKEN_ORDER = tuple(a * 8 + b * 2 + c for b in range(4) for a in range(2) for c in range(2))
 """Place in storage → token, in every 16 values."""

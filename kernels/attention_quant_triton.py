@@ -8,10 +8,11 @@ import triton.language as tl
 from torch import Tensor
 
 from . import attention_quant
-from .activations import E4M3_MAX, MIN_SCALE
+from .activations import E4M3_MAX
 from .activations_triton import e4m3_by_bits
 from .attention_quant import (
     LEVELS,
+    MIN_SCALE,
     MIN_VALUE_SCALE,
     TILE,
     QuantizedKeys,

@@ -18,8 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .activations import MIN_SCALE
-from .attention_quant import LEVELS, TILE, padded_tokens, padded_width
+from .attention_quant import LEVELS, MIN_SCALE, TILE, padded_tokens, padded_width
 from .attention_quant_triton import (
     halves,
     quantize_keys_values,
@@ -338,7 +337,7 @@ def attention_triton(
     kind, fp8_values = KEY_KINDS[call.mode], call.mode in FP8_VALUES
     bounds = None if segments is None else segments.key_bounds(batch)
     coded, coded_values = quantize_keys_values(key, value, kind, fp8_values, bounds, interpret=interpret)
-    out, lse = outputs(query, value_dim, segments)
+    out, lse = outputs(query, value_dim, filled=segments is not None)
     width = padded_width(head_dim)
     config = launch_config(call.mode, max(width, padded_width(value_dim)))
     longest = queries if segments is None else segments.max_queries
@@ -367,10 +366,10 @@ def attention_triton(
     return out, lse
 
 
-def outputs(query: Tensor, value_dim: int, segments: Segments | None) -> tuple[Tensor, Tensor]:
-    """out (batch, queries, heads, value_dim) and lse; with segments filled for the queries that no segment holds."""
+def outputs(query: Tensor, value_dim: int, *, filled: bool) -> tuple[Tensor, Tensor]:
+    """out (batch, queries, heads, value_dim) and lse; filled: for queries that no program writes."""
     batch, heads, queries, _ = query.shape
     shape, lse_shape = (batch, queries, heads, value_dim), (batch, heads, queries)
-    if segments is None:
-        return query.new_empty(shape), query.new_empty(lse_shape, dtype=torch.float32)
-    return query.new_zeros(shape), query.new_full(lse_shape, -torch.inf, dtype=torch.float32)
+    out = torch.empty(shape, dtype=query.dtype, device=query.device)
+    lse = torch.empty(lse_shape, dtype=torch.float32, device=query.device)
+    return (out.zero_(), lse.fill_(-torch.inf)) if filled else (out, lse)

@@ -24,18 +24,20 @@ COLUMNS = ("batch row", "q_start", "q_stop", "k_start", "k_stop")
 class Segments:
     """Segments of one batch of attention.
 
-    table: (segments, 5) int32, `COLUMNS`. max_queries: queries of the longest segment, known without asking the device.
+    table: (segments, 5) int32, `COLUMNS`. max_queries: queries of the longest segment. extent: rows of the batch,
+    queries and keys that the table speaks of. The last two are known without asking the device.
     """
 
     table: Tensor
     max_queries: int
+    extent: tuple[int, int, int]
 
     @classmethod
     def from_padding(cls, mask: Tensor, queries: int) -> Segments | None:
         """Segments of a padded batch, left or right; None if a row's tokens are not one unbroken run.
 
-        mask: (batch, keys) bool, True for a token. queries: how many of the last positions are queries. Waits for the
-        device.
+        mask: (batch, keys) bool, True for a token. queries: how many of the last positions are queries; those that are
+        padding are in no segment. Waits for the device.
         """
         batch, keys = mask.shape
         positions = torch.arange(keys, device=mask.device)
@@ -51,7 +53,7 @@ class Segments:
         stop = torch.where(q_stop > q_start, stop, start)
         rows = torch.arange(batch, device=mask.device)
         table = torch.stack((rows, q_start, q_stop, start, stop), dim=1).to(torch.int32)
-        return cls(table, queries)
+        return cls(table, queries, (batch, queries, keys))
 
     @classmethod
     def from_cu_seqlens(cls, queries: Tensor, keys: Tensor | None = None) -> Segments:
@@ -66,12 +68,12 @@ class Segments:
                 f"cu_seqlens have shapes {tuple(queries.shape)} and {tuple(keys.shape)}; expected two (sequences + 1,)"
             )
         lengths = queries.diff()
+        keys = keys.to(queries.device)
         if bool((lengths < 0).any() | (keys.diff() < 0).any() | (queries[0] != 0) | (keys[0] != 0)):
             raise ValueError("cu_seqlens must begin with 0 and never fall")
-        keys = keys.to(queries.device)
         zeros = torch.zeros_like(lengths)
         table = torch.stack((zeros, queries[:-1], queries[1:], keys[:-1], keys[1:]), dim=1).to(torch.int32)
-        return cls(table, int(lengths.max()))
+        return cls(table, int(lengths.max()), (1, int(queries[-1]), int(keys[-1])))
 
     @classmethod
     def from_documents(cls, documents: Tensor) -> Segments | None:
@@ -89,7 +91,7 @@ class Segments:
         flat = rows * tokens + starts
         stops = torch.cat((flat[1:], flat.new_tensor([batch * tokens]))) - rows * tokens
         table = torch.stack((rows, starts, stops, starts, stops), dim=1).to(torch.int32)
-        return cls(table, int((stops - starts).max()))
+        return cls(table, int((stops - starts).max()), (batch, tokens, tokens))
 
     def key_bounds(self, batch: int) -> Tensor:
         """(batch, 2) int32: the keys of each row that any of its segments may see."""
@@ -106,7 +108,7 @@ def whole(batch: int, queries: int, keys: int, device: torch.device | str) -> Se
     row = torch.tensor([0, 0, queries, 0, keys], dtype=torch.int32, device=device)
     table = row.repeat(batch, 1)
     table[:, 0] = torch.arange(batch, device=device)
-    return Segments(table, queries)
+    return Segments(table, queries, (batch, queries, keys))
 
 
 def visible(segments: Segments, batch: int, queries: slice, keys: int, *, causal: bool, window: int | None) -> Tensor:

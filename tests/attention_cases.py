@@ -6,7 +6,7 @@ values have tests of their own). The kernel adds, for every output o = Σ p·v:
 - the rounding of P, of relative size ε (e4m3 2⁻⁴, bf16 2⁻⁸, fp16 2⁻¹¹), and where P becomes a subnormal of e4m3, half
   of its step 2⁻⁹/448 of the largest p: ε·Σ p|v| + n·2⁻¹⁰/448·max|v|
 - logits that are off by δ: (exp(2δ) − 1)·Σ p|v|, with δ from FP32 sums, 2⁻²⁰ of Σ|q·k|, or FP8 sums, 2⁻¹⁰ of it, and
-  from one channel of a rotated query whose code is the next one, because its rotation was added up in another order
+  from those channels of a rotated query that lie within FP32 rounding of the border between two codes
 - FP8 sums of P·V: 2⁻¹⁰·Σ p|v|
 - the rounding of the result to the dtype of the query
 """
@@ -22,9 +22,16 @@ from kernel_cases import BF16, FP8_ACCUMULATOR, FP16
 from torch import Tensor
 
 from kompakt.kernels import attention
-from kompakt.kernels.attention import FP8_VALUES, KEY_KINDS, Call, attention_ref
-from kompakt.kernels.attention_quant import LEVELS, dequantize_keys, dequantize_values, rotate
-from kompakt.kernels.segments import Segments
+from kompakt.kernels.attention import FP8_VALUES, KEY_KINDS, Call, attention_ref, query_means
+from kompakt.kernels.attention_quant import (
+    LEVELS,
+    dequantize_keys,
+    dequantize_values,
+    rotate,
+    round_codes,
+    scale_of,
+)
+from kompakt.kernels.segments import Segments, whole
 
 Runner = Callable[..., tuple[Tensor, Tensor]]
 P_ROUNDING = {BF16: 2.0**-8, FP16: 2.0**-11}
@@ -47,7 +54,15 @@ def packed(queries: int, keys: int, device: str) -> Segments:
     return Segments.from_cu_seqlens(ends)
 
 
-SEGMENTS = {"padding": left_and_right, "packed": packed}
+def uneven(queries: int, keys: int, device: str) -> Segments:
+    """A batch of one: a sequence of fewer queries than keys, and one of more."""
+    return Segments.from_cu_seqlens(
+        torch.tensor([0, queries // 3, queries], device=device),
+        torch.tensor([0, keys - keys // 4, keys], device=device),
+    )
+
+
+SEGMENTS = {"padding": left_and_right, "packed": packed, "uneven": uneven}
 
 
 @dataclass(frozen=True)
@@ -137,24 +152,30 @@ def check_kernel(
     with mock.patch.object(attention, "operands_ref", sizes):
         size, _ = attention_ref(query.float(), key, value, call, sinks, segments, dtype=torch.float64)
     group = query.shape[1] // key.shape[1]
-    turned = query.float() if KEY_KINDS[mode] is None else rotate(query)
-    products = turned.abs() @ k.abs().repeat_interleave(group, 1).mT
-    reach = products.amax().item() * call.scaling
-    delta = reach * (FP8_ACCUMULATOR if fp8_sums and mode == "fp8_fp8" else 2.0**-20) + 1e-6
     kind = KEY_KINDS[mode]
+    wanted = query.float()
+    if mode == "int4_fp8":
+        wanted = wanted - query_means(query, segments or whole(query.shape[0], query.shape[2], key.shape[2], device))
+    turned = wanted if kind is None else rotate(wanted)
+    k_heads = k.abs().repeat_interleave(group, 1)
+    reach = (turned.abs() @ k_heads.mT).amax(-1)
+    delta = reach * call.scaling * (FP8_ACCUMULATOR if fp8_sums and mode == "fp8_fp8" else 2.0**-20) + 1e-6
     if kind is not None:
-        # A rotated query on the border of two codes: a step of integers, an eighth of the value of e4m3.
-        step = turned.abs().amax().item() / (8 if kind == "fp8" else LEVELS[kind])
-        delta += step * k.abs().amax().item() * call.scaling
+        scale = scale_of(turned.abs().amax(-1, keepdim=True), LEVELS[kind])
+        slack = 2.0**-20 * (turned.abs() + turned.abs().amax(-1, keepdim=True))
+        codes = [round_codes(turned + sign * slack, scale, kind).float() for sign in (1, -1)]
+        flips = (codes[0] - codes[1]).abs() * scale
+        delta = delta + (flips * k_heads.amax(2, keepdim=True)).sum(-1) * call.scaling
     fp8_values = mode in FP8_VALUES
     relative = 2.0**-4 if fp8_values else P_ROUNDING[case.dtype]
-    relative += torch.expm1(torch.tensor(2 * delta)).item() + (FP8_ACCUMULATOR if fp8_values and fp8_sums else 2.0**-20)
+    relative += FP8_ACCUMULATOR if fp8_values and fp8_sums else 2.0**-20
+    by_row = relative + torch.expm1(2 * delta.double()).transpose(1, 2)[..., None]
     subnormal = key.shape[2] * 2.0**-10 / 448 * v.abs().amax().item() if fp8_values else 0.0
     rounding = torch.finfo(case.dtype).eps * expected.abs()
-    allowed = relative * size + subnormal + rounding + torch.finfo(case.dtype).tiny
+    allowed = by_row * size + subnormal + rounding + torch.finfo(case.dtype).tiny
     excess = (out.double() - expected).abs() - allowed
     assert (excess <= 0).all(), f"exceeds the allowed error by {excess.nan_to_num(torch.inf).max():.3e}"
     seen = expected_lse.isfinite()
     assert torch.equal(seen, lse.isfinite()) and not lse.isnan().any()
     off = (lse - expected_lse)[seen].abs()
-    assert (off <= 2 * delta + 2.0**-20 * (1 + expected_lse[seen].abs())).all(), f"lse is off by {off.max():.3e}"
+    assert (off <= 2 * delta[seen] + 2.0**-20 * (1 + expected_lse[seen].abs())).all(), f"lse is off by {off.max():.3e}"

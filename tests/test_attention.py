@@ -26,6 +26,7 @@ from kompakt.kernels.attention import (
     prefill_attention,
     run_attention,
 )
+from kompakt.kernels.int4_linear import hopper_refusal
 from kompakt.kernels.segments import Segments, visible, whole
 
 KERNEL = "kompakt.kernels.attention_triton"
@@ -37,6 +38,7 @@ CASES = {
     "grouped 14/2": AttentionCase(heads=(14, 2), lengths=(33, 66), dims=(32, 32)),
     "full": AttentionCase(lengths=(100, 140), causal=False),
     "more queries than keys": AttentionCase(lengths=(140, 30), causal=False),
+    "queries before the keys": AttentionCase(lengths=(400, 30), causal=False, window=5),
     "window": AttentionCase(lengths=(150, 200), window=37, dims=(32, 32)),
     "window of one": AttentionCase(lengths=(70, 70), window=1, dims=(32, 32)),
     "full window": AttentionCase(lengths=(150, 150), window=20, causal=False, dims=(32, 32)),
@@ -51,6 +53,7 @@ CASES = {
     "padding, sinks": AttentionCase(batch=2, lengths=(140, 140), segments="padding", sinks=True, causal=False),
     "packed": AttentionCase(lengths=(150, 150), segments="packed"),
     "packed, window": AttentionCase(lengths=(200, 200), segments="packed", window=30, dims=(32, 32)),
+    "uneven": AttentionCase(lengths=(200, 160), segments="uneven"),
     "zeros": AttentionCase(lengths=(70, 130), hard="zeros"),
     "large": AttentionCase(lengths=(70, 130), hard="large", scaling=1e-3),
     "tiny": AttentionCase(lengths=(70, 130), hard="tiny"),
@@ -60,7 +63,7 @@ INTERPRETED = [(mode, name) for mode in ("int8_fp8",) for name in CASES] + [
     (mode, name)
     for mode in MODES
     if mode != "int8_fp8"
-    for name in ("grouped 9/3", "sinks, softcap, window", "head_dim 80, 96", "padding", "packed", "zeros", "large")
+    for name in ("grouped 9/3", "sinks, softcap, window", "head_dim 80, 96", "padding", "packed", "zeros", "window")
 ]
 
 
@@ -82,7 +85,26 @@ def interpreted(mode: str, name: str) -> None:
     check_kernel(run, codes, CASES[name], mode, device="cpu", fp8_sums=False)
 
 
-INTERPRETER_CASES = {f"{mode}, {name}": functools.partial(interpreted, mode, name) for mode, name in INTERPRETED}
+def check_nan(mode: str, run) -> None:
+    """A NaN in a query, a key or a value reaches what that token takes part in; through a mean it may reach
+    more: of keys and values all, of INT4 queries their group."""
+    for place in range(3):
+        query, key, value, *_ = AttentionCase(lengths=(200, 200)).make()
+        tensors = [query, key, value]
+        tensors[place] = tensors[place].clone()
+        tensors[place][0, 0, 170, 7] = torch.nan
+        out, _ = run(*tensors, AttentionCase().call(mode), None, None)
+        assert out[0, 170, 0].isnan().any()
+        assert place > 0 or not out[0, :128].isnan().any()
+
+
+INTERPRETER_CASES = {
+    **{f"{mode}, {name}": functools.partial(interpreted, mode, name) for mode, name in INTERPRETED},
+    **{
+        f"{mode}, NaN": functools.partial(check_nan, mode, functools.partial(run_triton, interpret=True))
+        for mode in MODES
+    },
+}
 MUTATIONS = {
     "aligned to the start": ("position = i - q_stop + k_stop", "position = i", "int8_fp8, grouped 9/3"),
     "group ignored": ("kv_head = head // group", "kv_head = head * 0", "int8_fp8, grouped 9/3"),
@@ -102,7 +124,14 @@ MUTATIONS = {
     "lse without the mean": ("true_m = m + shift", "true_m = m", "int8_fp8, causal"),
     "token order": ("permute(0, 1, 3, 2, 4)", "permute(0, 1, 2, 3, 4)", "int8_fp8, causal"),
     "rescaling": ("acc = acc * alpha[:, None]", "acc = acc", "int8_fp8, one query"),
-    "blind queries": ("result = tl.where(blind[:, None], 0.0, result)", "result = result + 1.0", "int8_fp8, causal"),
+    "blind queries": (
+        "blind[:, None], 0.0, result",
+        "blind[:, None], 1.0, result",
+        "int8_fp8, queries before the keys",
+    ),
+    "FP8 key scale": ("key_scale_base + start // SCALED", "key_scale_base", "fp8_fp8, window"),
+    "FP8 window": ("token[None, :] > position[:, None] - window", "token[None, :] >= 0", "fp8_fp8, window"),
+    "FP8 query scale": ("(q_scale * k_scale)[:, None]", "(0 * q_scale + 0.01 * k_scale)[:, None]", "fp8_fp8, window"),
     "mean of INT4 queries": ("+ mean[None, :]) * k_scale", ") * k_scale", "int4_fp8, grouped 9/3"),
     "halves of INT4": ("high = (packed >> 4)", "high = (packed >> 3)", "int4_fp8, grouped 9/3"),
     "masked values": (
@@ -267,6 +296,9 @@ GOOD = {
         ({"window": 0}, "window is 0"),
         ({"softcap": 0.0}, "softcap is 0.0"),
         ({"scaling": float("nan")}, "scaling is nan"),
+        ({"scaling": 0.0}, "above 0"),
+        ({"segments": Segments.from_cu_seqlens(torch.tensor([0, 100]))}, r"\(1, 100, 100\)"),
+        ({"segments": Segments(torch.zeros(2, 4, dtype=torch.int32), 1, (1, 5, 7))}, r"\(2, 4\)"),
         ({"sinks": torch.zeros(3)}, r"sinks have shape \(3,\)"),
         ({"sinks": torch.zeros(4, device="meta")}, "sinks is on meta"),
     ],
@@ -274,6 +306,16 @@ GOOD = {
 def test_wrong_arguments(change, message):
     with pytest.raises(ValueError, match=message):
         prefill_attention(**{**GOOD, **change})
+
+
+def test_what_a_kernel_would_read_wrongly():
+    """Sinks that lie apart, and a window that hides nothing."""
+    query, key, value, sinks, _ = CASES["sinks"].make()
+    options = {"mode": "int8_fp8", "causal": False}
+    expected, _ = prefill_attention(query, key, value, sinks=sinks, **options)
+    apart = torch.stack((sinks, sinks + 5), dim=1)[:, 0]  # pyright: ignore
+    for change in ({"sinks": apart}, {"sinks": sinks, "window": 2**31 - 1}):
+        assert torch.equal(prefill_attention(query, key, value, **options, **change)[0], expected)
 
 
 def test_nothing_to_attend_to():
@@ -323,6 +365,8 @@ GPU_CASES = {
     "long": AttentionCase(heads=(4, 2), lengths=(1030, 2100), dims=(128, 128)),
     "long, window": AttentionCase(heads=(2, 2), lengths=(1500, 1500), dims=(128, 128), window=300),
     "long, padding": AttentionCase(heads=(2, 1), lengths=(700, 1300), dims=(128, 128), batch=2, segments="padding"),
+    # Several items for every multiprocessor.
+    "many": AttentionCase(heads=(32, 8), lengths=(700, 700), dims=(128, 128), batch=2),
     "long, packed": AttentionCase(heads=(2, 1), lengths=(900, 900), dims=(128, 128), segments="packed", sinks=True),
 }
 
@@ -365,12 +409,12 @@ def test_triton_on_gpu_in_fp16(mode):
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("name", HOPPER_CASES)
 def test_hopper_on_gpu(mode, head_dim, name):
-    skip_below((9, 0))
     case = replace(GPU_CASES[name], dims=(head_dim, head_dim), dtype=BF16 if head_dim == 128 else FP16)
     query, _, value, _, _ = case.make("cuda")
-    backend, reason = attention_backend(query, value, case.call(mode))
-    if backend != "gluon":
-        pytest.skip(reason)
+    refusal = hopper_refusal(query.device)
+    if refusal is not None:
+        pytest.skip(refusal)
+    assert attention_backend(query, value, case.call(mode))[0] == "gluon"
     with poisoned():
         check_kernel(run_attention, quantize, case, mode, device="cuda", fp8_sums=True)
 

@@ -38,7 +38,9 @@ CASES = {
     "window": {"window": 9},
     "softcap": {"softcap": 2.0},
     "sinks": {"sinks": torch.linspace(-2, 3, 14)},
-    "padded": {"segments": Segments(torch.tensor([[0, 0, 37, 0, 37], [1, 12, 37, 12, 37]], dtype=torch.int32), 37)},
+    "padded": {
+        "segments": Segments(torch.tensor([[0, 0, 37, 0, 37], [1, 12, 37, 12, 37]], dtype=torch.int32), 37, (2, 37, 37))
+    },
 }
 
 
