@@ -302,6 +302,14 @@ class TokenStore:
         """Rows; None before the first tokens."""
         return None if self.key is None else self.key.shape[0]
 
+    @property
+    def page_elements(self) -> int:
+        """Channels of keys and values that all pages together have room for."""
+        if self.key is None or self.value is None:
+            return 0
+        batch, heads, _, head_dim = self.key.shape
+        return len(self.pages) * PAGE * batch * heads * (head_dim + self.value.shape[3])
+
     def nbytes(self) -> Sizes:
         """Bytes of all storage, what is allocated and empty included."""
         pages = list(self.pages.values())

@@ -320,25 +320,6 @@ def detach(model: Any) -> None:
         vars(module).pop(ATTRIBUTE, None)
 
 
-def follow(model: Any, policies: Mapping[str, AttentionPolicy]) -> None:
-    """Makes the model's attention run by `policies`, by module; nothing changes where there are none."""
-    if policies:
-        attach(model, {name: LayerAttention.of(policy) for name, policy in policies.items()})
-
-
-@contextmanager
-def following(model: Any, policies: Mapping[str, AttentionPolicy]) -> Iterator[None]:
-    """`follow` for a while."""
-    if not policies:
-        yield
-        return
-    follow(model, policies)
-    try:
-        yield
-    finally:
-        detach(model)
-
-
 def switch(model: Any, implementation: str) -> None:
     """Sets the attention implementation of the text model and of nothing beside it."""
     text = model.config.get_text_config()

@@ -231,6 +231,21 @@ class CompressedCache(Cache):
         tensors = [tensor for layer in others for tensor in vars(layer).values() if isinstance(tensor, Tensor)]
         return total + Sizes(0, 0, sum(tensor.nbytes for tensor in tensors))
 
+    def reads_codes(self, start: int, stop: int) -> bool:
+        """Whether queries of the columns [start, stop), the last that came, attended to any coded token."""
+        for store in self.compressed_layers:
+            seen = 0 if store.window is None else max(0, start - store.window + 1)
+            if min(store.coded, start) > max(seen, store.method.sink_tokens):
+                return True
+        return False
+
+    @property
+    def bits_per_element(self) -> float:
+        """Bits of codes and scales per key or value channel that pages hold; some must be coded."""
+        stores = [store for store in self.compressed_layers if store.pages]
+        sizes = sum((store.nbytes() for store in stores), Sizes(0, 0, 0))
+        return round(8 * (sizes.codes + sizes.scales) / sum(store.page_elements for store in stores), 4)
+
     @property
     def coded_tokens(self) -> int:
         """Columns that are in codes, in the layer that has most."""

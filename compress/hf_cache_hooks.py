@@ -8,10 +8,12 @@ that they are called with, so that a deep copy of a patched model is patched on 
 
 from __future__ import annotations
 
+import inspect
 import types
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -26,11 +28,14 @@ PREPARE = "_prepare_cache_for_generation"
 
 @dataclass(frozen=True)
 class CacheMaker:
-    """Makes the caches of one model. config: of its text model. factors: layer number → static tensors."""
+    """Makes the caches of one model. config: of its text model. factors: layer number → static tensors. seen: what
+    `cache_evaluation.py` counts.
+    """
 
     config: Any
     method: KVCacheMethod
     factors: Mapping[int, Mapping[str, Tensor]]
+    seen: Counter[str] = field(default_factory=Counter)
 
     def make(self, attention_mask: Any = None) -> CompressedCache:
         """A cache for one batch. attention_mask: (batch, tokens) of the batch, from which rows start; or None."""
@@ -127,8 +132,9 @@ def prepare_cache(model: Any, generation_config: Any, model_kwargs: dict[str, An
 
 def give_cache(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Forward pre-hook: a cache for a pass that wants one and has none."""
-    wanted = kwargs.get("use_cache")
+    given = {**dict(zip(inspect.signature(type(base).forward).parameters, (base, *args))), **kwargs}
+    wanted = given.get("use_cache")
     wanted = getattr(base.config.get_text_config(), "use_cache", False) if wanted is None else wanted
-    if wanted and kwargs.get("past_key_values") is None and not base.training:
-        kwargs = {**kwargs, "past_key_values": vars(base)[ATTRIBUTE].make(kwargs.get("attention_mask"))}
+    if wanted and given.get("past_key_values") is None and not base.training:
+        kwargs = {**kwargs, "past_key_values": vars(base)[ATTRIBUTE].make(given.get("attention_mask"))}
     return args, kwargs
