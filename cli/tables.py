@@ -46,13 +46,13 @@ def recipe_line(recipe: Any) -> str:
     content = recipe.model_dump(mode="json", exclude_none=True)
     weights = dict(content["weights"])
     method, ignore = weights.pop("method"), weights.pop("ignore", [])
-    options = [f"{key.replace('_', ' ')} {_word(value)}" for key, value in weights.items()]
+    options = [f"{key.replace('_', ' ')} {word(value)}" for key, value in weights.items()]
     if ignore != ["lm_head"]:
         options.append(f"ignore {' '.join(ignore)}")
     return f"recipe {recipe.name}: {method}, {', '.join(options)}"
 
 
-def _word(value: Any) -> str:
+def word(value: Any) -> str:
     return {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value)
 
 
@@ -203,7 +203,7 @@ def listed(content: dict[str, Any]) -> Shown:
 
 
 def _option(value: Any) -> str:
-    return " ".join(value) if isinstance(value, list) else _word(value)
+    return " ".join(value) if isinstance(value, list) else word(value)
 
 
 def speeds(content: dict[str, Any]) -> Shown:

@@ -1,7 +1,8 @@
-"""Keys and values of one layer, compressed: sink tokens dense, recent tokens dense, everything between in pages of codes.
+"""Keys and values of one layer, compressed: sink tokens dense, recent tokens dense, everything between in pages of
+codes.
 
-Columns are tokens in the order in which they came. `append` writes new tokens behind the recent ones and codes, a page at
-a time, those that more than `recent_tokens` others follow; nothing that is kept is ever copied to grow, and what was
+Columns are tokens in the order in which they came. `append` writes new tokens behind the recent ones and codes, a page
+at a time, those that more than `recent_tokens` others follow; nothing that is kept is ever copied to grow, and what was
 coded is never coded again: after a `crop` into the pages, the last one is filled up from where it was cut. The recent
 tokens sit in a buffer of `recent_tokens` and a page, which moves down by a page whenever one is coded.
 
@@ -129,9 +130,7 @@ class TokenStore:
         self.starts = starts
         self.sink_starts = torch.tensor(starts, device=key.device)
         self.key, self.value = (x.new_empty((batch, heads, capacity, x.shape[3])) for x in (key, value))
-        self.sink_key, self.sink_value = (
-            x.new_zeros((batch, heads, sink_tokens, x.shape[3])) for x in (key, value)
-        )
+        self.sink_key, self.sink_value = (x.new_zeros((batch, heads, sink_tokens, x.shape[3])) for x in (key, value))
         self.factors = {name: factors.to(key.device) for name, factors in self.factors.items()}
 
     @torch.no_grad()
@@ -322,7 +321,7 @@ class TokenStore:
 
 
 def dequantized(kv: CompressedKV, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """All keys and values that a call reads, (batch, num_kv_heads, tokens − first, head_dim), in one dense tensor each."""
+    """Keys and values that a call reads, (batch, num_kv_heads, tokens − first, head_dim), one dense tensor each."""
     batch, heads, _, head_dim = kv.sink_key.shape
     count = kv.tokens - kv.first
     key = kv.sink_key.new_zeros((batch, heads, count, head_dim), dtype=torch.float32)

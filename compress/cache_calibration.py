@@ -1,7 +1,7 @@
 """What a `kv_cache` recipe chooses for a model: which layers' caches are compressed, and their factors per channel.
 
-A pass over the model, its attention dense, gives the keys and values of every attention layer on calibration text. Where
-weights are quantized too, that has happened before, so that factors are those of the model as it will run.
+A pass over the model, its attention dense, gives the keys and values of every attention layer on calibration text.
+Where weights are quantized too, that has happened before, so that factors are those of the model as it will run.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""Logits of a model with a compressed cache: a text goes in some tokens at a time, so that what is measured has read codes.
+"""Logits of a model with a compressed cache: a text goes in some tokens at a time, so that what is measured has read
+codes.
 
-One pass over a whole text is a prefill, which attends to dense keys and values and would measure the dense cache. Here a
-text is fed in chunks of `CHUNK` tokens: every chunk attends to the compressed past, its own tokens dense. Which share of
-the positions had coded tokens to read is counted and reported, since sinks and recent tokens stay dense.
+One pass over a whole text is a prefill, which attends to dense keys and values and would measure the dense cache. Here
+a text is fed in chunks of `CHUNK` tokens: every chunk attends to the compressed past, its own tokens dense. Which share
+of the positions had coded tokens to read is counted and reported, since sinks and recent tokens stay dense.
 """
 
 from __future__ import annotations
@@ -54,13 +55,13 @@ def cached_logits(
         if cache.reads_codes(start, stop):
             maker.seen["reading_codes"] += stop - start
     if cache.coded_tokens:
-        maker.seen["bits"] = cache.bits_per_element
+        maker.seen["bits"] = cache.bits_per_element  # pyright: ignore[reportArgumentType]
     return torch.cat(parts, dim=1)
 
 
 @torch.no_grad()
 def probe_logits(model: Any, attention: Mapping[str, AttentionPolicy], cache: CachePolicy, ids: Tensor) -> Tensor:
-    """Logits, (1, `PROBE_TOKENS`, vocabulary), of an unpatched model run by its policies, most of whose tokens read codes.
+    """Logits, (1, `PROBE_TOKENS`, vocabulary), of an unpatched model run by its policies, that have read codes.
 
     ids: (1, tokens), repeated to that length. Sinks and recent tokens are as few as can be.
     """

@@ -1,8 +1,8 @@
 """`CompressedCache`: transformers' cache object over `cache.TokenStore`.
 
-`update` of the first tokens gives back what it was given, so that a prefill runs as if there were no cache. From then on
-it gives back two `CachedTensor`: our attention reads the codes behind them, and anything else that touches them sees the
-dequantized keys or values as an ordinary tensor.
+`update` of the first tokens gives back what it was given, so that a prefill runs as if there were no cache. From then
+on it gives back two `CachedTensor`: our attention reads the codes behind them, and anything else that touches them sees
+the dequantized keys or values as an ordinary tensor.
 
 The cache has the layers that `DynamicCache` would have for the same config. Those of plain and of sliding-window
 attention are compressed where a policy names them; the others (linear attention, shared keys, …) stay as they are.
@@ -37,7 +37,9 @@ class Visible:
     def compressed(self) -> CompressedKV:
         """RuntimeError if the cache has changed since."""
         if self.version != self.store.version:
-            raise RuntimeError("keys and values of a compressed cache were kept beyond the forward pass that they are of")
+            raise RuntimeError(
+                "keys and values of a compressed cache were kept beyond the forward pass that they are of"
+            )
         return self.read
 
     def dequantized(self) -> tuple[Tensor, Tensor]:

@@ -357,7 +357,9 @@ def reload_and_compare(
         again = read_cache(json.loads(json.dumps({"kv_cache": write_cache(cache)})), staging)
         assert again is not None
         compare_logits(
-            probe_logits(model, policies, cache, probe), probe_logits(reloaded, stored, again, probe), "compressed cache: "
+            probe_logits(model, policies, cache, probe),
+            probe_logits(reloaded, stored, again, probe),
+            "compressed cache: ",
         )
 
 

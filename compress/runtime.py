@@ -1,7 +1,7 @@
 """Attention as a patched layer runs it: an arithmetic and a phase in, a kernel's result out.
 
-Prefill has kernels of its own. Attention over a compressed cache reads its codes (`kernels/decode_attention.py`); over a
-dense one, decoding stays with transformers' attention.
+Prefill has kernels of its own. Attention over a compressed cache reads its codes (`kernels/decode_attention.py`); over
+a dense one, decoding stays with transformers' attention.
 """
 
 from __future__ import annotations

@@ -226,9 +226,7 @@ def read_page(kv: CompressedKV, page: Page, count: int) -> tuple[Tensor, Tensor]
     return key, value
 
 
-def check_call(
-    query: Tensor, kv: CompressedKV, call: Reading, sinks: Tensor | None, key_starts: Tensor | None
-) -> None:
+def check_call(query: Tensor, kv: CompressedKV, call: Reading, sinks: Tensor | None, key_starts: Tensor | None) -> None:
     """Raise ValueError unless the arguments of :func:`decode_attention` describe one call."""
     if query.dim() != 4 or not query.dtype.is_floating_point:
         raise ValueError(
@@ -253,7 +251,7 @@ def check_call(
         raise ValueError(f"sinks have shape {tuple(sinks.shape)} and dtype {sinks.dtype}; expected ({heads},) floating")
     if key_starts is not None and (tuple(key_starts.shape) != (batch,) or key_starts.dtype.is_floating_point):
         raise ValueError(
-            f"key_starts have shape {tuple(key_starts.shape)} and dtype {key_starts.dtype}; expected ({batch},) integers"
+            f"key_starts have shape {tuple(key_starts.shape)} and dtype {key_starts.dtype}; expected ({batch},) int"
         )
     for name, tensor in {"the cache": kv.sink_key, "sinks": sinks, "key_starts": key_starts}.items():
         if tensor is not None and tensor.device != query.device:
@@ -263,7 +261,7 @@ def check_call(
 
 def check_storage(kv: CompressedKV) -> None:
     """Raise ValueError unless a cache holds every column that it says, in one layout."""
-    batch, kv_heads, sink_tokens, head_dim = kv.sink_key.shape
+    batch, kv_heads, _, head_dim = kv.sink_key.shape
     value_dim = kv.sink_value.shape[3]
     if kv.sink_value.shape[:3] != kv.sink_key.shape[:3] or tuple(kv.sink_starts.shape) != (batch,):
         raise ValueError("sink keys, sink values and their starts have shapes that do not belong together")

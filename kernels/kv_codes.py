@@ -6,9 +6,9 @@
     int4   round(x / σ) in [−7, 7],  σ = max|x| / 7; sign and magnitude, 1 + 3 bits
 
 Channels c and c + head_dim/2 share a byte, c in the low half: a reader gets the two halves of a head side by side
-without shuffling, and a sign and a magnitude are placed into a float's bits without arithmetic. Scales are FP32, so that
-no magnitude of keys or values over- or underflows them. A token that holds NaN or infinity gets the scale NaN and comes
-back as NaN. No token's codes depend on another token, so that a cache may code tokens in any portions.
+without shuffling, and a sign and a magnitude are placed into a float's bits without arithmetic. Scales are FP32, so
+that no magnitude of keys or values over- or underflows them. A token that holds NaN or infinity gets the scale NaN and
+comes back as NaN. No token's codes depend on another token, so that a cache may code tokens in any portions.
 """
 
 from __future__ import annotations

@@ -1,17 +1,19 @@
 """KV cache in INT4, one dynamic scale per token and KV head, channels evened out by static factors.
 
-A few channels of keys are large in every token, above all where keys have a bias, and would take the scale of a token to
-themselves. With a_c the largest magnitude of channel c of a KV head on calibration text, keys and values are divided by
+A few channels of keys are large in every token, above all where keys have a bias, and would take the scale of a token
+to themselves. With a_c the largest magnitude of channel c of a KV head on calibration text, keys and values are divided
+by
 
     f_c = a_c^alpha / (geometric mean over the head of a^alpha)
 
 before they are coded, and multiplied again by the reader: q·(f ∘ k̂) = (q ∘ f)·k̂, so for keys the queries take the
-factors, and for values the output. alpha 0 is no factor, 1 makes all channels equally large. Keys are cached after RoPE,
-so that the two channels of a rotated pair need not share a factor as they must where factors are folded into weights.
+factors, and for values the output. alpha 0 is no factor, 1 makes all channels equally large. Keys are cached after
+RoPE, so that the two channels of a rotated pair need not share a factor as they must where factors are folded into
+weights.
 
 For head_dim 128 a token takes 68 bytes per KV head and for keys or values each: 4.25 bits per element. Sources:
-SmoothAttention of QServe (arXiv 2405.04532), which folds factors of key pairs into the weights; per-channel keys of KIVI
-(2402.02750).
+SmoothAttention of QServe (arXiv 2405.04532), which folds factors of key pairs into the weights; per-channel keys of
+KIVI (2402.02750).
 """
 
 from __future__ import annotations
