@@ -72,17 +72,13 @@ def cached(report: dict[str, Any], evaluation: dict[str, Any] | None) -> list[st
     return [text.replace("`", "") for text in sentences if text]
 
 
-def cache_plan(content: dict[str, Any]) -> list[Any]:
-    """Sizes of the compressed cache, and the layers whose cache stays as it is."""
+def cache_plan(content: dict[str, Any]) -> list[str]:
+    """Layers whose cache is compressed, and those whose cache stays as it is."""
     if "kv_cache" not in content:
         return []
-    rows = table("", "cache of one sequence", "transformers", "compressed", "")
-    for tokens, count in content["kv_cache"]["bytes"].items():
-        before = content["kv_cache_bytes"][tokens]
-        rows.add_row(f"{int(tokens):,} tokens", size(before), size(count), f"{before / count:.2f} × smaller")
     dense = content["kv_cache"]["dense_layers"]
-    covered = f"{content['kv_cache']['compressed_layers']} layers are compressed"
-    return ["", rows, f"{covered}, {dense} stay dense" if dense else covered]
+    covered = f"the cache of {content['kv_cache']['compressed_layers']} layers is compressed"
+    return ["", f"{covered}, that of {dense} stays dense" if dense else covered]
 
 
 def layers(report: dict[str, Any]) -> Any:
@@ -115,8 +111,7 @@ def as_stored(shown: Shown, content: dict[str, Any]) -> Shown:
     sizes = content["sizes"]
     rows = table("", "", "base", "compressed", "")
     rows.add_row("weights", size(sizes["base_bytes"]), size(sizes["compressed_bytes"]), "as they are")
-    for tokens, count in content.get("kv_cache_bytes", {}).items():
-        rows.add_row(f"cache of {int(tokens):,} tokens", size(count), size(count), "one sequence")
+    tables.cache_rows(rows, content)
     if content.get("evaluation") is not None:
         tables.compare_rows(rows, content["evaluation"]["comparison"])
     place = next(index for index, item in enumerate(shown) if not isinstance(item, str))

@@ -103,6 +103,15 @@ def compare_rows(rows: Table, comparison: dict[str, Any]) -> None:
     rows.add_row("same top token", "", agreement, "of positions")
 
 
+def cache_rows(rows: Table, content: dict[str, Any]) -> None:
+    """Sizes of the key-value cache in a plan, as transformers keeps it and as the recipe does."""
+    before = content.get("kv_cache_bytes", {})
+    after = content["kv_cache"]["bytes"] if "kv_cache" in content else before
+    for tokens, count in before.items():
+        ratio = f", {count / after[tokens]:.2f} × smaller" if after is not before else ""
+        rows.add_row(f"cache of {int(tokens):,} tokens", size(count), size(after[tokens]), f"one sequence{ratio}")
+
+
 def coverage_table(lines: list[dict[str, Any]]) -> Table:
     """Modules grouped by what happens to them."""
     from ..compress.card import coverage_rows
@@ -165,8 +174,7 @@ def planned(content: dict[str, Any]) -> Shown:
     smaller = f"{sizes['base_bytes'] / sizes['compressed_bytes']:.2f} × smaller"
     rows.add_row("weights", size(sizes["base_bytes"]), size(sizes["compressed_bytes"]), smaller)
     rows.add_row("bits per quantized weight", "", f"{sizes['bits_per_weight']:.3f}", "scales and shapes included")
-    for tokens, count in content["kv_cache_bytes"].items():
-        rows.add_row(f"cache of {int(tokens):,} tokens", size(count), size(count), "one sequence")
+    cache_rows(rows, content)
     memory = table("", "memory at the peak of", "device", "host", "of which")
     for stage in content["stages"]:
         both = [sorted(stage[side].items(), key=lambda part: -part[1]) for side in ("device", "host")]

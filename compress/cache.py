@@ -332,9 +332,12 @@ def dequantized(kv: CompressedKV, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         for whole, part in ((key, block.key.float()), (value, block.value.float())):
             if columns.shape[0] == 1:
                 low = int(columns[0, 0])
-                part, chosen = part[:, :, max(0, -low) :], valid[:, max(0, -low) :]
-                place = slice(max(0, low), low + columns.shape[1])
-                whole[:, :, place] = torch.where(chosen[:, None, :, None], part, whole[:, :, place])
+                place = slice(max(0, low), min(count, low + columns.shape[1]))
+                if place.stop <= place.start:
+                    continue
+                source = slice(place.start - low, place.stop - low)
+                chosen = valid[:, None, source, None]
+                whole[:, :, place] = torch.where(chosen, part[:, :, source], whole[:, :, place])
                 continue
             for row in range(batch):
                 whole[row, :, columns[row][valid[row]]] = part[row][:, valid[row]]
