@@ -45,7 +45,7 @@ from .hf_cache_hooks import cacheable_modules, running
 from .hf_decoder import decoder_layers, layerwise_logits, refuse_experts
 from .linear import storage
 from .recipe import Recipe
-from .restore import attention_beside, given_back, refuse_limit, restore_worst, worst_attention
+from .restore import attention_beside, given_back, left_to_restore, refuse_limit, restore_worst, worst_attention
 from .resume import LayerStore, model_files
 from .runtime import AttentionBackend, attention_backends, cache_backends
 from .walk import Undo, WalkResult, quantize_layers
@@ -142,7 +142,7 @@ def compress(
             if not exceeds(evaluation, loaded):
                 break
             assert undo is not None and evaluation is not None
-            if loaded.weights is None and loaded.attention is None:
+            if not left_to_restore(coverage, policies):
                 refuse_limit(evaluation, loaded.limits)
             if loaded.weights is None:
                 dense = (*dense, *worst_attention(policies, evaluation, loaded.limits))

@@ -91,8 +91,15 @@ def worst_attention(
     return tuple(take)
 
 
+def left_to_restore(coverage: list[Coverage], policies: dict[str, AttentionPolicy]) -> bool:
+    """Whether any layer has quantized weights or attention that could be given back."""
+    return any(line.status == "quantized" for line in coverage) or any(
+        policy.mode != "bf16" for policy in policies.values()
+    )
+
+
 def refuse_limit(evaluation: dict[str, Any], limits: Limits) -> NoReturn:
-    """Raises LimitExceeded, for a recipe of which no part can be given back layer by layer."""
+    """Raises LimitExceeded, where nothing is left that can be given back layer by layer."""
     increase = evaluation["comparison"]["perplexity_increase"]
     raise LimitExceeded(
         f"perplexity grew by {increase:.2%}, the limit is {limits.perplexity_increase:.2%}; a compressed cache is not "

@@ -88,7 +88,10 @@ def test_any_sequence_of_operations_gives_the_same_tokens(method, window):
         made = method(**options)
         factors = {}
         if method is KVINT4 and choose.random() < 0.7:
-            factors = {"key_factors": torch.rand(HEADS, KEY_DIM) + 0.5, "value_factors": torch.rand(HEADS, VALUE_DIM) + 0.5}
+            factors = {
+                "key_factors": torch.rand(HEADS, KEY_DIM) + 0.5,
+                "value_factors": torch.rand(HEADS, VALUE_DIM) + 0.5,
+            }
         starts = [choose.choice((0, 0, 3, 127, 140)) for _ in range(choose.randint(1, 3))]
         store = TokenStore(made, factors=factors, window=window, starts=starts)
         store.recording = recording = choose.random() < 0.5

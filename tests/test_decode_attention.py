@@ -125,7 +125,9 @@ def test_equals_attention_over_dequantized_tokens(heads, lengths, call):
     assert (out[~seen] == 0).all()
 
 
-@pytest.mark.parametrize("method", [KVFP8(recent_tokens=0), KVFP8(sink_tokens=0), KVINT4(recent_tokens=1, sink_tokens=9)])
+@pytest.mark.parametrize(
+    "method", [KVFP8(recent_tokens=0), KVFP8(sink_tokens=0), KVINT4(recent_tokens=1, sink_tokens=9)]
+)
 @pytest.mark.parametrize("lengths", [(128, 1), (129, 127), (400, 1), (400, 30)], ids=str)
 def test_any_split_into_sinks_codes_and_recent_tokens(lengths, method):
     kv, queries = filled(lengths, method=method, starts=(0, 5))
@@ -190,7 +192,10 @@ def mistake(**changes: Any) -> Any:
     ("run", "says"),
     [
         (mistake(query=torch.randn(2, 4, 16)), "expected (batch, heads, queries, head_dim) floating"),
-        (mistake(query=torch.ones(2, 4, 2, 16, dtype=torch.long)), "expected (batch, heads, queries, head_dim) floating"),
+        (
+            mistake(query=torch.ones(2, 4, 2, 16, dtype=torch.long)),
+            "expected (batch, heads, queries, head_dim) floating",
+        ),
         (mistake(query=torch.randn(1, 4, 2, 16)), "does not fit a cache of 2 rows and head_dim 16"),
         (mistake(query=torch.randn(2, 4, 2, 8)), "does not fit a cache of 2 rows and head_dim 16"),
         (mistake(query=torch.randn(2, 3, 2, 16)), "2 KV heads do not divide 3 heads"),
