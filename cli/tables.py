@@ -106,7 +106,7 @@ def compare_rows(rows: Table, comparison: dict[str, Any]) -> None:
 def cache_rows(rows: Table, content: dict[str, Any]) -> None:
     """Sizes of the key-value cache in a plan, as transformers keeps it and as the recipe does."""
     before = content.get("kv_cache_bytes", {})
-    after = content["kv_cache"]["bytes"] if "kv_cache" in content else before
+    after = content["kv_cache"]["bytes"] if before and "kv_cache" in content else before
     for tokens, count in before.items():
         ratio = f", {count / after[tokens]:.2f} × smaller" if after is not before else ""
         rows.add_row(f"cache of {int(tokens):,} tokens", size(count), size(after[tokens]), f"one sequence{ratio}")

@@ -336,7 +336,7 @@ def test_keys_that_are_kept_too_long_are_refused():
     assert key.shape == (1, 3, 8, 32) and torch.equal(key + 0, torch.cat((x, x), 2))
     cache.update(x, x, 0)
     with pytest.raises(RuntimeError, match="kept beyond the forward pass"):
-        key + 0
+        _ = key + 0
 
 
 def test_models_whose_cache_cannot_be_compressed_are_named():
