@@ -18,7 +18,8 @@ def recipe_line(recipe: Any) -> str:
         if slot in content:
             options = dict(content[slot])
             method = options.pop("method")
-            words = ", ".join(f"{key.replace('_', ' ')} {tables.word(value)}" for key, value in options.items())
+            given = [(key, value) for key, value in options.items() if value is not None]
+            words = ", ".join(f"{key.replace('_', ' ')} {tables.word(value)}" for key, value in given)
             parts.append(f"{title} {method}, {words}")
     return "; ".join(parts) if "weights" in content else f"recipe {recipe.name}: {'; '.join(parts)}"
 
