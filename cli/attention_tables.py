@@ -1,4 +1,4 @@
-"""What a recipe's attention slot adds to the tables of `tables.py`, and results of recipes without weights."""
+"""What a recipe's attention and cache slots add to the tables of `tables.py`, and recipes without weights."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ def recipe_line(recipe: Any) -> str:
     parts = []
     if "weights" in content:
         parts.append(tables.recipe_line(recipe))
-    if "attention" in content:
-        options = dict(content["attention"])
-        method = options.pop("method")
-        words = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in options.items())
-        parts.append(f"attention {method}, {words}")
+    for slot, title in (("attention", "attention"), ("kv_cache", "cache")):
+        if slot in content:
+            options = dict(content[slot])
+            method = options.pop("method")
+            given = [(key, value) for key, value in options.items() if value is not None]
+            words = ", ".join(f"{key.replace('_', ' ')} {tables.word(value)}" for key, value in given)
+            parts.append(f"{title} {method}, {words}")
     return "; ".join(parts) if "weights" in content else f"recipe {recipe.name}: {'; '.join(parts)}"
 
 
@@ -28,14 +30,17 @@ def compression(report: dict[str, Any]) -> Shown:
         shown = as_stored(tables.compression(with_bits(report)), report)
     else:
         shown = tables.compression(report)
-    if "attention" not in report:
-        return shown
-    return [*shown[:-2], layers(report), *ran(report["evaluation"]), "", *shown[-2:]]
+    extra = []
+    if "attention" in report:
+        extra += [layers(report), *ran(report["evaluation"]), ""]
+    if "kv_cache" in report:
+        extra += [*cached(report, report["evaluation"]), ""]
+    return [*shown[:-2], *extra, *shown[-2:]]
 
 
 def evaluation(content: dict[str, Any]) -> Shown:
     """The result of `evaluate`."""
-    return [*tables.evaluation(content), *ran(content)]
+    return [*tables.evaluation(content), *ran(content), *cached({}, content)]
 
 
 def planned(content: dict[str, Any]) -> Shown:
@@ -45,6 +50,7 @@ def planned(content: dict[str, Any]) -> Shown:
         shown = as_stored(shown, content)
     else:
         shown = tables.planned(content)
+    shown += cache_plan(content)
     if "attention" not in content:
         return shown
     rows = table("", "attention", "layers", "")
@@ -56,6 +62,24 @@ def planned(content: dict[str, Any]) -> Shown:
         rows.add_row(status, f"{count}", reason)
     below = content["recipe"]["attention"]["min_tokens"]
     return [*shown, "", rows, f"calls of fewer than {below:,} queries, and decoding, are dense"]
+
+
+def cached(report: dict[str, Any], evaluation: dict[str, Any] | None) -> list[str]:
+    """How the cache is kept, and whether an evaluation read it."""
+    from ..compress.card import cache_evaluation_sentence, cache_sentence
+
+    measured = (evaluation or {}).get("kv_cache")
+    sentences = (cache_sentence(report.get("kv_cache"), measured), cache_evaluation_sentence(measured))
+    return [text.replace("`", "") for text in sentences if text]
+
+
+def cache_plan(content: dict[str, Any]) -> list[str]:
+    """Layers whose cache is compressed, and those whose cache stays as it is."""
+    if "kv_cache" not in content:
+        return []
+    dense = content["kv_cache"]["dense_layers"]
+    covered = f"the cache of {content['kv_cache']['compressed_layers']} layers is compressed"
+    return ["", f"{covered}, that of {dense} stays dense" if dense else covered]
 
 
 def layers(report: dict[str, Any]) -> Any:
@@ -88,8 +112,7 @@ def as_stored(shown: Shown, content: dict[str, Any]) -> Shown:
     sizes = content["sizes"]
     rows = table("", "", "base", "compressed", "")
     rows.add_row("weights", size(sizes["base_bytes"]), size(sizes["compressed_bytes"]), "as they are")
-    for tokens, count in content.get("kv_cache_bytes", {}).items():
-        rows.add_row(f"cache of {int(tokens):,} tokens", size(count), size(count), "one sequence")
+    tables.cache_rows(rows, content)
     if content.get("evaluation") is not None:
         tables.compare_rows(rows, content["evaluation"]["comparison"])
     place = next(index for index, item in enumerate(shown) if not isinstance(item, str))

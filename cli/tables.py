@@ -46,13 +46,13 @@ def recipe_line(recipe: Any) -> str:
     content = recipe.model_dump(mode="json", exclude_none=True)
     weights = dict(content["weights"])
     method, ignore = weights.pop("method"), weights.pop("ignore", [])
-    options = [f"{key.replace('_', ' ')} {_word(value)}" for key, value in weights.items()]
+    options = [f"{key.replace('_', ' ')} {word(value)}" for key, value in weights.items()]
     if ignore != ["lm_head"]:
         options.append(f"ignore {' '.join(ignore)}")
     return f"recipe {recipe.name}: {method}, {', '.join(options)}"
 
 
-def _word(value: Any) -> str:
+def word(value: Any) -> str:
     return {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value)
 
 
@@ -101,6 +101,15 @@ def compare_rows(rows: Table, comparison: dict[str, Any]) -> None:
     rows.add_row("KL to the base", "", spread(comparison["kl"], comparison["kl_stderr"], ".4f"), "nats per token")
     agreement = percent(comparison["top1_agreement"], comparison["top1_agreement_stderr"])
     rows.add_row("same top token", "", agreement, "of positions")
+
+
+def cache_rows(rows: Table, content: dict[str, Any]) -> None:
+    """Sizes of the key-value cache in a plan, as transformers keeps it and as the recipe does."""
+    before = content.get("kv_cache_bytes", {})
+    after = content["kv_cache"]["bytes"] if before and "kv_cache" in content else before
+    for tokens, count in before.items():
+        ratio = f", {count / after[tokens]:.2f} × smaller" if after is not before else ""
+        rows.add_row(f"cache of {int(tokens):,} tokens", size(count), size(after[tokens]), f"one sequence{ratio}")
 
 
 def coverage_table(lines: list[dict[str, Any]]) -> Table:
@@ -165,8 +174,7 @@ def planned(content: dict[str, Any]) -> Shown:
     smaller = f"{sizes['base_bytes'] / sizes['compressed_bytes']:.2f} × smaller"
     rows.add_row("weights", size(sizes["base_bytes"]), size(sizes["compressed_bytes"]), smaller)
     rows.add_row("bits per quantized weight", "", f"{sizes['bits_per_weight']:.3f}", "scales and shapes included")
-    for tokens, count in content["kv_cache_bytes"].items():
-        rows.add_row(f"cache of {int(tokens):,} tokens", size(count), size(count), "one sequence")
+    cache_rows(rows, content)
     memory = table("", "memory at the peak of", "device", "host", "of which")
     for stage in content["stages"]:
         both = [sorted(stage[side].items(), key=lambda part: -part[1]) for side in ("device", "host")]
@@ -203,7 +211,7 @@ def listed(content: dict[str, Any]) -> Shown:
 
 
 def _option(value: Any) -> str:
-    return " ".join(value) if isinstance(value, list) else _word(value)
+    return " ".join(value) if isinstance(value, list) else word(value)
 
 
 def speeds(content: dict[str, Any]) -> Shown:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .assess import evaluate
     from .demo import build_demo_model
+    from .hf_cache import CompressedCache
     from .patching import Patch, load, patch
     from .pipeline import CompressionResult, compress
     from .planning import Plan, plan
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from .restore import LimitExceeded
 
 _HOMES = {
+    "CompressedCache": "hf_cache",
     "CompressionResult": "pipeline",
     "LimitExceeded": "restore",
     "Patch": "patching",
@@ -29,6 +31,7 @@ _HOMES = {
     "plan": "planning",
 }
 __all__ = [
+    "CompressedCache",
     "CompressionResult",
     "LimitExceeded",
     "Patch",

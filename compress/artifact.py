@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from pydantic import TypeAdapter, ValidationError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ..quant.method import AttentionPolicy
+from ..quant.method import AttentionPolicy, CachePolicy, kv_cache_methods
 
 SIDECAR_VERSION = 1
 SIDECAR = "kompakt.json"
@@ -158,6 +159,50 @@ def read_policies(sidecar: dict[str, Any]) -> dict[str, AttentionPolicy]:
     if not isinstance(content, dict) or not isinstance(content.get("layers"), dict):
         raise ValueError(f"{SIDECAR} is damaged: its attention holds no layers")
     return {name: AttentionPolicy.from_dict(policy) for name, policy in content["layers"].items()}
+
+
+def write_cache(policy: CachePolicy) -> dict[str, Any]:
+    """A cache policy as the sidecar holds it, under its key "kv_cache"; its tensors are those of `cache_tensors`."""
+    options = TypeAdapter(type(policy.method)).dump_python(policy.method, mode="json")
+    method = {"method": type(policy.method).__module__.rpartition(".")[2], **options}
+    return {**method, "layers": {name: sorted(tensors) for name, tensors in policy.layers.items()}}
+
+
+def cache_tensors(policy: CachePolicy) -> dict[str, torch.Tensor]:
+    """What a cache policy keeps in the sidecar's tensors."""
+    return {f"{name}.{key}": tensor for name, tensors in policy.layers.items() for key, tensor in tensors.items()}
+
+
+def read_cache(sidecar: dict[str, Any], directory: Path) -> CachePolicy | None:
+    """The cache policy of a directory; None if its recipe leaves the cache alone. ValueError if damaged."""
+    content = sidecar.get("kv_cache")
+    if content is None:
+        return None
+    if not isinstance(content, dict) or not isinstance(content.get("layers"), dict):
+        raise ValueError(f"{SIDECAR} is damaged: its kv_cache holds no layers")
+    options = {name: value for name, value in content.items() if name not in ("method", "layers")}
+    methods = kv_cache_methods()
+    if content.get("method") not in methods:
+        raise ValueError(
+            f"kv_cache method {content.get('method')!r} is unknown to this kompakt; known: {', '.join(methods)}"
+        )
+    try:
+        method = TypeAdapter(methods[content["method"]]).validate_python(options)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise ValueError(f"{SIDECAR} is damaged: kv_cache {place}: {first['msg']}") from error
+    wanted = [f"{name}.{key}" for name, keys in content["layers"].items() for key in keys]
+    stored: dict[str, torch.Tensor] = {}
+    if wanted:
+        with safe_open(directory / SIDECAR_TENSORS, framework="pt") as handle:
+            missing = sorted(set(wanted) - set(handle.keys()))
+            if missing:
+                raise ValueError(f"{SIDECAR_TENSORS} lacks {missing[0]}, which {SIDECAR} names")
+            stored = {name: handle.get_tensor(name) for name in wanted}
+    return CachePolicy(
+        method, {name: {key: stored[f"{name}.{key}"] for key in keys} for name, keys in content["layers"].items()}
+    )
 
 
 def read_sidecar(directory: Path, *, verify: bool = True) -> dict[str, Any]:

@@ -10,12 +10,14 @@ from typing import Any
 
 import torch
 
-from .artifact import SIDECAR, read_policies, read_sidecar, weight_bytes
+from .artifact import SIDECAR, read_cache, read_policies, read_sidecar, weight_bytes
+from .cache_evaluation import CHUNK, cache_in_use
 from .calibration import builtin_text
 from .evaluation import compare, generation_speed, input_device, perplexity, text_windows, windows_per_pass
 from .evaluation_tasks import flips, last_word, multiple_choice
 from .hf import load_base, load_tokenizer, load_written, resolve_model
-from .hf_attention import at_least, attention_in_use, follow
+from .hf_attention import at_least, attention_in_use
+from .hf_cache_hooks import cache_maker, run_by
 from .recipe import EvaluationOptions
 
 Progress = Callable[[str, int, int, str], None]
@@ -23,14 +25,14 @@ TASKS = {"choices": multiple_choice, "last_word": last_word}
 
 
 def open_model(path: Path, *, device_map: Any = None, verify: bool = True, trust_remote_code: bool = False) -> Any:
-    """A model from a directory of either kind: one that kompakt wrote (checked first), its attention as it says, or a
-    float checkpoint.
+    """A model from a directory of either kind: one that kompakt wrote (checked first), its attention and cache as it
+    says, or a float checkpoint.
     """
     if not (path / SIDECAR).is_file():
         return load_base(path, device_map=device_map, trust_remote_code=trust_remote_code)
-    policies = read_policies(read_sidecar(path, verify=verify))
+    sidecar = read_sidecar(path, verify=verify)
     model = load_written(path, device_map=device_map, trust_remote_code=trust_remote_code)
-    follow(model, policies)
+    run_by(model, read_policies(sidecar), read_cache(sidecar, path))
     return model
 
 
@@ -105,8 +107,9 @@ def evaluate(
 def measure_text(
     subject: Any, base: Any, windows: torch.Tensor, stride: int | None, progress: Progress
 ) -> dict[str, Any]:
-    """``{"perplexity": …}`` of one model, ``{"comparison": …}`` when there is a base, and ``{"attention": …}`` how the
-    attention of a patched model ran: windows count as long enough, however short they are.
+    """``{"perplexity": …}`` of one model, ``{"comparison": …}`` when there is a base, ``{"attention": …}`` how the
+    attention of a patched model ran: windows count as long enough, however short they are; and ``{"kv_cache": …}`` how
+    its compressed cache was read (`cache_evaluation.py`).
     """
 
     def report(done: int, total: int) -> None:
@@ -115,15 +118,19 @@ def measure_text(
     vocabulary = subject.config.get_text_config().vocab_size
     size = windows_per_pass(input_device(subject), subject.dtype, windows.shape[1], vocabulary)
     length = windows.shape[1]
-    with at_least(subject, length), nullcontext() if base is None else at_least(base, length):
+    prefill = length if cache_maker(subject) is None else min(length, CHUNK)
+    with at_least(subject, prefill), nullcontext() if base is None else at_least(base, length):
         if base is None:
             found = perplexity(subject, windows, stride=stride, batch_size=size, progress=report).as_dict()
             result: dict[str, Any] = {"perplexity": found}
         else:
             compared = compare(subject, base, windows, stride=stride, batch_size=size, progress=report).as_dict()
             result = {"perplexity": compared["model"], "comparison": compared}
-    used = attention_in_use(subject)
-    return result if used is None else {**result, "attention": {**used, "window": length}}
+    if (used := attention_in_use(subject)) is not None:
+        result["attention"] = {**used, "window": length}
+    if (cache := cache_in_use(subject)) is not None:
+        result["kv_cache"] = cache
+    return result
 
 
 def _measure_task(

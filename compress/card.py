@@ -38,6 +38,7 @@ TEMPLATE = """\
 Measured on {{ evaluation.text.source }}, {{ evaluation.text.windows }} windows of {{ evaluation.text.window }} tokens,
 stride {{ evaluation.text.stride }}.
 {%- if evaluation_sentence %} {{ evaluation_sentence }}{% endif %}
+{%- if cache_evaluation %} {{ cache_evaluation }}{% endif %}
 {%- endif %}
 {% if report.calibration %}
 {%- set calibration = report.calibration %}
@@ -52,7 +53,7 @@ model = load("PATH")
 {% if scheme -%}
 Stock transformers with the package `compressed-tensors` installed loads the same directory with
 `AutoModelForCausalLM.from_pretrained` (weights are expanded to floats on first use
-{%- if attention %}, attention is dense{% endif %}).
+{%- if attention %}, attention is dense{% endif %}{% if cache %}, its cache is that of transformers{% endif %}).
 {%- else -%}
 Stock transformers loads the same directory with `AutoModelForCausalLM.from_pretrained` as the base model.
 {%- endif %}
@@ -67,6 +68,11 @@ Calls of at least {{ "{:,}".format(attention[0].min_tokens) }} queries; shorter 
 | {{ row.mode }} | {{ row.count }} | {{ row.cosine }} | {{ row.relative_l1 }} | {{ row.sqnr_db }} |
 {% endfor %}
 {{ judged }}
+
+{% endif -%}
+{% if cache -%}
+## Key-value cache
+{{ cache }}
 
 {% endif -%}
 ## What was quantized
@@ -104,6 +110,8 @@ def write_card(
         attention=attention_rows(policies),
         judged=judged_sentence(policies),
         evaluation_sentence=attention_sentence((evaluation or {}).get("attention")),
+        cache=cache_sentence(report.get("kv_cache"), (evaluation or {}).get("kv_cache")),
+        cache_evaluation=cache_evaluation_sentence((evaluation or {}).get("kv_cache")),
         report=report,
         sizes=report["sizes"],
         evaluation=evaluation,
@@ -121,6 +129,8 @@ def in_use(recipe: Recipe) -> str:
         parts.append("weights stay packed and run on its kernels")
     if recipe.attention is not None:
         parts.append("attention of long prompts runs in the arithmetic chosen below")
+    if recipe.kv_cache is not None:
+        parts.append("`generate()` keeps past keys and values compressed")
     return ", and ".join(parts)
 
 
@@ -164,6 +174,35 @@ def attention_sentence(used: dict[str, Any] | None) -> str:
     if used["ran"] != "dense" and used["min_tokens"] > used["window"]:
         text += f"; in use, windows this short run dense, below {used['min_tokens']:,} queries"
     return f"{text}."
+
+
+def cache_sentence(content: dict[str, Any] | None, measured: dict[str, Any] | None) -> str:
+    """How the key-value cache is kept; empty if the recipe leaves it alone. content: of the sidecar."""
+    if content is None:
+        return ""
+    text = (
+        f"`{content['method']}` in {len(content['layers'])} layers; the first {content['sink_tokens']} tokens and at "
+    )
+    text += f"least the last {content['recent_tokens']} stay dense."
+    if any(content["layers"].values()):
+        text += " Channels are divided by static factors from the calibration text."
+    if content["max_tokens"] is not None:
+        text += f" Sequences of more than {content['max_tokens']:,} tokens are refused."
+    if measured is not None and measured["bits_per_element"] is not None:
+        text += f" Coded tokens take {measured['bits_per_element']:.3f} bits per element, scales included."
+    return text
+
+
+def cache_evaluation_sentence(measured: dict[str, Any] | None) -> str:
+    """Whether an evaluation read the compressed cache; empty for a model with a cache as transformers has it."""
+    if measured is None:
+        return ""
+    if not measured["positions"]:
+        return "The compressed cache was not read in this evaluation."
+    text = f"Text went through the compressed cache {measured['chunk']} tokens at a time; "
+    if not measured["reading_codes"]:
+        return f"{text}NO position had coded tokens to read, the sequences are too short: this measured a dense cache."
+    return f"{text}{measured['reading_codes']:,} of {measured['positions']:,} positions had coded tokens to read."
 
 
 def base_name(given: str, inherited: dict[str, Any]) -> Any:

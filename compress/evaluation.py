@@ -28,7 +28,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional
 
+from .cache_evaluation import cached_logits, input_device
 from .calibration import builtin_text
+from .hf_cache_hooks import cache_maker
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -117,13 +119,6 @@ def scoring_mode(model: torch.nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-def input_device(model: Any) -> torch.device:
-    """Where token ids have to be put, also when the model is spread over devices."""
-    device = model.get_input_embeddings().weight.device
-    # Offloaded weights rest on the meta device; their hook moves ids from anywhere.
-    return torch.device("cpu") if device.type == "meta" else device
 
 
 def windows_per_pass(device: torch.device, dtype: torch.dtype, window: int, vocabulary: int) -> int:
@@ -351,7 +346,8 @@ def _window_sums(logits: torch.Tensor, base_logits: torch.Tensor, labels: torch.
 
 def _logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
     """Logits for ids: (batch, window) → (batch, window, vocab), on the model's output device."""
-    return model(input_ids=ids.to(input_device(model)), use_cache=False).logits
+    ids = ids.to(input_device(model))
+    return model(input_ids=ids, use_cache=False).logits if cache_maker(model) is None else cached_logits(model, ids)
 
 
 def _first_scored(index: int, window: int, stride: int) -> int:

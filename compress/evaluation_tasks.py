@@ -27,8 +27,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .cache_evaluation import cached_logits
 from .calibration import special_affixes
 from .evaluation import MAX_NLL, Progress, Result, input_device, ratio_mean, scoring_mode, token_nll
+from .hf_cache_hooks import cache_maker
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -246,8 +248,11 @@ def _score_batch(model: Any, batch: Sequence[Continuation], pad: int, max_length
     keep = width - min(len(ids) - len(pair.target) for ids, pair in zip(inputs, batch, strict=True))
     device = input_device(model)
     optional = {"logits_to_keep": keep} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    output = model(input_ids=tokens.to(device), attention_mask=mask.to(device), use_cache=False, **optional)
-    logits = output.logits[:, -keep:]
+    tokens, mask = tokens.to(device), mask.to(device)
+    if cache_maker(model) is None:
+        logits = model(input_ids=tokens, attention_mask=mask, use_cache=False, **optional).logits[:, -keep:]
+    else:
+        logits = cached_logits(model, tokens, mask=mask, keep=keep)
     scores = []
     for row, (ids, pair) in enumerate(zip(inputs, batch, strict=True)):
         end = len(ids) - (width - keep)

@@ -24,11 +24,15 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ..kernels.activations import log_fallback
 from ..kernels.attention import Mode
 from ..quant.method import AttentionInputs, AttentionPolicy
-from .hf_masks import MaskInfo, keep_arguments
-from .runtime import attend, needs_gradient, refusal
+from .hf_cache import CachedTensor
+from .hf_masks import Layout, MaskInfo, keep_arguments, keep_every_mask
+from .runtime import attend, attend_cached, needs_gradient, refusal
 
 NAMES = {"sdpa": "kompakt", "eager": "kompakt_eager"}
 """Implementation before patching → name under which ours is registered, which remembers it."""
+CACHED_NAMES = {"sdpa": "kompakt_cached", "eager": "kompakt_cached_eager"}
+"""The same for a model with a compressed cache, which needs to know the mask of one query as well."""
+FORMER = {name: former for names in (NAMES, CACHED_NAMES) for former, name in names.items()}
 ATTRIBUTE = "kompakt_attention"
 UNDERSTOOD = frozenset(("softcap", "s_aux", "is_causal", "output_attentions"))
 WITHOUT_EFFECT = frozenset(
@@ -90,7 +94,13 @@ def attention_forward(
     (batch, queries, num_heads, value_head_dim) and attention weights or None.
     """
     layer: LayerAttention | None = vars(module).get(ATTRIBUTE)
-    if layer is not None:
+    if isinstance(key, CachedTensor):
+        call = (query, key, value, attention_mask, scaling, dropout)
+        out = untraced(run_cached)(layer, former, module, call, kwargs)
+        if out is not None:
+            return out, None
+        key, value = key.dequantize(), value.dequantize()
+    elif layer is not None:
         queries = query.shape[2]
         if queries > 1 and (layer.observe is not None or layer.takes(queries)):
             call = (query, key, value, attention_mask, scaling, dropout)
@@ -130,6 +140,44 @@ def run_layer(
     return None
 
 
+def run_cached(
+    layer: LayerAttention | None,
+    former: str,
+    module: nn.Module,
+    call: tuple[Tensor, Tensor, Tensor, Any, float | None, float],
+    kwargs: Mapping[str, Any],
+) -> Tensor | None:
+    """A call over a compressed cache: its output, or None if `former` is to run it on dequantized keys and values."""
+    query, key, _, mask, _, _ = call
+    assert isinstance(key, CachedTensor)
+    found = call_options(module, *call, kwargs)
+    if not isinstance(found, str) and isinstance(mask, MaskInfo):
+        layout, options = found
+        starts = mask.key_starts(layout)
+        reason = starts if isinstance(starts, str) else cache_refusal(query, key, layout)
+        if reason is None:
+            if layer is not None:
+                layer.ran["kv_cache"] += 1
+            assert not isinstance(starts, str)
+            return attend_cached(query, key.visible.compressed(), options, starts)
+        found = reason
+    log_fallback(
+        f"attention of {type(module).__name__} over a compressed cache", str(found), f"{former} attention, dequantized"
+    )
+    if layer is not None:
+        layer.ran[f"dense: {found}"] += 1
+    return None
+
+
+def cache_refusal(query: Tensor, key: CachedTensor, layout: Layout) -> str | None:
+    """Why attention over codes cannot run a call that the mask allows; None if it can."""
+    if not layout.causal:
+        return "the mask is not causal"
+    if layout.keys != key.shape[2]:
+        return "the mask was made for another number of keys"
+    return None if query.dtype == key.dtype else f"queries are {query.dtype} and the cache {key.dtype}"
+
+
 def untraced(function: Any) -> Any:
     """The function, left out of what torch.compile traces: it reads values of masks."""
     return torch.compiler.disable(function)
@@ -152,6 +200,25 @@ def call_inputs(
     kwargs: Mapping[str, Any],
 ) -> AttentionInputs | str:
     """A call as the op takes it, or the reason why the op cannot run it."""
+    found = call_options(module, query, key, value, mask, scaling, dropout, kwargs)
+    if isinstance(found, str):
+        return found
+    layout, options = found
+    options = {"causal": layout.causal, "segments": layout.segments, **options}
+    return AttentionInputs(query, key[:, :, : layout.keys], value[:, :, : layout.keys], options)
+
+
+def call_options(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Any,
+    scaling: float | None,
+    dropout: float,
+    kwargs: Mapping[str, Any],
+) -> tuple[Layout, dict[str, Any]] | str:
+    """What a call's mask means and its window, scaling, softcap and sinks, or why no op of ours can run it."""
     sinks = kwargs.get("s_aux")
     if needs_gradient(query, key, value, *(() if sinks is None else (sinks,))):
         return "gradients are needed"
@@ -171,15 +238,12 @@ def call_inputs(
     causal = getattr(module, "is_causal", layout.causal) if causal is None else causal
     if causal != layout.causal:
         return "the module and its mask do not agree on causality"
-    options = {
-        "causal": layout.causal,
+    return layout, {
         "window": layout.window,
-        "segments": layout.segments,
         "scaling": query.shape[-1] ** -0.5 if scaling is None else float(scaling),
         "softcap": kwargs.get("softcap"),
         "sinks": sinks,
     }
-    return AttentionInputs(query, key[:, :, : layout.keys], value[:, :, : layout.keys], options)
 
 
 def attention_modules(model: Any) -> dict[str, nn.Module]:
@@ -208,7 +272,7 @@ def check_attention(model: Any) -> dict[str, nn.Module]:
     if choosing:
         raise ValueError(f"{name} has {choosing[0]}, which works on the mask itself; it is not patched")
     former = model.config.get_text_config()._attn_implementation
-    if former not in NAMES and former not in NAMES.values():
+    if former not in NAMES and former not in FORMER:
         raise ValueError(f"{name} runs attention {former!r}; load it with attn_implementation {' or '.join(NAMES)}")
     return modules
 
@@ -221,11 +285,12 @@ def layer_kind(module: nn.Module) -> str | None:
 
 def is_attached(model: Any) -> bool:
     """Whether the model runs our attention."""
-    return model.config.get_text_config()._attn_implementation in NAMES.values()
+    return model.config.get_text_config()._attn_implementation in FORMER
 
 
-def attach(model: Any, layers: Mapping[str, LayerAttention]) -> None:
-    """Puts our attention into the model; modules that `layers` does not name run as before.
+def attach(model: Any, layers: Mapping[str, LayerAttention], *, cached: bool = False) -> None:
+    """Puts our attention into the model; modules that `layers` does not name run as before. cached: the model is going
+    to have a compressed cache.
 
     ValueError, with the model as it was, if it cannot be patched, is patched, or lacks a module of that name.
     """
@@ -237,7 +302,7 @@ def attach(model: Any, layers: Mapping[str, LayerAttention]) -> None:
         raise ValueError(f"the model has no attention module {unknown[0]}; it has, e.g., {next(iter(modules))}")
     former = model.config.get_text_config()._attn_implementation
     register()
-    switch(model, NAMES[former])
+    switch(model, (CACHED_NAMES if cached else NAMES)[former])
     if not is_attached(model):
         switch(model, former)
         raise ValueError(f"{type(model).__name__} ignores its attention implementation, so it cannot be patched")
@@ -250,28 +315,9 @@ def detach(model: Any) -> None:
     if not is_attached(model):
         return
     current = model.config.get_text_config()._attn_implementation
-    switch(model, next(former for former, name in NAMES.items() if name == current))
+    switch(model, FORMER[current])
     for module in model.modules():
         vars(module).pop(ATTRIBUTE, None)
-
-
-def follow(model: Any, policies: Mapping[str, AttentionPolicy]) -> None:
-    """Makes the model's attention run by `policies`, by module; nothing changes where there are none."""
-    if policies:
-        attach(model, {name: LayerAttention.of(policy) for name, policy in policies.items()})
-
-
-@contextmanager
-def following(model: Any, policies: Mapping[str, AttentionPolicy]) -> Iterator[None]:
-    """`follow` for a while."""
-    if not policies:
-        yield
-        return
-    follow(model, policies)
-    try:
-        yield
-    finally:
-        detach(model)
 
 
 def switch(model: Any, implementation: str) -> None:
@@ -287,11 +333,12 @@ def switch(model: Any, implementation: str) -> None:
 
 
 def register() -> None:
-    """Makes our functions known to transformers under `NAMES`, once per process; nothing else changes."""
-    for former, name in NAMES.items():
+    """Makes our functions known to transformers under their names, once per process; nothing else changes."""
+    for name, former in FORMER.items():
         if name not in ALL_ATTENTION_FUNCTIONS:
             AttentionInterface.register(name, partial(attention_forward, former))
-            AttentionMaskInterface.register(name, partial(keep_arguments, former))
+            mask = keep_every_mask if name in CACHED_NAMES.values() else keep_arguments
+            AttentionMaskInterface.register(name, partial(mask, former))
 
 
 def attached_layers(model: Any) -> dict[str, LayerAttention]:

@@ -116,6 +116,7 @@ class MaskInfo:
     shape: tuple[int, ...] = ()
     layouts: dict[torch.device, Layout | str] = field(default_factory=dict)
     built: dict[tuple[str, torch.device], Tensor | None] = field(default_factory=dict)
+    starts: dict[torch.device, Tensor | str] = field(default_factory=dict)
 
     def contiguous(self) -> MaskInfo:
         """Itself."""
@@ -161,6 +162,22 @@ class MaskInfo:
             except ValueError as error:
                 self.layouts[device] = str(error)
         return self.layouts[device]
+
+    def key_starts(self, layout: Layout) -> Tensor | str | None:
+        """(batch,) int64: the first column of each row that is no padding, columns counted from the first token that
+        ever came; None if that is 0 everywhere. Or why rows do not have one.
+        """
+        segments, batch, queries = layout.segments, self.arguments["batch_size"], self.arguments["q_length"]
+        if segments is None:
+            return None
+        device = segments.table.device
+        if device not in self.starts:
+            rows, _, q_stop, _, k_stop = segments.table.cpu().long().unbind(dim=1)
+            left = rows.tolist() == list(range(batch)) and bool(((q_stop == queries) & (k_stop == layout.keys)).all())
+            # The mask counts from its first key on.
+            start = segments.table[:, 3].long() + int(self.arguments["kv_offset"])
+            self.starts[device] = start if left else "rows are packed, or end in padding"
+        return self.starts[device]
 
     def work_out(self, device: torch.device) -> Layout:
         """See `layout`. ValueError with the reason. Waits for the device where there is padding or packing."""
@@ -231,6 +248,14 @@ def packed_segments(pattern: Pattern, batch: int, queries: int, keys: int) -> Se
 
 def keep_arguments(implementation: str, **arguments: Any) -> Any:
     """The registered mask function: a `MaskInfo`, or for one query the mask of `implementation`, which will run it."""
+    if arguments["q_length"] == 1 and not isinstance(arguments.get("attention_mask"), MaskInfo):
+        arguments.setdefault("mask_function", causal_mask_function)
+        return ALL_MASK_ATTENTION_FUNCTIONS[implementation](**arguments)
+    return keep_every_mask(implementation, **arguments)
+
+
+def keep_every_mask(implementation: str, **arguments: Any) -> Any:
+    """The registered mask function of models with a compressed cache: a `MaskInfo`."""
     given = arguments.get("attention_mask")
     if isinstance(given, MaskInfo):
         return given
@@ -239,6 +264,4 @@ def keep_arguments(implementation: str, **arguments: Any) -> Any:
         offset = arguments.setdefault(name, 0)
         # A static cache counts its tokens in place, before any layer asks what this mask means.
         arguments[name] = offset.clone() if isinstance(offset, Tensor) else offset
-    if arguments["q_length"] == 1:
-        return ALL_MASK_ATTENTION_FUNCTIONS[implementation](**arguments)
     return MaskInfo(implementation, arguments)

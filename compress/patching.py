@@ -11,17 +11,19 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from ..quant.method import AttentionPolicy
-from .artifact import SIDECAR, SIDECAR_TENSORS, read_policies, read_sidecar
+from ..quant.method import AttentionPolicy, CachePolicy
+from .artifact import SIDECAR, SIDECAR_TENSORS, read_cache, read_policies, read_sidecar
 from .coverage import Coverage
 from .hf import load_tokenizer, load_written, read_config, resolve_model
-from .hf_attention import detach, follow, is_attached
+from .hf_attention import is_attached
+from .hf_cache_hooks import run_as_before, run_by
 from .hf_decoder import decoder_layers
 from .hf_quantizer import KompaktConfig, mark_quantized, unmark_quantized
 from .linear import CompressedLinear, keep_group_scales_exact
 from .pipeline import (
     Progress,
     attention_policies,
+    cache_policy,
     calibration_batches,
     check_kernels,
     covered,
@@ -41,8 +43,8 @@ def load(
     exact: bool = False,
     trust_remote_code: bool = False,
 ) -> Any:
-    """The model in a directory that `compress` wrote, with packed weights and its attention as chosen, ready for
-    `generate()`.
+    """The model in a directory that `compress` wrote, with packed weights, its attention as chosen and its cache
+    compressed, ready for `generate()`.
 
     device_map: as in transformers; None is the CPU. verify: compare checksums first. strict: refuse when this device
     lacks the kernels. exact: with FP8 activations, never fold group scales into FP8 weights, as is done for many tokens
@@ -54,13 +56,14 @@ def load(
     model: Any = load_written(path, device_map=device_map, trust_remote_code=trust_remote_code)
     check_kernels(Recipe.load(sidecar["recipe"]), model.get_input_embeddings().weight.device, strict, policies)
     keep_group_scales_exact(model, exact)
-    follow(model, policies)
+    run_by(model, policies, read_cache(sidecar, path))
     return model
 
 
 class Patch:
     """What `patch` did to a model. `unpatch()` undoes it, as does leaving a ``with`` block; coverage says what
-    changed, attention what each attention layer runs in, undo holds what was there before.
+    changed, attention what each attention layer runs in, kv_cache how the cache is kept, undo holds what was there
+    before.
     """
 
     def __init__(
@@ -69,14 +72,15 @@ class Patch:
         undo: Undo,
         coverage: list[Coverage] | None,
         attention: dict[str, AttentionPolicy] | None = None,
+        kv_cache: CachePolicy | None = None,
     ):
         self.model, self.undo, self.coverage = model, undo, coverage
-        self.attention = attention or {}
+        self.attention, self.kv_cache = attention or {}, kv_cache
 
     def unpatch(self) -> None:
-        """Restores the original modules, values and attention, bit for bit. A second call does nothing."""
-        if self.attention:
-            detach(self.model)
+        """Restores the original modules, values, attention and cache, bit for bit. A second call does nothing."""
+        if self.attention or self.kv_cache is not None:
+            run_as_before(self.model)
         self.undo.restore()
         unmark_quantized(self.model)
 
@@ -113,7 +117,7 @@ def patch(
             return _patch_from_directory(model, Path(source), undo)
         return _patch_from_recipe(model, Recipe.load(source, overrides), tokenizer, device, undo, progress)
     except BaseException:
-        detach(model)
+        run_as_before(model)
         undo.restore()
         unmark_quantized(model)
         raise
@@ -132,16 +136,18 @@ def _patch_from_recipe(
     if recipe.weights is not None:
         mark_quantized(model, recipe.weights.scheme(), kept_linears(model))
     policies = attention_policies(model, recipe, calibration, place, progress=progress)
-    follow(model, policies)
-    return Patch(model, undo, coverage, policies)
+    cache = cache_policy(model, recipe, calibration, place, progress)
+    run_by(model, policies, cache)
+    return Patch(model, undo, coverage, policies, cache)
 
 
 def _patch_from_directory(model: Any, directory: Path, undo: Undo) -> Patch:
-    policies = read_policies(read_sidecar(directory))
+    sidecar = read_sidecar(directory)
+    policies, cache = read_policies(sidecar), read_cache(sidecar, directory)
     if getattr(read_config(directory), "quantization_config", None) is None:
         _check_weights(model, directory)
-        follow(model, policies)
-        return Patch(model, undo, None, policies)
+        run_by(model, policies, cache)
+        return Patch(model, undo, None, policies, cache)
     config = KompaktConfig.from_compressed_tensors(read_config(directory).quantization_config)
     tensors = _open_tensors(directory)
     known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
@@ -175,12 +181,12 @@ def _patch_from_directory(model: Any, directory: Path, undo: Undo) -> Patch:
             parameter.data = stored.to(parameter.dtype)
     undo.folded = bool(undo.parameters)
     mark_quantized(model, config.scheme, config.ignore)
-    follow(model, policies)
-    return Patch(model, undo, None, policies)
+    run_by(model, policies, cache)
+    return Patch(model, undo, None, policies, cache)
 
 
 def _check_weights(model: Any, directory: Path) -> None:
-    """ValueError unless the model has the float weights that a directory's attention was chosen for."""
+    """ValueError unless the model has the float weights that a directory's attention and cache were chosen for."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for name, entry in _open_tensors(directory).items():
         parameter = parameters.get(name)

@@ -18,30 +18,36 @@ from torch import nn
 
 from ..kernels.attention import Mode
 from ..kernels.int4_linear import Backend, available_backends
-from ..quant.method import AttentionPolicy
+from ..quant.method import AttentionPolicy, CachePolicy
 from .artifact import (
+    cache_tensors,
     check_output,
+    read_cache,
     read_policies,
     staged,
     weight_bytes,
+    write_cache,
     write_policies,
     write_sidecar,
     write_tensors,
 )
 from .assess import describe_text, measure_text, read_text, save_json
 from .attention_calibration import SEQUENCES, choose_policies
+from .cache_calibration import choose_cache
+from .cache_evaluation import probe_logits
 from .calibration import CalibrationSet, calibration_tokens
 from .card import write_card
 from .coverage import Coverage, cover, resolve_group_size
 from .evaluation import text_windows
 from .hf import load_base, load_tokenizer, load_written, resolve_model, save_weights, transformers_version
-from .hf_attention import at_least, check_attention, following
+from .hf_attention import at_least, check_attention
+from .hf_cache_hooks import cacheable_modules, running
 from .hf_decoder import decoder_layers, layerwise_logits, refuse_experts
 from .linear import storage
 from .recipe import Recipe
-from .restore import attention_beside, given_back, restore_worst, worst_attention
+from .restore import attention_beside, given_back, left_to_restore, refuse_limit, restore_worst, worst_attention
 from .resume import LayerStore, model_files
-from .runtime import AttentionBackend, attention_backends
+from .runtime import AttentionBackend, attention_backends, cache_backends
 from .walk import Undo, WalkResult, quantize_layers
 
 log = logging.getLogger(__name__)
@@ -126,18 +132,23 @@ def compress(
         dense: tuple[str, ...] = ()
         while True:
             policies = attention_policies(base, loaded, calibration, place, dense, progress)
+            cache = cache_policy(base, loaded, calibration, place, progress)
             write_model(base, source, staging, loaded, coverage, max_shard_size)
-            reload_and_compare(base, staging, probe, place, trust_remote_code, policies)
-            evaluation = verify_quality(staging, source, windows, loaded, place, trust_remote_code, progress, policies)
+            write_tensors(staging, {**walk.tensors, **({} if cache is None else cache_tensors(cache))})
+            reload_and_compare(base, staging, probe, place, trust_remote_code, policies, cache)
+            evaluation = verify_quality(
+                *(staging, source, windows, loaded, place, trust_remote_code, progress, policies, cache)
+            )
             if not exceeds(evaluation, loaded):
                 break
             assert undo is not None and evaluation is not None
+            if not left_to_restore(coverage, policies):
+                refuse_limit(evaluation, loaded.limits)
             if loaded.weights is None:
                 dense = (*dense, *worst_attention(policies, evaluation, loaded.limits))
             else:
                 coverage = restore_worst(layers, walk.reports, undo, coverage, evaluation, loaded.limits)
                 dense = attention_beside(coverage, policies)
-        write_tensors(staging, walk.tensors)
         report = {
             "kompakt": package_version(),
             "base_model": str(model),
@@ -151,6 +162,7 @@ def compress(
             "layers": [layer.as_dict() for layer in walk.reports],
             "coverage": [line.as_dict() for line in coverage],
             **({"attention": write_policies(policies)} if policies else {}),
+            **({} if cache is None else {"kv_cache": write_cache(cache)}),
         }
         write_companions(staging, loaded, report, evaluation, source)
     return CompressionResult(output, loaded, coverage, report, evaluation)
@@ -165,6 +177,8 @@ def covered(model: Any, layers: list[tuple[str, nn.Module]], recipe: Recipe) -> 
     """The recipe with its group size resolved, and what happens to every module. ValueError for what cannot work."""
     if recipe.attention is not None:
         check_attention(model)
+    if recipe.kv_cache is not None:
+        cacheable_modules(model)
     names = [name for name, _ in layers]
     if recipe.weights is None:
         return recipe, cover(model, names, None)
@@ -217,6 +231,16 @@ def attention_policies(
     return {name: given_back(policy) if name in dense else policy for name, policy in found.items()}
 
 
+def cache_policy(
+    model: Any, recipe: Recipe, calibration: CalibrationSet | None, device: torch.device, progress: Progress = quiet
+) -> CachePolicy | None:
+    """How the key-value cache is kept; None if the recipe leaves it alone."""
+    if recipe.kv_cache is None:
+        return None
+    tokens = calibration.tokens if calibration is not None and recipe.kv_cache.needs_data else None
+    return choose_cache(model, recipe.kv_cache, tokens, device=device, progress=progress)
+
+
 def layer_facts(
     recipe: Recipe, source: Path, calibration: CalibrationSet | None, device: torch.device
 ) -> dict[str, Any]:
@@ -246,6 +270,8 @@ def check_kernels(
         found |= attention_backends(modes, device)
         if policies is None and any(backend.name not in WITHOUT_KERNEL for backend in found.values()):
             found = {}
+    if recipe.kv_cache is not None:
+        found |= cache_backends(device)
     if recipe.weights is not None and (op := OPS.get((recipe.weights.storage, recipe.weights.activations))):
         found[op] = available_backends(device)[op]
     for op, backend in found.items():
@@ -312,23 +338,37 @@ def reload_and_compare(
     device: torch.device,
     trust_remote_code: bool,
     policies: dict[str, AttentionPolicy] | None = None,
+    cache: CachePolicy | None = None,
 ) -> None:
     """RuntimeError unless the directory, loaded from disk, gives exactly the logits of the model in memory.
 
-    policies: attention runs by them in both, however short the probe is.
+    policies: attention runs by them in both, however short the probe is. cache: logits are compared once more with
+    tokens that read the compressed cache.
     """
     policies = policies or {}
     stored = read_policies(json.loads(json.dumps({"attention": write_policies(policies)})))
     reloaded = load_written(staging, trust_remote_code=trust_remote_code)
     logits = []
     for subject, chosen in ((model, policies), (reloaded, stored)):
-        with following(subject, chosen), at_least(subject, 1):
+        with running(subject, chosen), at_least(subject, 1):
             logits.append(layerwise_logits(subject, decoder_layers(subject), probe, device))
-    expected, got = logits
+    compare_logits(*logits)
+    if cache is not None:
+        again = read_cache(json.loads(json.dumps({"kv_cache": write_cache(cache)})), staging)
+        assert again is not None
+        compare_logits(
+            probe_logits(model, policies, cache, probe),
+            probe_logits(reloaded, stored, again, probe),
+            "compressed cache: ",
+        )
+
+
+def compare_logits(expected: torch.Tensor, got: torch.Tensor, where: str = "") -> None:
+    """RuntimeError unless they are equal."""
     if not torch.equal(expected, got):
         worst = float((expected.float() - got.float()).abs().max())
         raise RuntimeError(
-            f"the reloaded model differs from the one in memory (largest logit difference {worst:g}); "
+            f"{where}the reloaded model differs from the one in memory (largest logit difference {worst:g}); "
             "nothing was written"
         )
 
@@ -342,15 +382,16 @@ def verify_quality(
     trust_remote_code: bool,
     progress: Progress,
     policies: dict[str, AttentionPolicy] | None = None,
+    cache: CachePolicy | None = None,
 ) -> dict[str, Any] | None:
-    """Perplexity, KL and agreement of the written directory, its attention by `policies`, against the base model."""
+    """Perplexity, KL and agreement of the written directory, run by `policies` and `cache`, against the base model."""
     if windows is None:
         return None
     placement = None if device.type == "cpu" else {"": str(device)}
     compressed = load_written(staging, device_map=placement, trust_remote_code=trust_remote_code)
     base = load_base(source, device_map=placement, trust_remote_code=trust_remote_code)
     options = recipe.evaluation
-    with following(compressed, policies or {}):
+    with running(compressed, policies or {}, cache):
         return {
             "text": describe_text(options, read_text(options.text)[1], windows),
             **measure_text(compressed, base, windows, options.stride, progress),

@@ -6,8 +6,9 @@ stored in the config's dtype. Memory is an estimate (`planning_memory.py`).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,19 @@ from torch import nn
 
 from ..kernels.attention import MAX_HEAD_DIM
 from ..kernels.int4_linear import Backend, available_backends
-from ..quant.method import WeightScheme
+from ..quant.method import KVCacheMethod, WeightScheme
+from .cache import TokenStore
 from .coverage import Coverage
 from .hf import meta_model, read_config, resolve_model
 from .hf_attention import attention_modules, layer_kind
+from .hf_cache import CompressedCache
+from .hf_cache_hooks import cacheable_modules
 from .hf_decoder import decoder_layers
 from .linear import CompressedLinear
 from .pipeline import OPS, covered
 from .planning_memory import MemoryModel, Stage
 from .recipe import Recipe
-from .runtime import AttentionBackend, attention_backends
+from .runtime import AttentionBackend, attention_backends, cache_backends
 
 CONTEXTS = (1024, 8192, 32768)
 
@@ -35,6 +39,7 @@ class Plan:
     """What `plan` found.
 
     recipe: with `group_size` resolved. kv_cache: tokens → bytes of one sequence, as transformers keeps it.
+    compressed_cache: as the recipe keeps it, None if it leaves it alone.
     scheme: None if the recipe leaves weights as they are. attention: what happens to each attention layer, empty if the
     recipe leaves it alone. kernels: what each op runs on and why; op: the one that the recipe's Linears call.
     """
@@ -52,6 +57,7 @@ class Plan:
     attention: list[AttentionCoverage]
     stages: list[Stage]
     kv_cache: dict[int, int]
+    compressed_cache: CachePlan | None
     kernels: Mapping[str, Backend | AttentionBackend]
     op: str | None
 
@@ -95,11 +101,16 @@ class Plan:
             "stages": [stage.as_dict() for stage in self.stages],
             "kv_cache_bytes": {str(tokens): count for tokens, count in self.kv_cache.items()},
             "kernels": {
-                op: {"backend": backend.name, "reason": backend.reason, "used": op == self.op or op in self.modes}
+                op: {
+                    "backend": backend.name,
+                    "reason": backend.reason,
+                    "used": op == self.op or op in self.modes or op == "decode_attention",
+                }
                 for op, backend in self.kernels.items()
             },
             "coverage": [line.as_dict() for line in self.coverage],
             **({"attention": [asdict(line) for line in self.attention]} if self.attention else {}),
+            **({} if self.compressed_cache is None else {"kv_cache": self.compressed_cache.as_dict()}),
         }
 
 
@@ -138,6 +149,8 @@ def plan(
     kernels: dict[str, Backend | AttentionBackend] = {**available_backends(place)}
     if loaded.attention is not None:
         kernels |= attention_backends(loaded.attention.modes, place)
+    if loaded.kv_cache is not None:
+        kernels |= cache_backends(place)
     memory = MemoryModel(
         model=skeleton,
         recipe=loaded,
@@ -160,6 +173,7 @@ def plan(
         attention=[] if loaded.attention is None else cover_attention(skeleton, [name for name, _ in layers], loaded),
         stages=memory.stages([(layer, _inside(name, linears)) for name, layer in layers]),
         kv_cache={tokens: kv_cache_bytes(config, tokens, skeleton.dtype.itemsize) for tokens in contexts},
+        compressed_cache=None if loaded.kv_cache is None else plan_cache(skeleton, loaded.kv_cache, contexts),
         kernels=kernels,
         op=op,
     )
@@ -200,6 +214,42 @@ def cover_attention(model: Any, layer_names: list[str], recipe: Recipe) -> list[
     return lines
 
 
+@dataclass(frozen=True)
+class CachePlan:
+    """A compressed cache. bytes: tokens → bytes of one sequence, as allocated. layers: compressed, and left dense."""
+
+    bytes: dict[int, int]
+    compressed_layers: int
+    dense_layers: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        return {**asdict(self), "bytes": {str(tokens): count for tokens, count in self.bytes.items()}}
+
+
+def plan_cache(model: Any, method: KVCacheMethod, contexts: Sequence[int]) -> CachePlan:
+    """What `method` allocates for one sequence: a cache is filled with tokens that have no storage."""
+    modules, config = cacheable_modules(model), model.config.get_text_config()
+    heads, head_dim = kv_shape(config)
+    numbers: set[Any] = {module.layer_idx for module in modules.values()}
+    kinds = Counter(store.window for store in CompressedCache(config, method).compressed_layers)
+    windows = [
+        store.window
+        for store in CompressedCache(config, method, factors={number: {} for number in numbers}).compressed_layers
+    ]
+    others = sum(kinds.values()) - len(windows)
+    sizes = {}
+    for tokens in contexts:
+        total = 0
+        for window, count in Counter(windows).items():
+            store = TokenStore(replace(method, max_tokens=None), window=window)
+            empty = torch.empty((1, heads, tokens, head_dim), dtype=model.dtype, device="meta")
+            store.append(empty, empty)
+            total += count * store.nbytes().total
+        sizes[tokens] = total + others * 2 * heads * head_dim * tokens * model.dtype.itemsize
+    return CachePlan(sizes, len(windows), others)
+
+
 def _inside(layer: str, linears: dict[str, nn.Linear]) -> list[nn.Linear]:
     return [linear for name, linear in linears.items() if name.startswith(f"{layer}.")]
 
@@ -219,11 +269,16 @@ def own_bytes(model: nn.Module) -> Iterator[int]:
         yield from (buffer.nbytes for name, buffer in module.named_buffers(recurse=False) if name not in unsaved)
 
 
+def kv_shape(config: Any) -> tuple[int, int]:
+    """(KV heads, head_dim) of a text model's config."""
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return heads, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
 def kv_cache_bytes(config: Any, tokens: int, itemsize: int) -> int:
     """Bytes of keys and values of one sequence: per layer no more than its window, none in linear attention."""
     config = config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads, head_dim = kv_shape(config)
     window = getattr(config, "sliding_window", None) or tokens
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
     kept = {"full_attention": tokens, "sliding_attention": min(tokens, window), "chunked_attention": tokens}

@@ -97,11 +97,14 @@ class MemoryModel:
         return stages
 
     def chosen(self, layers: list[tuple[nn.Module, list[nn.Linear]]], extra: Mapping[str, int]) -> Iterator[Stage]:
-        """The stages that look at data: weights, then attention."""
+        """The stages that look at data: weights, then attention, then the cache."""
         if self.recipe.weights is not None:
             yield self.calibration(layers, extra)
         if self.recipe.attention is not None and self.recipe.attention.needs_data:
             yield Stage("attention", self.attention([layer for layer, _ in layers]), {"base model": self.base_bytes})
+        if self.recipe.kv_cache is not None and self.recipe.kv_cache.needs_data:
+            need = self.attention([layer for layer, _ in layers])
+            yield Stage("key-value cache", {**need, "exact attention": 0}, {"base model": self.base_bytes})
 
     def attention(self, layers: list[nn.Module]) -> dict[str, int]:
         """Judging attention: hidden states and one pass of every sequence, then logits of some rows of one."""

@@ -13,13 +13,21 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, field_serializer
 
-from ..quant.method import AttentionMethod, WeightMethod, attention_methods, weight_methods
+from ..quant.method import (
+    AttentionMethod,
+    KVCacheMethod,
+    WeightMethod,
+    attention_methods,
+    kv_cache_methods,
+    weight_methods,
+)
 from .calibration import CalibrationOptions
 
 RECIPE_VERSION = 1
-METHODS = {"weights": weight_methods, "attention": attention_methods}
+METHODS = {"weights": weight_methods, "attention": attention_methods, "kv_cache": kv_cache_methods}
 """Slot → its methods by key."""
-SLOTS = (*METHODS, "kv_cache", "sparsity")
+SLOTS = (*METHODS, "sparsity")
+Method = WeightMethod | AttentionMethod | KVCacheMethod
 
 
 def _percent(value: Any) -> Any:
@@ -65,14 +73,14 @@ class Recipe(BaseModel):
     description: str = ""
     weights: WeightMethod | None = None
     attention: AttentionMethod | None = None
-    kv_cache: None = None
+    kv_cache: KVCacheMethod | None = None
     sparsity: None = None
     calibration: CalibrationOptions = CalibrationOptions()
     evaluation: EvaluationOptions = EvaluationOptions()
     limits: Limits = Limits()
 
     @field_serializer(*METHODS)
-    def _write_method(self, method: WeightMethod | AttentionMethod | None) -> dict | None:
+    def _write_method(self, method: Method | None) -> dict | None:
         if method is None:
             return None
         options = TypeAdapter(type(method)).dump_python(method, mode="json")
@@ -81,7 +89,7 @@ class Recipe(BaseModel):
     @property
     def needs_data(self) -> bool:
         """Whether any slot looks at calibration text."""
-        return any(method.needs_data for method in (self.weights, self.attention) if method is not None)
+        return any(method.needs_data for method in (self.weights, self.attention, self.kv_cache) if method is not None)
 
     def to_yaml(self) -> str:
         """The recipe with every default written out; `Recipe.load` reads it back to an equal recipe."""
@@ -120,7 +128,7 @@ class Recipe(BaseModel):
             raise ValueError(explain(error, label, cls)) from error
 
 
-def method_key(method: WeightMethod | AttentionMethod) -> str:
+def method_key(method: Method) -> str:
     """Key of a method object: the name of its file."""
     return type(method).__module__.rpartition(".")[2]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import nn
 
@@ -89,6 +89,22 @@ def worst_attention(
         )
     log.warning("perplexity grew by %.2f%%, attention is dense again: %s", 100 * increase, ", ".join(take))
     return tuple(take)
+
+
+def left_to_restore(coverage: list[Coverage], policies: dict[str, AttentionPolicy]) -> bool:
+    """Whether any layer has quantized weights or attention that could be given back."""
+    return any(line.status == "quantized" for line in coverage) or any(
+        policy.mode != "bf16" for policy in policies.values()
+    )
+
+
+def refuse_limit(evaluation: dict[str, Any], limits: Limits) -> NoReturn:
+    """Raises LimitExceeded, where nothing is left that can be given back layer by layer."""
+    increase = evaluation["comparison"]["perplexity_increase"]
+    raise LimitExceeded(
+        f"perplexity grew by {increase:.2%}, the limit is {limits.perplexity_increase:.2%}; a compressed cache is not "
+        "given back layer by layer: use kv_fp8, or more recent_tokens"
+    )
 
 
 def given_back(policy: AttentionPolicy) -> AttentionPolicy:

@@ -1,19 +1,21 @@
 """Attention as a patched layer runs it: an arithmetic and a phase in, a kernel's result out.
 
-Prefill is the only phase with kernels of its own; decoding stays with transformers' attention.
+Prefill has kernels of its own. Attention over a compressed cache reads its codes (`kernels/decode_attention.py`); over
+a dense one, decoding stays with transformers' attention.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from ..kernels.activations import triton_refusal
 from ..kernels.attention import Call, Mode, attention_backend, prefill_attention
+from ..kernels.decode_attention import NO_KERNEL, CompressedKV, decode_attention
 from ..quant.method import AttentionInputs
 
 Phase = Literal["prefill"]
@@ -33,6 +35,19 @@ def attend(mode: Mode, phase: Phase, inputs: AttentionInputs) -> Tensor:
         raise ValueError(f"phase {phase!r} has no attention kernel; known: prefill")
     out, _ = prefill_attention(inputs.query, inputs.key, inputs.value, mode=mode, **inputs.options)
     return out.transpose(1, 2)
+
+
+def attend_cached(query: Tensor, kv: CompressedKV, options: dict[str, Any], key_starts: Tensor | None) -> Tensor:
+    """Attention output, as of `attend`, of the last tokens of a compressed cache. options: the other arguments of
+    `kernels.decode_attention.decode_attention`.
+    """
+    out, _ = decode_attention(query, kv, key_starts=key_starts, **options)
+    return out.transpose(1, 2)
+
+
+def cache_backends(device: torch.device) -> dict[str, AttentionBackend]:
+    """What attention over a compressed cache runs on, and why."""
+    return {"decode_attention": AttentionBackend("reference", "device is cpu" if device.type == "cpu" else NO_KERNEL)}
 
 
 def refusal(mode: Mode, inputs: AttentionInputs) -> str | None:

@@ -8,6 +8,9 @@ mutates a module itself.
 
 An *attention* method sees queries, keys and values as they arrive at one attention layer and returns an
 `AttentionPolicy`: the arithmetic in which that layer's prefill runs.
+
+A *cache* method says in which codes past keys and values are kept and which tokens stay dense, and may look at the keys
+and values of one layer for static factors per channel; all of it together is a `CachePolicy`.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ import torch
 from pydantic import ConfigDict, Field
 
 from ..kernels.attention import MODES, Mode
+from ..kernels.kv_codes import Kind
 
 if TYPE_CHECKING:
     from .block import Block
@@ -179,6 +183,48 @@ class AttentionMethod:
         raise NotImplementedError
 
 
+@dataclass(frozen=True, kw_only=True)
+class KVCacheMethod:
+    """Base of every method of the `kv_cache` slot.
+
+    sink_tokens: tokens at the start of every sequence that stay dense. recent_tokens: the last tokens that stay dense;
+    older ones are coded a page at a time. max_tokens: a longer sequence is refused, None for no limit.
+
+    A subclass says in which codes it stores tokens (`kind` of `kernels.kv_codes`).
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")  # pyright: ignore[reportUnannotatedClassAttribute]
+    kind: ClassVar[Kind] = "fp8"
+
+    sink_tokens: Annotated[int, Field(ge=0)] = 4
+    recent_tokens: Annotated[int, Field(ge=0)] = 128
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether `factors` looks at calibration text; if not, it is not called."""
+        return False
+
+    def factors(self, key: torch.Tensor, value: torch.Tensor) -> dict[str, torch.Tensor]:
+        """``"key_factors"`` and ``"value_factors"``, (num_kv_heads, head_dim) fp32, that keys and values of one layer
+        are divided by before they are coded; either may be absent.
+
+        key, value: (batch, num_kv_heads, tokens, head_dim), post-RoPE, of calibration text.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class CachePolicy:
+    """How a model's key-value cache is kept.
+
+    layers: attention module → its static tensors, see `KVCacheMethod.factors`; modules that are absent stay dense.
+    """
+
+    method: KVCacheMethod
+    layers: dict[str, dict[str, torch.Tensor]]
+
+
 def methods_of(base: type[Base]) -> dict[str, type[Base]]:
     """Every method that derives from `base`, by its key (the name of its file), found by looking into this folder."""
     found = {}
@@ -199,3 +245,8 @@ def weight_methods() -> dict[str, type[WeightMethod]]:
 def attention_methods() -> dict[str, type[AttentionMethod]]:
     """Methods of the slot `attention`."""
     return methods_of(AttentionMethod)
+
+
+def kv_cache_methods() -> dict[str, type[KVCacheMethod]]:
+    """Methods of the slot `kv_cache`."""
+    return methods_of(KVCacheMethod)

@@ -1,0 +1,53 @@
+"""What a `kv_cache` recipe chooses for a model: which layers' caches are compressed, and their factors per channel.
+
+A pass over the model, its attention dense, gives the keys and values of every attention layer on calibration text.
+Where weights are quantized too, that has happened before, so that factors are those of the model as it will run.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..quant.method import AttentionInputs, CachePolicy, KVCacheMethod
+from .attention_calibration import SEQUENCES, observe_attention
+from .hf_cache_hooks import cacheable_modules
+
+log = logging.getLogger(__name__)
+Progress = Callable[[str, int, int, str], None]
+
+
+def choose_cache(
+    model: object,
+    method: KVCacheMethod,
+    tokens: Tensor | None,
+    *,
+    device: torch.device,
+    progress: Progress = lambda stage, done, total, text: None,
+) -> CachePolicy:
+    """The policy of an unpatched model. tokens: (sequences, length) ids, None for a method that needs no data.
+
+    Raises ValueError if none of the model's layers can be compressed. A layer whose attention works on something that
+    cannot be looked at stays dense, with a warning.
+    """
+    modules = cacheable_modules(model)
+    if not method.needs_data:
+        return CachePolicy(method, {name: {} for name in modules})
+    assert tokens is not None
+    found: dict[str, dict[str, Tensor]] = {}
+
+    def visit(name: str, inputs: AttentionInputs) -> None:
+        if name in modules and name not in found:
+            found[name] = {key: tensor.cpu() for key, tensor in method.factors(inputs.key, inputs.value).items()}
+            progress("kv_cache", len(found), len(modules), name)
+
+    reasons = observe_attention(model, tokens[:SEQUENCES], visit, device=device)
+    for name in modules:
+        if name not in found:
+            log.warning("the cache of %s stays dense: %s", name, reasons.get(name, "it was not called"))
+    if not found:
+        raise ValueError(f"no layer of {type(model).__name__} could be calibrated for a compressed cache")
+    return CachePolicy(method, {name: found[name] for name in modules if name in found})

@@ -1,0 +1,140 @@
+"""How a compressed cache becomes the one that `generate()` and plain forward passes use, and how that is undone.
+
+`generate` asks the model itself for a cache (`_prepare_cache_for_generation`), which is overridden on the instance; a
+forward pass with `use_cache` and without a cache is given one by a hook of the base model. What the user passes wins: a
+cache, an explicit `cache_implementation`, `use_cache=False`. The hook and the override find what to do on the module
+that they are called with, so that a deep copy of a patched model is patched on its own.
+"""
+
+from __future__ import annotations
+
+import inspect
+import types
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..quant.method import AttentionPolicy, CachePolicy, KVCacheMethod
+from .hf_attention import LayerAttention, attach, attention_modules, check_attention, detach, layer_kind
+from .hf_cache import CompressedCache, CompressedLayer
+
+ATTRIBUTE = "kompakt_cache"
+PREPARE = "_prepare_cache_for_generation"
+
+
+@dataclass(frozen=True)
+class CacheMaker:
+    """Makes the caches of one model. config: of its text model. factors: layer number → static tensors. seen: what
+    `cache_evaluation.py` counts.
+    """
+
+    config: Any
+    method: KVCacheMethod
+    factors: Mapping[int, Mapping[str, Tensor]]
+    seen: Counter[str] = field(default_factory=Counter)
+
+    def make(self, attention_mask: Any = None) -> CompressedCache:
+        """A cache for one batch. attention_mask: (batch, tokens) of the batch, from which rows start; or None."""
+        starts = None
+        if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
+            starts = attention_mask.bool().int().argmax(dim=1).tolist()
+        return CompressedCache(self.config, self.method, factors=self.factors, starts=starts)
+
+
+def cacheable_modules(model: Any) -> dict[str, nn.Module]:
+    """Attention modules whose keys and values can be compressed, by name. ValueError, naming the model, if none can."""
+    name, text = type(model).__name__, model.config.get_text_config()
+    check_attention(model)
+    if getattr(text, "kv_lora_rank", None):
+        raise ValueError(f"{name} caches a latent of its keys and values, which is not compressed further")
+    supported = getattr(model, "_supports_default_dynamic_cache", None)
+    if supported is None or not hasattr(model, PREPARE) or not supported():
+        raise ValueError(f"{name} does not generate with a cache of transformers, so that it has none to compress")
+    layers = dict(enumerate(CompressedCache(text, KVCacheMethod()).layers))
+    found = {}
+    for module_name, module in attention_modules(model).items():
+        known = isinstance(layers.get(getattr(module, "layer_idx", -1)), CompressedLayer)
+        if known and layer_kind(module) in (None, "full_attention", "sliding_attention"):
+            found[module_name] = module
+    if not found:
+        raise ValueError(f"{name} has no layer whose keys and values can be compressed")
+    return found
+
+
+def run_by(model: Any, attention: Mapping[str, AttentionPolicy], cache: CachePolicy | None = None) -> None:
+    """Makes the model run by what was chosen, its attention and its cache; nothing changes where nothing was.
+
+    ValueError, with the model as it was, if it cannot be patched, is patched, or lacks a module that a policy names.
+    """
+    if not attention and cache is None:
+        return
+    layers = {name: LayerAttention.of(policy) for name, policy in attention.items()}
+    if cache is None:
+        attach(model, layers)
+        return
+    modules = cacheable_modules(model)
+    unknown = [name for name in cache.layers if name not in modules]
+    if unknown:
+        raise ValueError(f"the model has no cache of a module {unknown[0]}; it has, e.g., {next(iter(modules))}")
+    factors = {modules[name].layer_idx: tensors for name, tensors in cache.layers.items()}
+    attach(model, layers, cached=True)
+    maker = CacheMaker(model.config.get_text_config(), cache.method, factors)  # pyright: ignore[reportArgumentType]
+    setattr(model, ATTRIBUTE, maker)
+    setattr(model, PREPARE, types.MethodType(prepare_cache, model))
+    base = model.base_model
+    setattr(base, ATTRIBUTE, maker)
+    base.register_forward_pre_hook(give_cache, with_kwargs=True)
+
+
+def run_as_before(model: Any) -> None:
+    """Undoes `run_by`. A second call does nothing."""
+    detach(model)
+    base = model.base_model
+    for item in (model, base):
+        vars(item).pop(ATTRIBUTE, None)
+        vars(item).pop(PREPARE, None)
+    for key in [key for key, hook in base._forward_pre_hooks.items() if hook is give_cache]:
+        del base._forward_pre_hooks[key]
+        base._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
+@contextmanager
+def running(model: Any, attention: Mapping[str, AttentionPolicy], cache: CachePolicy | None = None) -> Iterator[None]:
+    """`run_by` for a while."""
+    run_by(model, attention, cache)
+    try:
+        yield
+    finally:
+        if attention or cache is not None:
+            run_as_before(model)
+
+
+def cache_maker(model: Any) -> CacheMaker | None:
+    """What makes the caches of a patched model; None if transformers does."""
+    return vars(model).get(ATTRIBUTE)
+
+
+def prepare_cache(model: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    """In place of the model's `_prepare_cache_for_generation`."""
+    wanted = generation_config.use_cache is not False and generation_config.cache_implementation is None
+    if model_kwargs.get("past_key_values") is not None or not wanted:
+        return getattr(type(model), PREPARE)(model, generation_config, model_kwargs, *args, **kwargs)
+    cache = vars(model)[ATTRIBUTE].make(model_kwargs.get("attention_mask"))
+    if getattr(generation_config, "is_assistant", False):
+        cache.activate_past_recording()
+    model_kwargs["past_key_values"] = cache
+    return None
+
+
+def give_cache(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Forward pre-hook: a cache for a pass that wants one and has none."""
+    given = {**dict(zip(inspect.signature(type(base).forward).parameters, (base, *args))), **kwargs}
+    wanted = given.get("use_cache")
+    wanted = getattr(base.config.get_text_config(), "use_cache", False) if wanted is None else wanted
+    if wanted and given.get("past_key_values") is None and not base.training:
+        kwargs = {**kwargs, "past_key_values": vars(base)[ATTRIBUTE].make(given.get("attention_mask"))}
+    return args, kwargs

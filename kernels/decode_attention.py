@@ -1,0 +1,289 @@
+"""Attention of few queries over a compressed key-value cache: pages of codes, dense sink tokens, dense recent tokens.
+
+::
+
+    S = scaling · Q·K̂ᵀ,  capped: cap · tanh(S / cap)      O = softmax(S) · V̂      lse = log Σ exp(S)
+
+with K̂ and V̂ the dequantized tokens where they are coded and the stored ones where they are dense. The softmax is
+computed online in FP32 over blocks of at most `PAGE` tokens, so that no more of K̂ and V̂ than one block ever exists::
+
+    m' = max(m, max S_b)    l' = l·exp(m − m') + Σ exp(S_b − m')    A' = A·exp(m − m') + exp(S_b − m')·V̂_b    O = A / l
+
+*Storage* (`CompressedKV`). Tokens have columns 0, 1, … in the order in which they came, pads included. Columns below
+`coded` are in pages, page p holding columns [p·PAGE, (p + 1)·PAGE); the columns after them are dense. The first
+`sink_tokens` of every row are kept dense beside their codes, from the column on where that row begins; once they are
+coded, a reader takes them from there and passes over their codes. Codes and scales are those of `kv_codes.py`. Keys and
+values that were divided by a factor per KV head and channel before they were coded are multiplied by it again, which a
+kernel may do to the queries and, once per query, to the sum over coded values.
+
+*Mask.* Query i of Q has the column p = tokens − Q + i and sees the columns j with first ≤ j, key_starts ≤ j ≤ p, and
+with a window w, j > p − w. A query that sees no token gets zeros and lse = −∞. A sink logit is one more logit per head
+that has no value; it takes part in the softmax but not in lse. Inference only: no gradient.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .activations import log_fallback
+from .kv_codes import CODE_DTYPES, Kind, code_width, dequantize_tokens
+
+PAGE = 128
+NO_KERNEL = "this version of kompakt has no kernel for it"
+
+
+@dataclass
+class Page:
+    """`PAGE` coded tokens; those at and after `CompressedKV.coded` hold anything.
+
+    key_codes, value_codes: (batch, num_kv_heads, PAGE, code width). key_scale, value_scale: (batch, num_kv_heads, PAGE)
+    fp32.
+    """
+
+    key_codes: Tensor
+    key_scale: Tensor
+    value_codes: Tensor
+    value_scale: Tensor
+
+
+@dataclass(frozen=True)
+class CompressedKV:
+    """What a call reads.
+
+    kind: of codes. pages: page number → page; pages of which no column from `first` on is coded may be absent. coded:
+    columns that are in pages. tokens: columns in all. first: columns before it are not looked at. dense: (key, value)
+    blocks, (batch, num_kv_heads, columns, head_dim), of the columns from max(first, coded) on, in order. sink_key,
+    sink_value: (batch, num_kv_heads, sink_tokens, head_dim). sink_starts: (batch,) int64, the column of each row's
+    first sink token. key_factors, value_factors: (num_kv_heads, head_dim) fp32, or None for ones.
+    """
+
+    kind: Kind
+    pages: Mapping[int, Page]
+    coded: int
+    tokens: int
+    first: int
+    dense: tuple[tuple[Tensor, Tensor], ...]
+    sink_key: Tensor
+    sink_value: Tensor
+    sink_starts: Tensor
+    key_factors: Tensor | None = None
+    value_factors: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a call is besides queries and cache; all of it is part of the mathematics."""
+
+    scaling: float
+    window: int | None
+    softcap: float | None
+
+
+@dataclass
+class OnlineSoftmax:
+    """Running maximum, sum and weighted values of (batch, num_kv_heads, group, queries)."""
+
+    maximum: Tensor
+    total: Tensor
+    values: Tensor
+
+    def add(self, logits: Tensor, mask: Tensor, value: Tensor) -> None:
+        """One block. logits: (..., queries, columns), mask: the same, broadcastable, value: (..., columns, dim)."""
+        logits = logits.masked_fill(~mask, -torch.inf)
+        maximum = torch.maximum(self.maximum, logits.amax(dim=-1))
+        # Before the first visible token both are −∞, and their difference would be NaN.
+        base = torch.where(maximum.isneginf(), 0.0, maximum)
+        old, weights = torch.exp(self.maximum - base), torch.exp(logits - base[..., None])
+        self.total = self.total * old + weights.sum(dim=-1)
+        self.values = self.values * old[..., None] + weights @ value
+        self.maximum = maximum
+
+
+def decode_attention(
+    query: Tensor,
+    kv: CompressedKV,
+    *,
+    scaling: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    key_starts: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Causal attention of the last tokens of a compressed cache.
+
+    Args:
+        query: (batch, num_heads, queries, head_dim) floating, post-RoPE; the last query is the cache's last token.
+        kv: the cache, the queries' own tokens included.
+        scaling: of the logits; default 1/√head_dim.
+        window: a query sees only tokens fewer than so many columns before it.
+        softcap: bound of the logits.
+        sinks: (num_heads,) one more logit per head.
+        key_starts: (batch,) integers, the first column of each row that is no padding; None for 0.
+
+    Returns:
+        out: (batch, num_heads, queries, value_head_dim) in the dtype of query, a transposed view of a contiguous
+            (batch, queries, num_heads, value_head_dim).
+        lse: (batch, num_heads, queries) fp32, natural logarithm, sinks not included.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or options that do not belong together.
+    """
+    call = Reading(scaling if scaling is not None else query.shape[-1] ** -0.5, window, softcap)
+    check_call(query, kv, call, sinks, key_starts)
+    log_fallback("decode_attention", "device is cpu" if query.device.type == "cpu" else NO_KERNEL)
+    return decode_ref(query, kv, call, sinks, key_starts)
+
+
+def decode_ref(
+    query: Tensor,
+    kv: CompressedKV,
+    call: Reading,
+    sinks: Tensor | None = None,
+    key_starts: Tensor | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor]:
+    """Torch specification, any device; products and softmax in `dtype`."""
+    batch, heads, queries, _ = query.shape
+    kv_heads, value_dim, device = kv.sink_key.shape[1], kv.sink_value.shape[3], query.device
+    q = query.to(dtype).view(batch, kv_heads, heads // kv_heads, queries, -1)
+    position = torch.arange(kv.tokens - queries, kv.tokens, device=device)[None, :, None]
+    starts = torch.zeros((batch, 1), dtype=torch.long, device=device) if key_starts is None else key_starts[:, None]
+    lowest = starts.to(torch.long).clamp_min(kv.first)
+    state = OnlineSoftmax(
+        torch.full(q.shape[:-1], -torch.inf, dtype=dtype, device=device),
+        torch.zeros(q.shape[:-1], dtype=dtype, device=device),
+        torch.zeros((*q.shape[:-1], value_dim), dtype=dtype, device=device),
+    )
+    for block in blocks(kv):
+        valid = block.valid & (block.columns >= lowest)
+        mask = valid[:, None, :] & (block.columns[:, None, :] <= position)
+        if call.window is not None:
+            mask = mask & (block.columns[:, None, :] > position - call.window)
+        # Padding holds anything, and its probability of zero would not take a NaN away.
+        key, value = (torch.where(valid[:, None, :, None], part.to(dtype), 0.0) for part in (block.key, block.value))
+        logits = q @ key[:, :, None].transpose(-1, -2) * call.scaling
+        if call.softcap is not None:
+            logits = call.softcap * torch.tanh(logits / call.softcap)
+        state.add(logits, mask[:, None, None], value[:, :, None])
+    lse = state.maximum + torch.log(state.total)
+    whole = lse
+    if sinks is not None:
+        sink = sinks.to(dtype).view(1, kv_heads, -1, 1)
+        # A query that sees no token gives nothing to its sink either.
+        whole = torch.where(lse.isneginf(), lse, torch.logaddexp(lse, sink))
+    shift = torch.where(whole.isneginf(), 0.0, torch.exp(state.maximum - whole))
+    out = (state.values * shift[..., None]).view(batch, heads, queries, value_dim)
+    return out.to(query.dtype).transpose(1, 2).contiguous().transpose(1, 2), lse.view(batch, heads, queries).float()
+
+
+@dataclass(frozen=True)
+class Block:
+    """Tokens as numbers. columns: (batch or 1, n). key, value: (batch, num_kv_heads, n, head_dim). valid: as columns,
+    False where the token is read elsewhere.
+    """
+
+    columns: Tensor
+    key: Tensor
+    value: Tensor
+    valid: Tensor
+
+
+def blocks(kv: CompressedKV) -> Iterator[Block]:
+    """Every token from `first` on once, in blocks of at most `PAGE`: sinks, pages, dense tokens."""
+    device, sink_tokens = kv.sink_key.device, kv.sink_key.shape[2]
+    starts = kv.sink_starts.to(torch.long)[:, None]
+    if sink_tokens:
+        columns = starts + torch.arange(sink_tokens, device=device)
+        yield Block(columns, kv.sink_key, kv.sink_value, columns < kv.coded)
+    for number in range(kv.first // PAGE, -(-kv.coded // PAGE)):
+        page, count = kv.pages[number], min(PAGE, kv.coded - number * PAGE)
+        columns = number * PAGE + torch.arange(count, device=device)[None]
+        is_sink = (columns >= starts) & (columns < starts + sink_tokens)
+        yield Block(columns, *read_page(kv, page, count), ~is_sink)
+    column = max(kv.first, kv.coded)
+    for key, value in kv.dense:
+        for k, v in zip(key.split(PAGE, dim=2), value.split(PAGE, dim=2), strict=True):
+            columns = column + torch.arange(k.shape[2], device=device)[None]
+            column += k.shape[2]
+            if k.shape[2]:
+                yield Block(columns, k, v, torch.ones_like(columns, dtype=torch.bool))
+
+
+def read_page(kv: CompressedKV, page: Page, count: int) -> tuple[Tensor, Tensor]:
+    """The first `count` keys and values of a page, (batch, num_kv_heads, count, head_dim) fp32."""
+    key = dequantize_tokens(page.key_codes[:, :, :count], page.key_scale[:, :, :count], kv.kind)
+    value = dequantize_tokens(page.value_codes[:, :, :count], page.value_scale[:, :, :count], kv.kind)
+    if kv.key_factors is not None:
+        key = key * kv.key_factors[:, None]
+    if kv.value_factors is not None:
+        value = value * kv.value_factors[:, None]
+    return key, value
+
+
+def check_call(query: Tensor, kv: CompressedKV, call: Reading, sinks: Tensor | None, key_starts: Tensor | None) -> None:
+    """Raise ValueError unless the arguments of :func:`decode_attention` describe one call."""
+    if query.dim() != 4 or not query.dtype.is_floating_point:
+        raise ValueError(
+            f"query has shape {tuple(query.shape)} and dtype {query.dtype}; "
+            "expected (batch, heads, queries, head_dim) floating"
+        )
+    batch, heads, queries, head_dim = query.shape
+    kv_batch, kv_heads, _, key_dim = kv.sink_key.shape
+    if batch != kv_batch or head_dim != key_dim:
+        raise ValueError(f"query {tuple(query.shape)} does not fit a cache of {kv_batch} rows and head_dim {key_dim}")
+    if kv_heads == 0 or heads % kv_heads:
+        raise ValueError(f"{kv_heads} KV heads do not divide {heads} heads")
+    if queries > kv.tokens - kv.first:
+        raise ValueError(f"{queries} queries for {kv.tokens - kv.first} tokens: queries are the last of the tokens")
+    if call.window is not None and call.window < 1:
+        raise ValueError(f"window is {call.window}; it counts tokens, from 1")
+    if call.softcap is not None and not call.softcap > 0:
+        raise ValueError(f"softcap is {call.softcap}; it bounds the logits, above 0")
+    if not math.isfinite(call.scaling):
+        raise ValueError(f"scaling is {call.scaling}; it must be finite")
+    if sinks is not None and (tuple(sinks.shape) != (heads,) or not sinks.dtype.is_floating_point):
+        raise ValueError(f"sinks have shape {tuple(sinks.shape)} and dtype {sinks.dtype}; expected ({heads},) floating")
+    if key_starts is not None and (tuple(key_starts.shape) != (batch,) or key_starts.dtype.is_floating_point):
+        raise ValueError(
+            f"key_starts have shape {tuple(key_starts.shape)} and dtype {key_starts.dtype}; expected ({batch},) int"
+        )
+    for name, tensor in {"the cache": kv.sink_key, "sinks": sinks, "key_starts": key_starts}.items():
+        if tensor is not None and tensor.device != query.device:
+            raise ValueError(f"{name} is on {tensor.device}, query on {query.device}")
+    check_storage(kv)
+
+
+def check_storage(kv: CompressedKV) -> None:
+    """Raise ValueError unless a cache holds every column that it says, in one layout."""
+    batch, kv_heads, _, head_dim = kv.sink_key.shape
+    value_dim = kv.sink_value.shape[3]
+    if kv.sink_value.shape[:3] != kv.sink_key.shape[:3] or tuple(kv.sink_starts.shape) != (batch,):
+        raise ValueError("sink keys, sink values and their starts have shapes that do not belong together")
+    dense = sum(key.shape[2] for key, _ in kv.dense)
+    if dense != kv.tokens - max(kv.first, kv.coded) or not 0 <= kv.first <= kv.tokens or kv.coded > kv.tokens:
+        raise ValueError(
+            f"the cache has {kv.tokens} tokens, of which {kv.coded} are coded, {dense} dense and the first {kv.first} "
+            "left out: these do not add up"
+        )
+    for key, value in kv.dense:
+        shapes = (batch, kv_heads, key.shape[2])
+        if tuple(key.shape) != (*shapes, head_dim) or tuple(value.shape) != (*shapes, value_dim):
+            raise ValueError(f"dense keys {tuple(key.shape)} and values {tuple(value.shape)} do not fit the cache")
+    for name, factors, dim in (("key", kv.key_factors, head_dim), ("value", kv.value_factors, value_dim)):
+        if factors is not None and tuple(factors.shape) != (kv_heads, dim):
+            raise ValueError(f"{name} factors have shape {tuple(factors.shape)}; expected ({kv_heads}, {dim})")
+    widths, dtype = (code_width(head_dim, kv.kind), code_width(value_dim, kv.kind)), CODE_DTYPES[kv.kind]
+    for number in range(kv.first // PAGE, -(-kv.coded // PAGE)):
+        page = kv.pages.get(number)
+        if page is None:
+            raise ValueError(f"page {number} is absent, and its tokens are read")
+        codes = (page.key_codes, page.value_codes)
+        for tensor, width in zip(codes, widths, strict=True):
+            if tuple(tensor.shape) != (batch, kv_heads, PAGE, width) or tensor.dtype != dtype:
+                raise ValueError(f"page {number} has codes {tuple(tensor.shape)} {tensor.dtype}, which do not fit it")

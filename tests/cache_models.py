@@ -1,0 +1,108 @@
+"""Tiny models with a compressed cache, and a reference cache: dense tensors of the same tokens, rounded alike."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from attention_models import tiny
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from kompakt.compress.hf_cache import CompressedCache
+from kompakt.compress.hf_cache_hooks import cacheable_modules, run_by
+from kompakt.kernels.decode_attention import PAGE
+from kompakt.kernels.kv_codes import dequantize_tokens, quantize_tokens
+from kompakt.quant.method import CachePolicy, KVCacheMethod
+
+FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "phi3", "gpt_oss")
+LONG = torch.randint(3, 128, (3, 400), generator=torch.Generator().manual_seed(2))
+PADS = (0, 128, 256)
+"""Left padding of the rows of `LONG` in whole pages, so that a row alone is coded up to the same token."""
+
+
+def long_model(family: str, **settings: Any) -> Any:
+    """A tiny model for some hundred tokens, where it has one with a window of 150."""
+    window = {"sliding_window": 150} if family in ("mistral", "gemma2", "gemma3_text", "phi3", "gpt_oss") else {}
+    return tiny(family, max_position_embeddings=1024, **window, **settings)
+
+
+def left_padding() -> torch.Tensor:
+    return (torch.arange(LONG.shape[1]) >= torch.tensor(PADS)[:, None]).long()
+
+
+def policy_of(model: Any, method: KVCacheMethod, factors: Any = None) -> CachePolicy:
+    """A policy for every layer; factors: static tensors, the same for all."""
+    return CachePolicy(method, {name: dict(factors or {}) for name in cacheable_modules(model)})
+
+
+def patched(model: Any, method: KVCacheMethod, factors: Any = None) -> Any:
+    run_by(model, {}, policy_of(model, method, factors))
+    return model
+
+
+class ReferenceLayer(DynamicLayer):
+    """Keeps every token as it came, and rounds what is coded whenever it is asked for it."""
+
+    def __init__(self, method: KVCacheMethod, window: int | None, starts: list[int] | None, factors: Any = None):
+        super().__init__()
+        self.method, self.window, self.starts, self.coded = method, window, starts, 0
+        self.factors = factors or {}
+        self.is_sliding = window is not None
+        self.sliding_window = window
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        past = self.get_seq_length()
+        super().update(key_states, value_states)
+        while self.keys.shape[2] - (self.coded // PAGE + 1) * PAGE >= self.method.recent_tokens:
+            self.coded = (self.coded // PAGE + 1) * PAGE
+        if past == 0:
+            return key_states, value_states
+        limit = self.coded if key_states.shape[2] == 1 else min(self.coded, past)
+        first = self.get_mask_sizes_of(past, 0)[1]
+        return tuple(
+            self.rounded(dense, limit, name)[:, :, first:]
+            for dense, name in ((self.keys, "key_factors"), (self.values, "value_factors"))
+        )
+
+    def rounded(self, dense: torch.Tensor, limit: int, name: str) -> torch.Tensor:
+        factors = self.factors.get(name, torch.ones(dense.shape[1], dense.shape[3]))[:, None]
+        kind = self.method.kind
+        found = (dequantize_tokens(*quantize_tokens(dense / factors, kind), kind) * factors).to(dense.dtype)
+        found[:, :, limit:] = dense[:, :, limit:]
+        for row in range(dense.shape[0]):
+            start = 0 if self.starts is None else self.starts[row % len(self.starts)]
+            place = slice(start, start + self.method.sink_tokens)
+            found[row, :, place] = dense[row, :, place]
+        return found
+
+    def get_mask_sizes_of(self, past: int, query_length: int) -> tuple[int, int]:
+        first = 0 if self.window is None else max(0, past - self.window + 1)
+        return past - first + query_length, first
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.get_mask_sizes_of(self.get_seq_length(), query_length)
+
+
+def reference_cache(model: Any, method: KVCacheMethod, starts: list[int] | None = None, factors: Any = None) -> Cache:
+    """For an unpatched model: what `CompressedCache` should come to."""
+    layers = DynamicCache(config=model.config).layers
+    return Cache(
+        layers=[ReferenceLayer(method, getattr(layer, "sliding_window", None), starts, factors) for layer in layers]
+    )
+
+
+def in_steps(model: Any, cache: Any, tokens: torch.Tensor, steps: tuple[int, ...], mask: Any = None) -> torch.Tensor:
+    """Logits of tokens that go in so many at a time."""
+    parts, start = [], 0
+    for count in steps:
+        stop = start + count
+        options = {} if mask is None else {"attention_mask": mask[:, :stop]}
+        parts.append(model(tokens[:, start:stop], past_key_values=cache, use_cache=True, **options).logits)
+        start = stop
+    assert start == tokens.shape[1]
+    return torch.cat(parts, dim=1)
+
+
+def is_compressed(cache: Any) -> bool:
+    return isinstance(cache, CompressedCache)
