@@ -6,8 +6,13 @@ keys. What depends on the true logits (log-sum-exp, softcap, sinks) adds q·k̄ 
 scale, which multiplies a whole block of logits at once; a scale per token would cost one more multiplication per logit.
 INT4 has so few levels that it pays that price: one scale per token.
 
-    int8   k8 = round((k − k̄) / σ), σ = max|k − k̄| / 127        fp8: e4m3((k − k̄) / σ), σ = max / 448
-    int4   the same with 7; channels d and d + head_dim/2 in one byte
+Before that keys and queries are rotated by one orthogonal matrix, which their product does not see: Hadamard's, in
+blocks of `BLOCK` channels, spreads the few large channels that rotary embedding leaves over all of them. On the layers
+of a 135M model it raises the worst cosine of attention with INT8 logits from 0.9992 to 0.9999, with INT4 ones from 0.87
+to 0.96. Channels are padded with zeros to a power of two, the width.
+
+    int8   k8 = round((k − k̄)·H / σ), σ = max|(k − k̄)·H| / 127      fp8: e4m3((k − k̄)·H / σ), σ = max / 448
+    int4   the same with 7; rotated channels d and d + width/2 in one byte
 
 *Values.* FP8, e4m3((v − v̄) / σ_v), with a mean per channel of the same sampled tokens, which the output adds again,
 since probabilities sum to one, and one scale per tile: e4m3 is a floating-point format, so channels of different size
