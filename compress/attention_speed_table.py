@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from .attention_speed import CHECK_LENGTH, with_shares
-from .linear_speed_table import CONDITIONS, larger_ceilings, measured_on
-from .sweep import checked_earlier, joined, noted
+from .linear_speed_table import measured_on, merged_rows
+from .sweep import noted
 
 TABLE_PEERS = ("cudnn", "fa2")
 """Peers whose ratios the Markdown table shows, as far as they were measured."""
@@ -31,15 +31,8 @@ def merged_attention(file: Path, result: dict[str, Any]) -> dict[str, Any]:
     The larger of both runs' ceilings holds for all rows. Raises ValueError if the file was measured on another device
     or with other versions.
     """
-    earlier = checked_earlier(file, result, CONDITIONS)
-    if earlier is None:
-        return result
-    changed = {
-        "ceilings": larger_ceilings(earlier, result),
-        "against": {**earlier["against"], **result["against"]},
-        "rows": joined(earlier["rows"], result["rows"], identity),
-    }
-    return with_shares({**result, **changed})
+    merged = merged_rows(file, result, {"rows": identity})
+    return result if merged is result else with_shares(merged)
 
 
 def why_wrong(row: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +31,23 @@ def merged_speeds(file: Path, result: dict[str, Any]) -> dict[str, Any]:
     The larger of both runs' ceilings holds for all layers. Raises ValueError if the file was measured on another device
     or with other versions.
     """
+    merged = merged_rows(file, result, {"rows": identity, "quantization": quantization_identity})
+    return result if merged is result else with_shares(merged)
+
+
+def merged_rows(
+    file: Path, result: dict[str, Any], sections: dict[str, Callable[[dict[str, Any]], Any]]
+) -> dict[str, Any]:
+    """`merged_speeds` before shares are taken; `result` itself if there is no earlier file.
+
+    sections: lists of rows → what tells their rows apart.
+    """
     earlier = checked_earlier(file, result, CONDITIONS)
     if earlier is None:
         return result
-    changed = {
-        "ceilings": larger_ceilings(earlier, result),
-        "against": {**earlier["against"], **result["against"]},
-        "rows": joined(earlier["rows"], result["rows"], identity),
-        "quantization": joined(earlier["quantization"], result["quantization"], quantization_identity),
-    }
-    return with_shares({**result, **changed})
+    changed: dict[str, Any] = {name: joined(earlier[name], result[name], apart) for name, apart in sections.items()}
+    changed["ceilings"] = larger_ceilings(earlier, result)
+    return {**result, **changed, "against": {**earlier["against"], **result["against"]}}
 
 
 def larger_ceilings(earlier: dict[str, Any], result: dict[str, Any]) -> dict[str, float | None]:

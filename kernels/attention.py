@@ -347,20 +347,25 @@ def check_attention(
         raise ValueError(
             f"{queries} queries for {key.shape[2]} keys cannot be causal: queries are the last of the keys"
         )
-    if call.window is not None and call.window < 1:
-        raise ValueError(f"window is {call.window}; it counts keys, from 1")
-    if call.softcap is not None and not call.softcap > 0:
-        raise ValueError(f"softcap is {call.softcap}; it bounds the logits, above 0")
-    if not (math.isfinite(call.scaling) and call.scaling > 0):
-        raise ValueError(f"scaling is {call.scaling}; it must be finite and above 0")
+    check_logits(heads, call.scaling, call.window, call.softcap, sinks)
     if segments is not None:
         check_segments(segments, (batch, queries, key.shape[2]))
-    if sinks is not None and (tuple(sinks.shape) != (heads,) or not sinks.dtype.is_floating_point):
-        raise ValueError(f"sinks have shape {tuple(sinks.shape)} and dtype {sinks.dtype}; expected ({heads},) floating")
     tensors = {"key": key, "value": value, "sinks": sinks, "segments": None if segments is None else segments.table}
     for name, tensor in tensors.items():
         if tensor is not None and tensor.device != query.device:
             raise ValueError(f"{name} is on {tensor.device}, query on {query.device}")
+
+
+def check_logits(heads: int, scaling: float, window: int | None, softcap: float | None, sinks: Tensor | None) -> None:
+    """Raise ValueError unless these describe the logits of an attention call."""
+    if window is not None and window < 1:
+        raise ValueError(f"window is {window}; it counts tokens, from 1")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap is {softcap}; it bounds the logits, above 0")
+    if not (math.isfinite(scaling) and scaling > 0):
+        raise ValueError(f"scaling is {scaling}; it must be finite and above 0")
+    if sinks is not None and (tuple(sinks.shape) != (heads,) or not sinks.dtype.is_floating_point):
+        raise ValueError(f"sinks have shape {tuple(sinks.shape)} and dtype {sinks.dtype}; expected ({heads},) floating")
 
 
 def check_segments(segments: Segments, extent: tuple[int, int, int]) -> None:

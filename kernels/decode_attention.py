@@ -23,7 +23,6 @@ that has no value; it takes part in the softmax but not in lse. Inference only: 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -31,6 +30,7 @@ import torch
 from torch import Tensor
 
 from .activations import log_fallback
+from .attention import check_logits
 from .kv_codes import CODE_DTYPES, Kind, code_width, dequantize_tokens
 
 PAGE = 128
@@ -241,14 +241,7 @@ def check_call(query: Tensor, kv: CompressedKV, call: Reading, sinks: Tensor | N
         raise ValueError(f"{kv_heads} KV heads do not divide {heads} heads")
     if queries > kv.tokens - kv.first:
         raise ValueError(f"{queries} queries for {kv.tokens - kv.first} tokens: queries are the last of the tokens")
-    if call.window is not None and call.window < 1:
-        raise ValueError(f"window is {call.window}; it counts tokens, from 1")
-    if call.softcap is not None and not call.softcap > 0:
-        raise ValueError(f"softcap is {call.softcap}; it bounds the logits, above 0")
-    if not math.isfinite(call.scaling):
-        raise ValueError(f"scaling is {call.scaling}; it must be finite")
-    if sinks is not None and (tuple(sinks.shape) != (heads,) or not sinks.dtype.is_floating_point):
-        raise ValueError(f"sinks have shape {tuple(sinks.shape)} and dtype {sinks.dtype}; expected ({heads},) floating")
+    check_logits(heads, call.scaling, call.window, call.softcap, sinks)
     if key_starts is not None and (tuple(key_starts.shape) != (batch,) or key_starts.dtype.is_floating_point):
         raise ValueError(
             f"key_starts have shape {tuple(key_starts.shape)} and dtype {key_starts.dtype}; expected ({batch},) int"
