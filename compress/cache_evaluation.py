@@ -18,6 +18,7 @@ from torch import Tensor
 from ..kernels.decode_attention import PAGE
 from ..quant.method import AttentionPolicy, CachePolicy
 from .hf_attention import at_least
+from .hf_cache import CACHE
 from .hf_cache_hooks import cache_maker, running
 
 CHUNK = PAGE
@@ -48,7 +49,7 @@ def cached_logits(
     for start in range(0, count, chunk):
         stop = min(start + chunk, count)
         options = {} if mask is None else {"attention_mask": mask[:, :stop]}
-        logits = model(input_ids=ids[:, start:stop], past_key_values=cache, use_cache=True, **options).logits
+        logits = model(input_ids=ids[:, start:stop], use_cache=True, **{CACHE: cache}, **options).logits
         if stop > first:
             parts.append(logits[:, max(0, first - start) :])
         maker.seen["positions"] += stop - start

@@ -10,18 +10,25 @@ attention are compressed where a policy names them; the others (linear attention
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
-from transformers import Cache, DynamicCache
+from transformers import Cache, DynamicCache, GenerationMixin
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from ..kernels.decode_attention import CompressedKV
 from ..quant.method import KVCacheMethod
 from .cache import Sizes, TokenStore, dequantized
+
+# What transformers calls a cache among the arguments and outputs of its models; until 5.23 the second.
+NAMES = ("cache", "past_key_values")
+CACHE = next(
+    name for name in NAMES if name in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+)
 
 STAYS = "a compressed cache stays on its device; pass cache_implementation='offloaded' for transformers' own offloading"
 
@@ -188,7 +195,7 @@ class CompressedLayer(CacheLayerMixin):
 
 
 class CompressedCache(Cache):
-    """A key-value cache in codes, for `generate(past_key_values=…)` or a forward pass.
+    """A key-value cache in codes, for `generate` or a forward pass to be given.
 
     config: of the model. method: what is stored. factors: layer number → static tensors of `KVCacheMethod.factors`;
     the layers it names are compressed, None compresses all that can be. starts: column of each row's first token in a

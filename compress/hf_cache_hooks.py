@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..quant.method import AttentionPolicy, CachePolicy, KVCacheMethod
 from .hf_attention import LayerAttention, attach, attention_modules, check_attention, detach, layer_kind
-from .hf_cache import CompressedCache, CompressedLayer
+from .hf_cache import CACHE, NAMES, CompressedCache, CompressedLayer
 
 ATTRIBUTE = "kompakt_cache"
 PREPARE = "_prepare_cache_for_generation"
@@ -121,20 +121,24 @@ def cache_maker(model: Any) -> CacheMaker | None:
 def prepare_cache(model: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
     """In place of the model's `_prepare_cache_for_generation`."""
     wanted = generation_config.use_cache is not False and generation_config.cache_implementation is None
-    if model_kwargs.get("past_key_values") is not None or not wanted:
+    if model_kwargs.get(CACHE) is not None or not wanted:
         return getattr(type(model), PREPARE)(model, generation_config, model_kwargs, *args, **kwargs)
     cache = vars(model)[ATTRIBUTE].make(model_kwargs.get("attention_mask"))
     if getattr(generation_config, "is_assistant", False):
         cache.activate_past_recording()
-    model_kwargs["past_key_values"] = cache
+    model_kwargs[CACHE] = cache
     return None
 
 
 def give_cache(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Forward pre-hook: a cache for a pass that wants one and has none."""
-    given = {**dict(zip(inspect.signature(type(base).forward).parameters, (base, *args))), **kwargs}
+    parameters = inspect.signature(type(base).forward).parameters
+    given = {**dict(zip(parameters, (base, *args))), **kwargs}
     wanted = given.get("use_cache")
     wanted = getattr(base.config.get_text_config(), "use_cache", False) if wanted is None else wanted
-    if wanted and given.get("past_key_values") is None and not base.training:
-        kwargs = {**kwargs, "past_key_values": vars(base)[ATTRIBUTE].make(given.get("attention_mask"))}
+    if wanted and all(given.get(name) is None for name in NAMES) and not base.training:
+        # A model of the user's own code may keep the earlier name.
+        name = next((name for name in NAMES if name in parameters), CACHE)
+        kwargs = {key: value for key, value in kwargs.items() if key not in NAMES}
+        kwargs[name] = vars(base)[ATTRIBUTE].make(given.get("attention_mask"))
     return args, kwargs

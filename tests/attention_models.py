@@ -9,6 +9,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM, DynamicCache, StaticCache
 
 from kompakt.compress.hf_attention import LayerAttention, attach, attached_layers, attention_modules
+from kompakt.compress.hf_cache import CACHE
 from kompakt.quant.method import AttentionPolicy
 
 SIZES = {
@@ -109,7 +110,7 @@ def in_chunks(model: Any, cache: Any, mask: torch.Tensor | None = None) -> torch
     parts = []
     for start, stop in ((0, 11), (11, 14), (14, 23)):
         chunk = None if mask is None else mask[:, :stop]
-        parts.append(output(model, TOKENS[:, start:stop], past_key_values=cache, attention_mask=chunk, use_cache=True))
+        parts.append(output(model, TOKENS[:, start:stop], **{CACHE: cache}, attention_mask=chunk, use_cache=True))
     found = torch.cat(parts, dim=1)
     return found if mask is None else found[mask.bool()]
 

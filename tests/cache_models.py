@@ -9,7 +9,7 @@ from attention_models import tiny
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from kompakt.compress.hf_cache import CompressedCache
+from kompakt.compress.hf_cache import CACHE, CompressedCache
 from kompakt.compress.hf_cache_hooks import cacheable_modules, run_by
 from kompakt.kernels.decode_attention import PAGE
 from kompakt.kernels.kv_codes import dequantize_tokens, quantize_tokens
@@ -98,7 +98,7 @@ def in_steps(model: Any, cache: Any, tokens: torch.Tensor, steps: tuple[int, ...
     for count in steps:
         stop = start + count
         options = {} if mask is None else {"attention_mask": mask[:, :stop]}
-        parts.append(model(tokens[:, start:stop], past_key_values=cache, use_cache=True, **options).logits)
+        parts.append(model(tokens[:, start:stop], **{CACHE: cache}, use_cache=True, **options).logits)
         start = stop
     assert start == tokens.shape[1]
     return torch.cat(parts, dim=1)

@@ -16,6 +16,7 @@ from kompakt.compress import CompressedCache, compress, evaluate, load, patch, p
 from kompakt.compress import cache_evaluation as reading
 from kompakt.compress.artifact import SIDECAR, cache_tensors, read_cache, read_sidecar, write_cache, write_sidecar
 from kompakt.compress.cache_calibration import choose_cache
+from kompakt.compress.hf_cache import CACHE
 from kompakt.compress.hf_cache_hooks import cache_maker, run_as_before, run_by
 from kompakt.compress.recipe import EvaluationOptions, Recipe
 from kompakt.compress.restore import LimitExceeded
@@ -58,7 +59,7 @@ def in_memory(base):
 def logits(model):
     """Of tokens most of which read codes; and the cache."""
     first = model(TOKENS)
-    return model(TOKENS[:, :7], past_key_values=first.past_key_values).logits, first.past_key_values
+    return model(TOKENS[:, :7], **{CACHE: first[CACHE]}).logits, first[CACHE]
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -89,7 +90,7 @@ def test_what_is_written(name, made, base):
     assert all(tensor.shape == (2, 16) for tensor in cache_tensors(policy).values())
     assert sidecar["kv_cache"]["method"] == {"kv-fp8": "kv_fp8"}.get(name, "kv_int4")
     stock = AutoModelForCausalLM.from_pretrained(directory)
-    assert type(stock(TOKENS).past_key_values) is DynamicCache
+    assert type(stock(TOKENS)[CACHE]) is DynamicCache
     found = made[name].evaluation["kv_cache"]
     bits = {"kv-fp8": 10.0}.get(name, 6.0)
     assert found == {
@@ -128,7 +129,7 @@ def test_logits_through_the_cache_are_those_of_chunks(made, base):
     for start in range(0, 300, 128):
         stop = min(300, start + 128)
         part = {"attention_mask": mask[:, :stop]}
-        parts.append(model(TOKENS[:, start:stop], past_key_values=cache, **part).logits)
+        parts.append(model(TOKENS[:, start:stop], **{CACHE: cache}, **part).logits)
     expected = torch.cat(parts, dim=1)
     assert torch.equal(reading.cached_logits(model, TOKENS, mask=mask), expected)
     for keep in (1, 44, 45, 172, 300):
@@ -164,11 +165,11 @@ def test_factors_are_those_of_the_keys_that_are_cached(base, text):
     model = in_memory(base)
     policy = choose_cache(model, KVINT4(alpha=0.7), TOKENS[:1], device=torch.device("cpu"))
     cache = DynamicCache(config=model.config)
-    model(TOKENS[:1], past_key_values=cache)
+    model(TOKENS[:1], **{CACHE: cache})
     for layer, tensors in zip(cache.layers, policy.layers.values(), strict=True):
         assert torch.allclose(tensors["key_factors"], channel_factors(layer.keys, 0.7), rtol=1e-5)
         assert torch.allclose(tensors["value_factors"], channel_factors(layer.values, 0.7), rtol=1e-5)
-    assert type(model(TOKENS).past_key_values) is DynamicCache
+    assert type(model(TOKENS)[CACHE]) is DynamicCache
 
 
 def test_reload_compares_what_reads_codes(base, overrides, tmp_path, monkeypatch):
@@ -243,7 +244,7 @@ def test_plan_counts_what_is_allocated(base):
     policy = choose_cache(model, KVINT4(channel_scales=False), None, device=torch.device("cpu"))
     run_by(model, {}, policy)
     for tokens in (300, 1000):
-        cache = model(torch.randint(3, 200, (1, tokens))).past_key_values
+        cache = model(torch.randint(3, 200, (1, tokens)))[CACHE]
         assert isinstance(cache, CompressedCache)
         assert found.compressed_cache.bytes[tokens] == cache.nbytes().total
     run_as_before(model)

@@ -23,6 +23,8 @@ from kompakt.kernels.segments import visible, whole
 
 CPU = torch.device("cpu")
 BATCH = 3
+# How packed sequences number their tokens anew; 5.17 does not.
+REMAP = getattr(masking_utils, "remap_positions_for_packed_sequence", None)
 sliding = sliding_window_causal_mask_function
 both_ways = sliding_window_bidirectional_mask_function
 
@@ -37,10 +39,9 @@ def packed(function, *lengths: int):
     """`function` over packed sequences, as this transformers writes it."""
     documents = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))[None]
     positions = torch.cat([torch.arange(length) for length in lengths])[None]
-    compatible = getattr(masking_utils, "packed_sequence_compatibility_function", None)
-    if compatible is None:
-        return and_masks(function, packed_sequence_mask_function(documents.expand(BATCH, -1)))
-    return compatible(function, positions.expand(BATCH, -1), documents.expand(BATCH, -1))
+    if REMAP is not None:
+        function = REMAP(function, positions.expand(BATCH, -1))
+    return and_masks(function, packed_sequence_mask_function(documents.expand(BATCH, -1)))
 
 
 def packed_plainly(function, *lengths: int):
@@ -162,21 +163,19 @@ def test_what_is_no_run_of_keys_has_a_reason(case):
     assert reason
 
 
-@pytest.mark.skipif(not hasattr(masking_utils, "remap_positions_for_packed_sequence"), reason="5.17 numbers no tokens")
+@pytest.mark.skipif(REMAP is None, reason="5.17 numbers no tokens")
 @pytest.mark.parametrize("positions", [[0, 1, 2, 0, 2], [0, 1, 3, 0, 1], [4, 3, 2, 1, 0]])
 def test_positions_that_do_not_count_up_are_refused(positions):
     documents = torch.tensor([[0, 0, 0, 1, 1]])
-    function = masking_utils.packed_sequence_compatibility_function(
-        causal_mask_function, torch.tensor([positions]), documents
+    function = and_masks(
+        REMAP(causal_mask_function, torch.tensor([positions])), packed_sequence_mask_function(documents)
     )
     assert "count up" in str(info_of(function, 5, 5, 0, 0, None).layout(BATCH, 5, 5, CPU))
 
 
+@pytest.mark.skipif(REMAP is None, reason="5.17 numbers no tokens")
 def test_positions_without_packing_are_refused():
-    remap = getattr(masking_utils, "remap_positions_for_packed_sequence", None)
-    if remap is None:
-        pytest.skip("5.17 numbers no tokens")
-    info = info_of(remap(causal_mask_function, torch.arange(5)[None]), 5, 5, 0, 0, None)
+    info = info_of(REMAP(causal_mask_function, torch.arange(5)[None]), 5, 5, 0, 0, None)
     assert "anew" in str(info.layout(BATCH, 5, 5, CPU))
 
 

@@ -48,6 +48,7 @@ from kompakt.compress.hf_attention import (
     check_attention,
     detach,
 )
+from kompakt.compress.hf_cache import CACHE
 from kompakt.kernels.attention import MODES, prefill_attention
 from kompakt.quant.method import AttentionPolicy
 from kompakt.quant.sage import Sage
@@ -396,8 +397,8 @@ def compiled_steps(model: Any) -> torch.Tensor:
     step = torch.compile(model, backend="eager", fullgraph=True)
     cache = StaticCache(config=model.config, max_cache_len=40)
     with torch.no_grad():
-        model(TOKENS, past_key_values=cache, use_cache=True)
-        found = [step(TOKENS[:, i : i + 1], past_key_values=cache, use_cache=True).logits for i in range(3)]
+        model(TOKENS, **{CACHE: cache}, use_cache=True)
+        found = [step(TOKENS[:, i : i + 1], **{CACHE: cache}, use_cache=True).logits for i in range(3)]
     return torch.cat(found, dim=1)
 
 

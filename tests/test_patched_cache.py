@@ -27,7 +27,7 @@ from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM, Dynami
 
 from kompakt.compress import CompressedCache, patch
 from kompakt.compress.hf_attention import FORMER, attached_layers
-from kompakt.compress.hf_cache import CachedTensor
+from kompakt.compress.hf_cache import CACHE, CachedTensor
 from kompakt.compress.hf_cache_hooks import ATTRIBUTE, PREPARE, cacheable_modules, run_as_before, run_by
 from kompakt.quant.kv_fp8 import KVFP8
 from kompakt.quant.kv_int4 import KVINT4
@@ -72,11 +72,11 @@ def test_logits_are_those_of_the_same_tokens_rounded(family, method, steps):
 def test_generate_gives_what_the_reference_gives(family, method):
     model, method, mask = long_model(family), METHODS[method], left_padding()
     options = {**GREEDY, "attention_mask": mask, "return_dict_in_generate": True, "output_logits": True}
-    wanted = model.generate(LONG, past_key_values=reference_cache(model, method, list(PADS)), **options)
+    wanted = model.generate(LONG, **{CACHE: reference_cache(model, method, list(PADS))}, **options)
     dense = model.generate(LONG, **options)
     patched(model, method)
     got = model.generate(LONG, **options)
-    assert is_compressed(got.past_key_values) and got.past_key_values.coded_tokens == 384
+    assert is_compressed(got[CACHE]) and got[CACHE].coded_tokens == 384
     assert torch.equal(got.sequences, wanted.sequences)
     same = min(12, int((dense.sequences == wanted.sequences).all(0)[400:].int().cumprod(0).sum()) + 1)
     close(*(torch.stack(found.logits)[:same] for found in (got, wanted, dense)))
@@ -101,10 +101,10 @@ def test_row_of_a_padded_batch_generates_what_it_generates_alone(family):
 
 def test_first_tokens_of_a_padded_row_stay_dense():
     model = patched(long_model("llama"), METHODS["int4"])
-    cache = model.generate(LONG, attention_mask=left_padding(), return_dict_in_generate=True, **GREEDY).past_key_values
+    cache = model.generate(LONG, attention_mask=left_padding(), return_dict_in_generate=True, **GREEDY)[CACHE]
     store = cache.compressed_layers[0]
     assert store.starts == list(PADS)
-    alone = model.generate(LONG[2:, 256:], return_dict_in_generate=True, **GREEDY).past_key_values.compressed_layers[0]
+    alone = model.generate(LONG[2:, 256:], return_dict_in_generate=True, **GREEDY)[CACHE].compressed_layers[0]
     assert torch.allclose(store.sink_key[2], alone.sink_key[0], atol=1e-5)
 
 
@@ -112,7 +112,7 @@ def test_first_tokens_of_a_padded_row_stay_dense():
 @pytest.mark.parametrize("family", ["llama", "qwen2", "mistral", "gemma3_text"])
 def test_beams_are_those_of_the_reference(family, more):
     model, method = long_model(family), METHODS["fp8"]
-    wanted = model.generate(LONG, past_key_values=reference_cache(model, method), **GREEDY, **more)
+    wanted = model.generate(LONG, **{CACHE: reference_cache(model, method)}, **GREEDY, **more)
     patched(model, method)
     assert torch.equal(model.generate(LONG, **GREEDY, **more), wanted)
 
@@ -121,7 +121,7 @@ def test_samples_are_those_of_the_reference():
     model, method = long_model("llama"), METHODS["fp8"]
     options = {"max_new_tokens": 12, "do_sample": True, "num_return_sequences": 2}
     torch.manual_seed(5)
-    wanted = model.generate(LONG, past_key_values=reference_cache(model, method), **options)
+    wanted = model.generate(LONG, **{CACHE: reference_cache(model, method)}, **options)
     patched(model, method)
     torch.manual_seed(5)
     assert torch.equal(model.generate(LONG, **options), wanted)
@@ -154,35 +154,35 @@ def test_assisted_decoding_gives_the_greedy_tokens(family, helper):
 def test_assisted_decoding_takes_coded_tokens_back():
     model = patched(long_model("llama"), KVFP8(recent_tokens=0))
     out = model.generate(LONG[:1], prompt_lookup_num_tokens=5, max_new_tokens=20, return_dict_in_generate=True)
-    assert out.past_key_values.get_seq_length() == out.sequences.shape[1] - 1
+    assert out[CACHE].get_seq_length() == out.sequences.shape[1] - 1
 
 
 def test_second_turn_reads_the_first_from_the_cache():
     model, method = long_model("llama"), METHODS["int4"]
     cache = reference_cache(model, method)
-    first = model.generate(LONG[:, :250], past_key_values=cache, **GREEDY)
+    first = model.generate(LONG[:, :250], **{CACHE: cache}, **GREEDY)
     longer = torch.cat((first, LONG[:, :100]), dim=1)
-    wanted = model.generate(longer, past_key_values=cache, **GREEDY)
+    wanted = model.generate(longer, **{CACHE: cache}, **GREEDY)
     patched(model, method)
     mine = CompressedCache(model.config, method)
-    assert torch.equal(model.generate(LONG[:, :250], past_key_values=mine, **GREEDY), first)
-    assert torch.equal(model.generate(longer, past_key_values=mine, **GREEDY), wanted)
+    assert torch.equal(model.generate(LONG[:, :250], **{CACHE: mine}, **GREEDY), first)
+    assert torch.equal(model.generate(longer, **{CACHE: mine}, **GREEDY), wanted)
     assert mine.get_seq_length() == longer.shape[1] + 11
 
 
 def test_forward_makes_a_cache_when_it_is_asked_for_one():
     model = patched(tiny("llama"), DENSE)
-    assert is_compressed(model(TOKENS).past_key_values)
-    assert is_compressed(model(TOKENS, use_cache=True).past_key_values)
-    assert is_compressed(model.model(TOKENS).past_key_values)
-    assert model(TOKENS, use_cache=False).past_key_values is None
+    assert is_compressed(model(TOKENS)[CACHE])
+    assert is_compressed(model(TOKENS, use_cache=True)[CACHE])
+    assert is_compressed(model.model(TOKENS)[CACHE])
+    assert model(TOKENS, use_cache=False).get(CACHE) is None
     positions = torch.arange(TOKENS.shape[1])[None]
     cache = DynamicCache(config=model.config)
-    assert model.model(TOKENS, None, positions, cache).past_key_values is cache
-    starts = model(TOKENS, attention_mask=padded("left")).past_key_values.compressed_layers[0].starts
+    assert model.model(TOKENS, None, positions, cache)[CACHE] is cache
+    starts = model(TOKENS, attention_mask=padded("left"))[CACHE].compressed_layers[0].starts
     assert starts == [0, 9, 20]
     model.train()
-    assert not is_compressed(model(TOKENS).past_key_values)
+    assert not is_compressed(model(TOKENS)[CACHE])
 
 
 @pytest.mark.parametrize("kind", ["static", "dynamic"])
@@ -192,11 +192,11 @@ def test_what_the_user_asks_for_wins(kind):
     patched(model, METHODS["int4"])
     options = {**GREEDY, "return_dict_in_generate": True}
     got = model.generate(TOKENS, cache_implementation=kind, **options)
-    assert type(got.past_key_values) is {"static": StaticCache, "dynamic": DynamicCache}[kind]
+    assert type(got[CACHE]) is {"static": StaticCache, "dynamic": DynamicCache}[kind]
     assert torch.equal(got.sequences, wanted)
     mine = DynamicCache(config=model.config)
-    assert model.generate(TOKENS, past_key_values=mine, **options).past_key_values is mine
-    assert model.generate(TOKENS, use_cache=False, **options).get("past_key_values") is None
+    assert model.generate(TOKENS, **{CACHE: mine}, **options)[CACHE] is mine
+    assert model.generate(TOKENS, use_cache=False, **options).get(CACHE) is None
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -236,7 +236,7 @@ def test_factors_reach_every_layer():
     factors = {name: torch.rand(2, 32, generator=generator) * 3 + 0.1 for name in ("key_factors", "value_factors")}
     options = {**GREEDY, "return_dict_in_generate": True, "output_logits": True}
     dense = model.generate(LONG, **options)
-    wanted = model.generate(LONG, past_key_values=reference_cache(model, method, factors=factors), **options)
+    wanted = model.generate(LONG, **{CACHE: reference_cache(model, method, factors=factors)}, **options)
     patched(model, method, factors)
     got = model.generate(LONG, **options)
     close(*(torch.stack(found.logits)[:2] for found in (got, wanted, dense)))
@@ -259,18 +259,18 @@ def test_patch_and_unpatch_by_a_recipe():
     keys = set(vars(model)), set(vars(model.model))
     done = patch(model, {"kv_cache": {"method": "kv_fp8", "recent_tokens": 8}})
     assert done.kv_cache is not None and done.kv_cache.method == KVFP8(recent_tokens=8)
-    cache = model.generate(LONG, return_dict_in_generate=True, **GREEDY).past_key_values
+    cache = model.generate(LONG, return_dict_in_generate=True, **GREEDY)[CACHE]
     assert is_compressed(cache)
     for again in ("kv-fp8", "sage", "w4a16-rtn"):
         with pytest.raises(ValueError, match="patched already; unpatch it first"):
             patch(model, again)
-    assert is_compressed(model(LONG).past_key_values)
+    assert is_compressed(model(LONG)[CACHE])
     done.unpatch()
     done.unpatch()
     assert (set(vars(model)), set(vars(model.model))) == keys
     assert not model.model._forward_pre_hooks and not model.model._forward_pre_hooks_with_kwargs
     assert model.config._attn_implementation == "eager"
-    assert type(model(LONG).past_key_values) is DynamicCache
+    assert type(model(LONG)[CACHE]) is DynamicCache
     assert torch.equal(model.generate(LONG, **GREEDY), expected)
     assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
     with patch(model, {"kv_cache": "kv_fp8"}):
@@ -282,9 +282,9 @@ def test_copy_of_a_patched_model_is_patched_on_its_own():
     model = patched(long_model("llama"), METHODS["int4"])
     twin = copy.deepcopy(model)
     run_as_before(model)
-    assert not is_compressed(model(LONG).past_key_values)
+    assert not is_compressed(model(LONG)[CACHE])
     got = twin.generate(LONG, return_dict_in_generate=True, **GREEDY)
-    assert is_compressed(got.past_key_values)
+    assert is_compressed(got[CACHE])
     with torch.no_grad():
         twin.lm_head.weight.zero_()
     assert twin.generate(LONG, **GREEDY)[0, 400:].tolist() == [0] * 12
@@ -293,14 +293,14 @@ def test_copy_of_a_patched_model_is_patched_on_its_own():
 def test_copied_cache_goes_its_own_way():
     model = patched(long_model("mistral"), METHODS["int4"])
     cache = CompressedCache(model.config, METHODS["int4"])
-    model(LONG, past_key_values=cache)
+    model(LONG, **{CACHE: cache})
     twin = copy.deepcopy(cache)
-    wanted = model(LONG[:, :5], past_key_values=twin).logits
-    model(LONG[:, 50:200], past_key_values=cache)
+    wanted = model(LONG[:, :5], **{CACHE: twin}).logits
+    model(LONG[:, 50:200], **{CACHE: cache})
     assert (cache.get_seq_length(), twin.get_seq_length()) == (550, 405)
     other = CompressedCache(model.config, METHODS["int4"])
-    model(LONG, past_key_values=other)
-    assert torch.equal(model(LONG[:, :5], past_key_values=other).logits, wanted)
+    model(LONG, **{CACHE: other})
+    assert torch.equal(model(LONG[:, :5], **{CACHE: other}).logits, wanted)
 
 
 @torch.no_grad()
@@ -308,12 +308,12 @@ def test_mistakes_are_named_and_corrupt_nothing():
     model, other = long_model("llama"), long_model("llama", num_key_value_heads=9)
     for item in (model, other):
         patched(item, KVFP8(recent_tokens=8, max_tokens=405))
-    cache = model(LONG).past_key_values
-    expected = model(LONG[:, :3], past_key_values=copy.deepcopy(cache)).logits
+    cache = model(LONG)[CACHE]
+    expected = model(LONG[:, :3], **{CACHE: copy.deepcopy(cache)}).logits
     for mistake, says in (
-        (lambda: other(LONG[:, :1], past_key_values=cache), "3 rows of 3 KV heads"),
-        (lambda: model(LONG[:2, :1], past_key_values=cache), "made for a batch of 3, and 2 rows come"),
-        (lambda: model(LONG[:, :6], past_key_values=cache), "406 tokens exceed the cache's max_tokens of 405"),
+        (lambda: other(LONG[:, :1], **{CACHE: cache}), "3 rows of 3 KV heads"),
+        (lambda: model(LONG[:2, :1], **{CACHE: cache}), "made for a batch of 3, and 2 rows come"),
+        (lambda: model(LONG[:, :6], **{CACHE: cache}), "406 tokens exceed the cache's max_tokens of 405"),
         (lambda: model.generate(LONG, max_new_tokens=20), "406 tokens exceed the cache's max_tokens of 405"),
         (lambda: cache.update(*torch.zeros(2, 3, 3, 1, 32), 7), "the cache has 2 layers, and layer 7 asks for it"),
         (lambda: cache.offload(0), "a compressed cache stays on its device"),
@@ -325,7 +325,7 @@ def test_mistakes_are_named_and_corrupt_nothing():
             mistake()
         assert says in str(caught.value) and "\n" not in str(caught.value)
     assert cache.get_seq_length() == 400
-    assert torch.equal(model(LONG[:, :3], past_key_values=cache).logits, expected)
+    assert torch.equal(model(LONG[:, :3], **{CACHE: cache}).logits, expected)
 
 
 def test_keys_that_are_kept_too_long_are_refused():

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Mixtr
 from kompakt.compress import compress, plan
 from kompakt.compress.artifact import SIDECAR_TENSORS
 from kompakt.compress.coverage import cover
+from kompakt.compress.hf_cache import CACHE
 from kompakt.compress.hf_decoder import decoder_layers
 from kompakt.compress.planning import kv_cache_bytes
 from kompakt.compress.walk import quantize_layers
@@ -116,7 +117,7 @@ def test_cache_bytes_are_those_of_transformers(tokens):
     config = LlamaConfig(**SMALL, head_dim=24)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     with torch.no_grad():
-        cache = model(torch.ones(1, tokens, dtype=torch.long), use_cache=True).past_key_values
+        cache = model(torch.ones(1, tokens, dtype=torch.long), use_cache=True)[CACHE]
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     assert kv_cache_bytes(config, tokens, 2) == held
 
