@@ -24,7 +24,7 @@ from ..kernels.attention import REFERENCE_ROWS, Call, Mode, attention_backend, p
 from ..kernels.attention_quant import E4M3_MAX, LEVELS, round_codes, scale_of
 from ..kernels.segments import visible, whole
 from ..quant.method import AttentionInputs, Figures
-from ..quant.sage import difference_sums, exact_output, figures, rows
+from ..quant.output_error import difference_sums, exact_output, figures, rows
 from .runtime import refusal
 
 BASELINE = "per-tensor FP8"

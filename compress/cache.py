@@ -4,7 +4,7 @@ codes.
 Columns are tokens in the order in which they came. `append` writes new tokens behind the recent ones and codes, a page
 at a time, those that more than `recent_tokens` others follow; nothing that is kept is ever copied to grow, and what was
 coded is never coded again: after a `crop` into the pages, the last one is filled up from where it was cut. The recent
-tokens sit in a buffer of `recent_tokens` and a page, which moves down by a page whenever one is coded.
+tokens sit in a ring of `recent_tokens` and a page: column c at place c modulo its length.
 
 The first `sink_tokens` of a row, from its own first token on in a left-padded batch, are kept dense beside their codes.
 A layer with a window drops pages that no later query can see. A store is one object of Python integers and tensors:
@@ -20,9 +20,11 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ..kernels.decode_attention import PAGE, CompressedKV, Page, blocks
-from ..kernels.kv_codes import CODE_DTYPES, code_width, quantize_tokens
+from ..kernels.decode_attention import CompressedKV, blocks
+from ..kernels.kv_codes import quantize_tokens
+from ..kernels.kv_pages import PAGE, Page, PageLayout
 from ..quant.method import KVCacheMethod
+from .page_pool import PagePool, Slot
 
 CODED_AT_ONCE = 32
 """Pages that a long prompt codes at a time, which bounds the float32 copies."""
@@ -46,7 +48,7 @@ class Sizes:
 
 
 class TokenStore:
-    """One layer's tokens. method: codes, sinks, recent tokens and the limit. factors: of `KVCacheMethod.factors`.
+    """One layer's tokens. method: codes, sinks, recent tokens and the limit. statics: of `KVCacheMethod.statics`.
     window: columns that a query sees, its own included; None for all. starts: column of the first token of each row,
     None for 0 everywhere.
 
@@ -58,12 +60,12 @@ class TokenStore:
         self,
         method: KVCacheMethod,
         *,
-        factors: Mapping[str, Tensor] | None = None,
+        statics: Mapping[str, Tensor] | None = None,
         window: int | None = None,
         starts: list[int] | None = None,
     ):
         self.method, self.window = method, window
-        self.factors = dict(factors or {})
+        self.key_map = method.key_map(statics or {})
         self.starts = None if starts is None else list(starts)
         self.recording = False
         self.version = 0
@@ -74,7 +76,10 @@ class TokenStore:
         """Drops all tokens and all storage. Starts belong to the tokens and go with them."""
         if self.key is not None:
             self.starts = None
+        self.pool: PagePool | None = None
         self.pages: dict[int, Page] = {}
+        self.slots: dict[int, Slot] = {}
+        self.addresses: Tensor | None = None
         self.tokens = self.coded = 0
         self.kept_from = self.pages_from = 0
         self.skipped = (0, 0)
@@ -103,15 +108,9 @@ class TokenStore:
         batch, heads, _, head_dim = key.shape
         if self.starts is not None and len(self.starts) != batch:
             raise ValueError(f"the cache was made for a batch of {len(self.starts)}, and {batch} rows come")
-        for name, dim in (("key_factors", head_dim), ("value_factors", value.shape[3])):
-            factors = self.factors.get(name)
-            if factors is not None and tuple(factors.shape) != (heads, dim):
-                raise ValueError(
-                    f"the cache was calibrated for {factors.shape[0]} KV heads of {factors.shape[1]} channels, and "
-                    f"{heads} of {dim} come; it belongs to another model"
-                )
-        for dim in (head_dim, value.shape[3]):
-            code_width(dim, self.method.kind)
+        if self.key_map is not None:
+            self.key_map.check(heads, head_dim)
+        PageLayout(self.method.kind, head_dim, value.shape[3])
         if self.key is None:
             return
         assert self.value is not None
@@ -131,7 +130,9 @@ class TokenStore:
         self.sink_starts = torch.tensor(starts, device=key.device)
         self.key, self.value = (x.new_empty((batch, heads, capacity, x.shape[3])) for x in (key, value))
         self.sink_key, self.sink_value = (x.new_zeros((batch, heads, sink_tokens, x.shape[3])) for x in (key, value))
-        self.factors = {name: factors.to(key.device) for name, factors in self.factors.items()}
+        layout = PageLayout(self.method.kind, key.shape[3], value.shape[3])
+        self.pool = PagePool(layout, batch, heads, key.device)
+        self.key_map = None if self.key_map is None else self.key_map.to(key.device)
 
     @torch.no_grad()
     def append(self, key: Tensor, value: Tensor) -> None:
@@ -151,11 +152,29 @@ class TokenStore:
             taken += self.code_straight(key[:, :, taken:], value[:, :, taken:])
             assert self.key is not None and self.value is not None
             step = min(count - taken, self.key.shape[2] - self.recent)
-            place = slice(self.recent, self.recent + step)
-            self.key[:, :, place] = key[:, :, taken : taken + step]
-            self.value[:, :, place] = value[:, :, taken : taken + step]
+            for place, source in self.places(self.tokens, self.tokens + step):
+                source = slice(taken + source.start, taken + source.stop)
+                self.key[:, :, place] = key[:, :, source]
+                self.value[:, :, place] = value[:, :, source]
             self.tokens, taken = self.tokens + step, taken + step
             self.code_recent()
+
+    def places(self, start: int, stop: int) -> list[tuple[slice, slice]]:
+        """Where columns [start, stop) sit in the ring: (place, which of them), in order, in at most two pieces."""
+        assert self.key is not None
+        length = self.key.shape[2]
+        turn = min(stop, start - start % length + length)
+        pieces = [(start, turn), (turn, stop)]
+        return [
+            (slice(low % length, low % length + high - low), slice(low - start, high - start))
+            for low, high in pieces
+            if low < high
+        ]
+
+    def ring(self, start: int, stop: int) -> list[tuple[Tensor, Tensor]]:
+        """Dense keys and values of columns [start, stop), views, in order."""
+        assert self.key is not None and self.value is not None
+        return [(self.key[:, :, place], self.value[:, :, place]) for place, _ in self.places(start, stop)]
 
     def keep_sinks(self, key: Tensor, value: Tensor) -> None:
         """Copies those of the new tokens that are sinks of their row."""
@@ -180,12 +199,9 @@ class TokenStore:
 
     def code_recent(self) -> None:
         """Codes the oldest of the recent tokens up to the end of their page, while enough others follow."""
-        assert self.key is not None and self.value is not None
         while self.recent - (count := PAGE - self.coded % PAGE) >= self.method.recent_tokens:
-            self.code(self.key[:, :, :count], self.value[:, :, :count])
-            left = self.recent
-            for buffer in (self.key, self.value):
-                buffer[:, :, :left] = buffer[:, :, count : count + left].clone()
+            key, value = (torch.cat(parts, dim=2) for parts in zip(*self.ring(self.coded, self.coded + count)))
+            self.code(key, value)
 
     def code(self, key: Tensor, value: Tensor) -> None:
         """Codes tokens that follow the coded ones; pages that nobody will see are left out."""
@@ -194,41 +210,52 @@ class TokenStore:
         pieces = [piece for piece in pairwise(edges) if not self.is_unseen(*piece)]
         if pieces:
             low, high = pieces[0][0], pieces[-1][1]
-            coded = []
-            for name, x in (("key_factors", key), ("value_factors", value)):
-                x = x[:, :, low - start : high - start].float()
-                if (factors := self.factors.get(name)) is not None:
-                    x = x / factors[:, None]
-                coded.append(quantize_tokens(x, self.method.kind))
+            key, value = (x[:, :, low - start : high - start] for x in (key, value))
+            keys = quantize_tokens(key if self.key_map is None else self.key_map.encode(key), self.method.kind)
+            values = quantize_tokens(value, self.method.kind)
+            missing = [column // PAGE for column, _ in pieces if column // PAGE not in self.pages]
+            assert self.pool is not None
+            self.pool.reserve(len(missing))
+            for number in missing:
+                self.add_page(number)
             for column, end in pieces:
-                place = slice(column % PAGE, column % PAGE + end - column)
-                self.write(self.page(column // PAGE, key, value), place, coded, slice(column - low, end - low))
+                source = slice(column - low, end - low)
+                self.pages[column // PAGE].write(
+                    slice(column % PAGE, column % PAGE + end - column),
+                    (keys[0][:, :, source], keys[1][:, :, source]),
+                    (values[0][:, :, source], values[1][:, :, source]),
+                )
         self.coded = stop
 
     def is_unseen(self, start: int, stop: int) -> bool:
         """Whether these columns of one page are seen by no query, of this call or later."""
         return stop <= self.pages_from or (start >= self.skipped[0] and stop <= self.skipped[1])
 
-    @staticmethod
-    def write(page: Page, place: slice, coded: list[tuple[Tensor, ...]], source: slice) -> None:
-        """Puts codes and scales into a page."""
-        (key_codes, key_scale), (value_codes, value_scale) = coded
-        page.key_codes[:, :, place] = key_codes[:, :, source]
-        page.key_scale[:, :, place] = key_scale[:, :, source]
-        page.value_codes[:, :, place] = value_codes[:, :, source]
-        page.value_scale[:, :, place] = value_scale[:, :, source]
+    def add_page(self, number: int) -> None:
+        """Takes storage for the page of that number."""
+        assert self.pool is not None
+        self.slots[number] = self.pool.take()
+        self.pages[number] = self.pool.page(self.slots[number])
+        self.addresses = None
 
-    def page(self, number: int, key: Tensor, value: Tensor) -> Page:
-        """The page of that number, made if it is not there. key, value: tokens such as it will hold."""
-        if number not in self.pages:
-            kind, shape = self.method.kind, (*key.shape[:2], PAGE)
-            parts = []
-            for x in (key, value):
-                codes = (*shape, code_width(x.shape[3], kind))
-                parts.append(torch.empty(codes, dtype=CODE_DTYPES[kind], device=x.device))
-                parts.append(torch.empty(shape, dtype=torch.float32, device=x.device))
-            self.pages[number] = Page(*parts)
-        return self.pages[number]
+    def remove_pages(self, numbers: list[int]) -> None:
+        """Gives storage of pages back."""
+        assert self.pool is not None or not numbers
+        for number in numbers:
+            self.pool.give_back(self.slots.pop(number))  # pyright: ignore[reportOptionalMemberAccess]
+            del self.pages[number]
+        if numbers:
+            self.addresses = None
+
+    def table(self) -> Tensor:
+        """Addresses of pages by their number, int64 on the device, 0 for those that are not there."""
+        if self.addresses is None:
+            assert self.pool is not None
+            addresses = [0] * (max(self.slots, default=-1) + 1)
+            for number, slot in self.slots.items():
+                addresses[number] = self.pool.address(slot)
+            self.addresses = torch.tensor(addresses, dtype=torch.int64, device=self.pool.device)
+        return self.addresses
 
     def unseen(self, tokens: int) -> int:
         """Columns at the start that no query after so many tokens sees; 0 while they may be asked for again."""
@@ -237,30 +264,30 @@ class TokenStore:
     def drop_pages(self, unseen: int) -> None:
         """Gives up pages that end at or before column `unseen`."""
         self.pages_from = max(self.pages_from, unseen)
-        for number in [number for number in self.pages if (number + 1) * PAGE <= self.pages_from]:
-            del self.pages[number]
+        self.remove_pages([number for number in self.pages if (number + 1) * PAGE <= self.pages_from])
 
     def read(self, new: tuple[Tensor, Tensor] | None, queries: int) -> CompressedKV:
         """What the last `queries` tokens attend to. new: their own keys and values, which they then see uncoded."""
-        assert self.key is not None and self.value is not None
+        assert self.key is not None and self.value is not None and self.pool is not None
         assert self.sink_key is not None and self.sink_value is not None and self.sink_starts is not None
         past = self.tokens if new is None else self.tokens - queries
         first = 0 if self.window is None else max(0, self.tokens - queries - self.window + 1)
         coded = min(self.coded, past)
-        place = slice(max(first, coded) - self.coded, past - self.coded)
-        dense = ((self.key[:, :, place], self.value[:, :, place]),) if place.start < place.stop else ()
+        dense = tuple(self.ring(max(first, coded), past))
         return CompressedKV(
-            kind=self.method.kind,
+            layout=self.pool.layout,
             pages=self.pages,
+            table=self.table,
             coded=coded,
             tokens=self.tokens,
             first=first,
             dense=dense if new is None else (*dense, new),
+            # The ring has the new tokens too, unless they were coded at once.
+            ring=(self.key, self.value) if self.coded <= past else None,
             sink_key=self.sink_key,
             sink_value=self.sink_value,
             sink_starts=self.sink_starts,
-            key_factors=self.factors.get("key_factors"),
-            value_factors=self.factors.get("value_factors"),
+            key_map=self.key_map,
         )
 
     def crop(self, count: int) -> None:
@@ -276,8 +303,7 @@ class TokenStore:
         self.version += 1
         self.tokens = length
         self.coded = min(self.coded, length)
-        for number in [number for number in self.pages if number * PAGE >= self.coded]:
-            del self.pages[number]
+        self.remove_pages([number for number in self.pages if number * PAGE >= self.coded])
         if self.window is not None and self.key is not None:
             unseen = max(0, self.tokens - self.window + 1)
             self.kept_from = max(self.kept_from, unseen)
@@ -290,9 +316,10 @@ class TokenStore:
         self.version += 1
         if self.key is None:
             return
-        for page in self.pages.values():
-            for name in ("key_codes", "key_scale", "value_codes", "value_scale"):
-                setattr(page, name, change(getattr(page, name)))
+        assert self.pool is not None
+        self.pool.map_rows(change, len(rows))
+        self.pages = {number: self.pool.page(slot) for number, slot in self.slots.items()}
+        self.addresses = None
         for name in ("key", "value", "sink_key", "sink_value", "sink_starts"):
             setattr(self, name, change(getattr(self, name)))
 
@@ -304,20 +331,16 @@ class TokenStore:
     @property
     def page_elements(self) -> int:
         """Channels of keys and values that all pages together have room for."""
-        if self.key is None or self.value is None:
+        if self.key is None or self.value is None or self.pool is None:
             return 0
         batch, heads, _, head_dim = self.key.shape
-        return len(self.pages) * PAGE * batch * heads * (head_dim + self.value.shape[3])
+        return self.pool.capacity * PAGE * batch * heads * (head_dim + self.value.shape[3])
 
     def nbytes(self) -> Sizes:
         """Bytes of all storage, what is allocated and empty included."""
-        pages = list(self.pages.values())
+        codes, parameters = (0, 0) if self.pool is None else self.pool.nbytes()
         dense = (self.key, self.value, self.sink_key, self.sink_value)
-        return Sizes(
-            codes=sum(page.key_codes.nbytes + page.value_codes.nbytes for page in pages),
-            scales=sum(page.key_scale.nbytes + page.value_scale.nbytes for page in pages),
-            dense=sum(tensor.nbytes for tensor in dense if tensor is not None),
-        )
+        return Sizes(codes, parameters, sum(tensor.nbytes for tensor in dense if tensor is not None))
 
 
 def dequantized(kv: CompressedKV, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
-"""What a `kv_cache` recipe chooses for a model: which layers' caches are compressed, and their factors per channel.
+"""What a `kv_cache` recipe chooses for a model: which layers' caches are compressed, and the static tensors of each.
 
-A pass over the model, its attention dense, gives the keys and values of every attention layer on calibration text.
-Where weights are quantized too, that has happened before, so that factors are those of the model as it will run.
+A pass over the model, its attention dense, gives queries, keys and values of every attention layer on calibration text.
+Where weights are quantized too, that has happened before, so that they are those of the model as it will run.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def choose_cache(
 
     def visit(name: str, inputs: AttentionInputs) -> None:
         if name in modules and name not in found:
-            found[name] = {key: tensor.cpu() for key, tensor in method.factors(inputs.key, inputs.value).items()}
+            found[name] = {key: tensor.cpu() for key, tensor in method.statics(inputs).items()}
             progress("kv_cache", len(found), len(modules), name)
 
     reasons = observe_attention(model, tokens[:SEQUENCES], visit, device=device)

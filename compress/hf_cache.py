@@ -197,7 +197,7 @@ class CompressedLayer(CacheLayerMixin):
 class CompressedCache(Cache):
     """A key-value cache in codes, for `generate` or a forward pass to be given.
 
-    config: of the model. method: what is stored. factors: layer number → static tensors of `KVCacheMethod.factors`;
+    config: of the model. method: what is stored. statics: layer number → static tensors of `KVCacheMethod.statics`;
     the layers it names are compressed, None compresses all that can be. starts: column of each row's first token in a
     left-padded batch, whose first tokens then stay dense; without it the first columns do.
     """
@@ -207,15 +207,15 @@ class CompressedCache(Cache):
         config: Any,
         method: KVCacheMethod,
         *,
-        factors: Mapping[int, Mapping[str, Tensor]] | None = None,
+        statics: Mapping[int, Mapping[str, Tensor]] | None = None,
         starts: list[int] | None = None,
     ):
         layers: list[Any] = []
         for index, layer in enumerate(DynamicCache(config=config).layers):
             window = getattr(layer, "sliding_window", None)
-            if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) and (factors is None or index in factors):
-                known = None if factors is None else factors[index]
-                layer = CompressedLayer(TokenStore(method, factors=known, window=window, starts=starts))
+            if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) and (statics is None or index in statics):
+                known = None if statics is None else statics[index]
+                layer = CompressedLayer(TokenStore(method, statics=known, window=window, starts=starts))
             layers.append(layer)
         if not any(isinstance(layer, CompressedLayer) for layer in layers):
             raise ValueError(f"{type(config).__name__} describes no layer whose keys and values can be compressed")

@@ -28,13 +28,13 @@ PREPARE = "_prepare_cache_for_generation"
 
 @dataclass(frozen=True)
 class CacheMaker:
-    """Makes the caches of one model. config: of its text model. factors: layer number → static tensors. seen: what
+    """Makes the caches of one model. config: of its text model. statics: layer number → static tensors. seen: what
     `cache_evaluation.py` counts.
     """
 
     config: Any
     method: KVCacheMethod
-    factors: Mapping[int, Mapping[str, Tensor]]
+    statics: Mapping[int, Mapping[str, Tensor]]
     seen: Counter[str] = field(default_factory=Counter)
 
     def make(self, attention_mask: Any = None) -> CompressedCache:
@@ -42,7 +42,7 @@ class CacheMaker:
         starts = None
         if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
             starts = attention_mask.bool().int().argmax(dim=1).tolist()
-        return CompressedCache(self.config, self.method, factors=self.factors, starts=starts)
+        return CompressedCache(self.config, self.method, statics=self.statics, starts=starts)
 
 
 def cacheable_modules(model: Any) -> dict[str, nn.Module]:
@@ -80,9 +80,9 @@ def run_by(model: Any, attention: Mapping[str, AttentionPolicy], cache: CachePol
     unknown = [name for name in cache.layers if name not in modules]
     if unknown:
         raise ValueError(f"the model has no cache of a module {unknown[0]}; it has, e.g., {next(iter(modules))}")
-    factors = {modules[name].layer_idx: tensors for name, tensors in cache.layers.items()}
+    statics = {modules[name].layer_idx: tensors for name, tensors in cache.layers.items()}
     attach(model, layers, cached=True)
-    maker = CacheMaker(model.config.get_text_config(), cache.method, factors)  # pyright: ignore[reportArgumentType]
+    maker = CacheMaker(model.config.get_text_config(), cache.method, statics)  # pyright: ignore[reportArgumentType]
     setattr(model, ATTRIBUTE, maker)
     setattr(model, PREPARE, types.MethodType(prepare_cache, model))
     base = model.base_model

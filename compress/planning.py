@@ -235,7 +235,7 @@ def plan_cache(model: Any, method: KVCacheMethod, contexts: Sequence[int]) -> Ca
     kinds = Counter(store.window for store in CompressedCache(config, method).compressed_layers)
     windows = [
         store.window
-        for store in CompressedCache(config, method, factors={number: {} for number in numbers}).compressed_layers
+        for store in CompressedCache(config, method, statics={number: {} for number in numbers}).compressed_layers
     ]
     others = sum(kinds.values()) - len(windows)
     sizes = {}

@@ -12,9 +12,8 @@ computed online in FP32 over blocks of at most `PAGE` tokens, so that no more of
 *Storage* (`CompressedKV`). Tokens have columns 0, 1, … in the order in which they came, pads included. Columns below
 `coded` are in pages, page p holding columns [p·PAGE, (p + 1)·PAGE); the columns after them are dense. The first
 `sink_tokens` of every row are kept dense beside their codes, from the column on where that row begins; once they are
-coded, a reader takes them from there and passes over their codes. Codes and scales are those of `kv_codes.py`. Keys and
-values that were divided by a factor per KV head and channel before they were coded are multiplied by it again, which a
-kernel may do to the queries and, once per query, to the sum over coded values.
+coded, a reader takes them from there and passes over their codes. Codes are those of `kv_codes.py`, laid out as in
+`kv_pages.py`.
 
 *Mask.* Query i of Q has the column p = tokens − Q + i and sees the columns j with first ≤ j, key_starts ≤ j ≤ p, and
 with a window w, j > p − w. A query that sees no token gets zeros and lse = −∞. A sink logit is one more logit per head
@@ -23,7 +22,7 @@ that has no value; it takes part in the softmax but not in lse. Inference only: 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -31,48 +30,37 @@ from torch import Tensor
 
 from .activations import log_fallback
 from .attention import check_logits
-from .kv_codes import CODE_DTYPES, Kind, code_width, dequantize_tokens
+from .kv_codes import KeyMap, dequantize_tokens
+from .kv_pages import PAGE, Page, PageLayout
 
-PAGE = 128
 NO_KERNEL = "this version of kompakt has no kernel for it"
-
-
-@dataclass
-class Page:
-    """`PAGE` coded tokens; those at and after `CompressedKV.coded` hold anything.
-
-    key_codes, value_codes: (batch, num_kv_heads, PAGE, code width). key_scale, value_scale: (batch, num_kv_heads, PAGE)
-    fp32.
-    """
-
-    key_codes: Tensor
-    key_scale: Tensor
-    value_codes: Tensor
-    value_scale: Tensor
 
 
 @dataclass(frozen=True)
 class CompressedKV:
     """What a call reads.
 
-    kind: of codes. pages: page number → page; pages of which no column from `first` on is coded may be absent. coded:
-    columns that are in pages. tokens: columns in all. first: columns before it are not looked at. dense: (key, value)
-    blocks, (batch, num_kv_heads, columns, head_dim), of the columns from max(first, coded) on, in order. sink_key,
-    sink_value: (batch, num_kv_heads, sink_tokens, head_dim). sink_starts: (batch,) int64, the column of each row's
-    first sink token. key_factors, value_factors: (num_kv_heads, head_dim) fp32, or None for ones.
+    layout: of pages. pages: page number → page, (batch, num_kv_heads, …); pages of which no column from `first` on is
+    coded may be absent. table: gives the addresses of pages by number, int64 on the device. coded: columns that are in
+    pages. tokens: columns in all. first: columns before it are not looked at. dense: (key, value) blocks, (batch,
+    num_kv_heads, columns, head_dim), of the columns from max(first, coded) on, in order. ring: keys and values, (batch,
+    num_kv_heads, length, head_dim), with each of these columns at its place modulo length; None if not all are there.
+    sink_key, sink_value: (batch, num_kv_heads, sink_tokens, head_dim). sink_starts: (batch,) int64, the column of each
+    row's first sink token. key_map: what was done to keys before they were coded.
     """
 
-    kind: Kind
+    layout: PageLayout
     pages: Mapping[int, Page]
+    table: Callable[[], Tensor]
     coded: int
     tokens: int
     first: int
     dense: tuple[tuple[Tensor, Tensor], ...]
+    ring: tuple[Tensor, Tensor] | None
     sink_key: Tensor
     sink_value: Tensor
     sink_starts: Tensor
-    key_factors: Tensor | None = None
-    value_factors: Tensor | None = None
+    key_map: KeyMap | None = None
 
 
 @dataclass(frozen=True)
@@ -217,13 +205,9 @@ def blocks(kv: CompressedKV) -> Iterator[Block]:
 
 def read_page(kv: CompressedKV, page: Page, count: int) -> tuple[Tensor, Tensor]:
     """The first `count` keys and values of a page, (batch, num_kv_heads, count, head_dim) fp32."""
-    key = dequantize_tokens(page.key_codes[:, :, :count], page.key_scale[:, :, :count], kv.kind)
-    value = dequantize_tokens(page.value_codes[:, :, :count], page.value_scale[:, :, :count], kv.kind)
-    if kv.key_factors is not None:
-        key = key * kv.key_factors[:, None]
-    if kv.value_factors is not None:
-        value = value * kv.value_factors[:, None]
-    return key, value
+    keys, values = page.read(count)
+    key, value = (dequantize_tokens(*part, kv.layout.kind) for part in (keys, values))
+    return key if kv.key_map is None else kv.key_map.decode(key), value
 
 
 def check_call(query: Tensor, kv: CompressedKV, call: Reading, sinks: Tensor | None, key_starts: Tensor | None) -> None:
@@ -268,15 +252,13 @@ def check_storage(kv: CompressedKV) -> None:
         shapes = (batch, kv_heads, key.shape[2])
         if tuple(key.shape) != (*shapes, head_dim) or tuple(value.shape) != (*shapes, value_dim):
             raise ValueError(f"dense keys {tuple(key.shape)} and values {tuple(value.shape)} do not fit the cache")
-    for name, factors, dim in (("key", kv.key_factors, head_dim), ("value", kv.value_factors, value_dim)):
-        if factors is not None and tuple(factors.shape) != (kv_heads, dim):
-            raise ValueError(f"{name} factors have shape {tuple(factors.shape)}; expected ({kv_heads}, {dim})")
-    widths, dtype = (code_width(head_dim, kv.kind), code_width(value_dim, kv.kind)), CODE_DTYPES[kv.kind]
+    if (kv.layout.key_dim, kv.layout.value_dim) != (head_dim, value_dim):
+        raise ValueError(f"pages hold heads of {kv.layout.key_dim} and {kv.layout.value_dim} channels, not {head_dim}")
+    if kv.key_map is not None:
+        kv.key_map.check(kv_heads, head_dim)
     for number in range(kv.first // PAGE, -(-kv.coded // PAGE)):
         page = kv.pages.get(number)
         if page is None:
             raise ValueError(f"page {number} is absent, and its tokens are read")
-        codes = (page.key_codes, page.value_codes)
-        for tensor, width in zip(codes, widths, strict=True):
-            if tuple(tensor.shape) != (batch, kv_heads, PAGE, width) or tensor.dtype != dtype:
-                raise ValueError(f"page {number} has codes {tuple(tensor.shape)} {tensor.dtype}, which do not fit it")
+        if page.kind != kv.layout.kind or page.key_codes.shape[:2] != (batch, kv_heads):
+            raise ValueError(f"page {number} has codes {tuple(page.key_codes.shape)} of {page.kind}, which do not fit")

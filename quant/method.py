@@ -16,7 +16,7 @@ and values of one layer for static factors per channel; all of it together is a 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
@@ -25,7 +25,7 @@ import torch
 from pydantic import ConfigDict, Field
 
 from ..kernels.attention import MODES, Mode
-from ..kernels.kv_codes import Kind
+from ..kernels.kv_codes import KeyMap, Kind
 
 if TYPE_CHECKING:
     from .block import Block
@@ -202,23 +202,23 @@ class KVCacheMethod:
 
     @property
     def needs_data(self) -> bool:
-        """Whether `factors` looks at calibration text; if not, it is not called."""
+        """Whether `statics` looks at calibration text; if not, it is not called."""
         return False
 
-    def factors(self, key: torch.Tensor, value: torch.Tensor) -> dict[str, torch.Tensor]:
-        """``"key_factors"`` and ``"value_factors"``, (num_kv_heads, head_dim) fp32, that keys and values of one layer
-        are divided by before they are coded; either may be absent.
-
-        key, value: (batch, num_kv_heads, tokens, head_dim), post-RoPE, of calibration text.
-        """
+    def statics(self, inputs: AttentionInputs) -> dict[str, torch.Tensor]:
+        """Named tensors of one layer that its tokens are coded with, found on calibration text."""
         raise NotImplementedError
+
+    def key_map(self, statics: Mapping[str, torch.Tensor]) -> KeyMap | None:
+        """What is done to a layer's keys before they are coded. statics: of the layer; empty without calibration."""
+        return None
 
 
 @dataclass(frozen=True)
 class CachePolicy:
     """How a model's key-value cache is kept.
 
-    layers: attention module → its static tensors, see `KVCacheMethod.factors`; modules that are absent stay dense.
+    layers: attention module → its static tensors, see `KVCacheMethod.statics`; modules that are absent stay dense.
     """
 
     method: KVCacheMethod

@@ -1,8 +1,5 @@
-"""SageAttention: prefill in INT8 or FP8, the arithmetic chosen layer by layer by what it does to the layer's output.
-
-With O exact attention and Ô that of a mode, on the same queries, keys and values::
-
-    cosine = ⟨O, Ô⟩ / (‖O‖·‖Ô‖)      relative L1 = Σ|O − Ô| / Σ|O|      SQNR = 10·log₁₀(‖O‖² / ‖O − Ô‖²)
+"""SageAttention: prefill in INT8 or FP8, the arithmetic chosen layer by layer by what it does to the layer's output
+(`output_error.py`).
 
 "auto" takes the first of `CANDIDATES` whose cosine reaches `min_cosine`; where none does, the layer stays dense. Modes
 that are slower than dense attention run only where a recipe names them: INT4 keys, and values in 16 bit, whose kernel
@@ -14,7 +11,6 @@ Source: SageAttention (arXiv 2410.02367), SageAttention2 (2411.10958).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -23,8 +19,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..kernels.attention import Call, Mode, exact_attention, prefill_attention
+from ..kernels.attention import Mode, prefill_attention
 from .method import AttentionInputs, AttentionMethod, AttentionPolicy, Figures
+from .output_error import difference_sums, exact_output, figures, rows
 
 CANDIDATES: tuple[Mode, ...] = ("int8_fp8", "fp8_fp8")
 """Modes that "auto" picks from. On an H200 both take the same time within 5 %, and INT8 logits are several times as
@@ -83,22 +80,6 @@ class Sage(AttentionMethod):
         return AttentionPolicy("bf16", self.min_tokens, tokens, tried, reason)
 
 
-def rows(inputs: AttentionInputs) -> list[AttentionInputs]:
-    """The sequences of a batch one by one, which bounds memory. Segments belong to a whole batch, which stays one."""
-    if inputs.options.get("segments") is not None:
-        return [inputs]
-    parts = zip(*(tensor.split(1) for tensor in (inputs.query, inputs.key, inputs.value)), strict=True)
-    return [AttentionInputs(query, key, value, inputs.options) for query, key, value in parts]
-
-
-def exact_output(inputs: AttentionInputs) -> Tensor:
-    """Attention in FP32: (batch, queries, num_heads, head_dim) in the dtype of the query."""
-    options = dict(inputs.options)
-    sinks, segments = options.pop("sinks", None), options.pop("segments", None)
-    call = Call("bf16", options["causal"], options["window"], options["scaling"], options["softcap"])
-    return exact_attention(inputs.query, inputs.key, inputs.value, call, sinks, segments)[0]
-
-
 @torch.no_grad()
 def compare_mode(inputs: AttentionInputs, mode: Mode, exact: list[Tensor] | None = None) -> Figures:
     """Figures of one mode. exact: `exact_output` of each of `rows(inputs)`, if it is known."""
@@ -109,21 +90,3 @@ def compare_mode(inputs: AttentionInputs, mode: Mode, exact: list[Tensor] | None
         out, _ = prefill_attention(part.query, part.key, part.value, mode=mode, **part.options)
         sums += difference_sums(out.transpose(1, 2), expected).cpu()
     return figures(sums)
-
-
-def difference_sums(output: Tensor, exact: Tensor) -> Tensor:
-    """(6,) float64: ⟨O, Ô⟩, ‖O‖², ‖Ô‖², ‖O − Ô‖², Σ|O − Ô|, Σ|O|. Any shape, equal for both."""
-    output, exact = output.double(), exact.double()
-    difference = output - exact
-    squares = [(output * exact).sum(), exact.square().sum(), output.square().sum(), difference.square().sum()]
-    return torch.stack([*squares, difference.abs().sum(), exact.abs().sum()])
-
-
-def figures(sums: Tensor) -> Figures:
-    """From `difference_sums`, which may be added up over calls. ValueError if attention gave NaN or infinite values."""
-    dot, signal, energy, noise, difference, magnitude = (float(value) for value in sums)
-    if not math.isfinite(signal + energy):
-        raise ValueError("attention gave NaN or infinite values on the calibration text; the model is damaged")
-    cosine = dot / math.sqrt(signal * energy) if signal and energy else float(signal == energy)
-    sqnr = 10 * math.log10(signal / noise) if noise > 0 and signal > 0 else None
-    return Figures(cosine, difference / magnitude if magnitude else 0.0, sqnr)

@@ -11,8 +11,8 @@ from transformers.cache_utils import DynamicLayer
 
 from kompakt.compress.hf_cache import CACHE, CompressedCache
 from kompakt.compress.hf_cache_hooks import cacheable_modules, run_by
-from kompakt.kernels.decode_attention import PAGE
-from kompakt.kernels.kv_codes import dequantize_tokens, quantize_tokens
+from kompakt.kernels.kv_codes import rounded
+from kompakt.kernels.kv_pages import PAGE
 from kompakt.quant.method import CachePolicy, KVCacheMethod
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "phi3", "gpt_oss")
@@ -31,23 +31,32 @@ def left_padding() -> torch.Tensor:
     return (torch.arange(LONG.shape[1]) >= torch.tensor(PADS)[:, None]).long()
 
 
-def policy_of(model: Any, method: KVCacheMethod, factors: Any = None) -> CachePolicy:
-    """A policy for every layer; factors: static tensors, the same for all."""
-    return CachePolicy(method, {name: dict(factors or {}) for name in cacheable_modules(model)})
+def statics_of(heads: int, head_dim: int, *, rotated: bool = True) -> dict[str, torch.Tensor]:
+    """Static tensors of a layer as `KVINT4` keeps them, drawn from torch's generator."""
+    return {
+        "key_mean": torch.randn(heads, head_dim),
+        "key_factors": torch.rand(heads, head_dim) * 3 + 0.1,
+        "key_rotated": torch.tensor([rotated], dtype=torch.uint8),
+    }
 
 
-def patched(model: Any, method: KVCacheMethod, factors: Any = None) -> Any:
-    run_by(model, {}, policy_of(model, method, factors))
+def policy_of(model: Any, method: KVCacheMethod, statics: Any = None) -> CachePolicy:
+    """A policy for every layer; statics: static tensors, the same for all."""
+    return CachePolicy(method, {name: dict(statics or {}) for name in cacheable_modules(model)})
+
+
+def patched(model: Any, method: KVCacheMethod, statics: Any = None) -> Any:
+    run_by(model, {}, policy_of(model, method, statics))
     return model
 
 
 class ReferenceLayer(DynamicLayer):
     """Keeps every token as it came, and rounds what is coded whenever it is asked for it."""
 
-    def __init__(self, method: KVCacheMethod, window: int | None, starts: list[int] | None, factors: Any = None):
+    def __init__(self, method: KVCacheMethod, window: int | None, starts: list[int] | None, statics: Any = None):
         super().__init__()
         self.method, self.window, self.starts, self.coded = method, window, starts, 0
-        self.factors = factors or {}
+        self.key_map = method.key_map(statics or {})
         self.is_sliding = window is not None
         self.sliding_window = window
 
@@ -61,14 +70,12 @@ class ReferenceLayer(DynamicLayer):
         limit = self.coded if key_states.shape[2] == 1 else min(self.coded, past)
         first = self.get_mask_sizes_of(past, 0)[1]
         return tuple(
-            self.rounded(dense, limit, name)[:, :, first:]
-            for dense, name in ((self.keys, "key_factors"), (self.values, "value_factors"))
+            self.rounded(dense, limit, key_map)[:, :, first:]
+            for dense, key_map in ((self.keys, self.key_map), (self.values, None))
         )
 
-    def rounded(self, dense: torch.Tensor, limit: int, name: str) -> torch.Tensor:
-        factors = self.factors.get(name, torch.ones(dense.shape[1], dense.shape[3]))[:, None]
-        kind = self.method.kind
-        found = (dequantize_tokens(*quantize_tokens(dense / factors, kind), kind) * factors).to(dense.dtype)
+    def rounded(self, dense: torch.Tensor, limit: int, key_map: Any) -> torch.Tensor:
+        found = rounded(dense, self.method.kind, key_map).to(dense.dtype)
         found[:, :, limit:] = dense[:, :, limit:]
         for row in range(dense.shape[0]):
             start = 0 if self.starts is None else self.starts[row % len(self.starts)]
@@ -84,11 +91,11 @@ class ReferenceLayer(DynamicLayer):
         return self.get_mask_sizes_of(self.get_seq_length(), query_length)
 
 
-def reference_cache(model: Any, method: KVCacheMethod, starts: list[int] | None = None, factors: Any = None) -> Cache:
+def reference_cache(model: Any, method: KVCacheMethod, starts: list[int] | None = None, statics: Any = None) -> Cache:
     """For an unpatched model: what `CompressedCache` should come to."""
     layers = DynamicCache(config=model.config).layers
     return Cache(
-        layers=[ReferenceLayer(method, getattr(layer, "sliding_window", None), starts, factors) for layer in layers]
+        layers=[ReferenceLayer(method, getattr(layer, "sliding_window", None), starts, statics) for layer in layers]
     )
 
 

@@ -28,7 +28,7 @@ from kompakt.compress.evaluation_tasks import MultipleChoice
 from kompakt.kernels.attention import MODES
 from kompakt.kernels.segments import Segments
 from kompakt.quant.method import AttentionInputs
-from kompakt.quant.sage import exact_output
+from kompakt.quant.output_error import exact_output
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PLAIN = {"causal": True, "window": None, "segments": None, "scaling": 0.2, "softcap": None}

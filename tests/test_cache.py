@@ -8,10 +8,11 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from cache_models import statics_of
 
 from kompakt.compress.cache import TokenStore, dequantized
-from kompakt.kernels.decode_attention import PAGE
-from kompakt.kernels.kv_codes import dequantize_tokens, quantize_tokens
+from kompakt.kernels.kv_codes import KeyMap, rounded
+from kompakt.kernels.kv_pages import PAGE
 from kompakt.quant.kv_fp8 import KVFP8
 from kompakt.quant.kv_int4 import KVINT4
 
@@ -24,7 +25,7 @@ class Plain:
     """A cache as lists: every token's key and value as they came, how many are coded, and where rows start."""
 
     method: KVFP8 | KVINT4
-    factors: dict[str, torch.Tensor]
+    key_map: KeyMap | None
     key: torch.Tensor
     value: torch.Tensor
     starts: list[int]
@@ -46,10 +47,8 @@ class Plain:
 
     def content(self, coded: int) -> list[torch.Tensor]:
         found = []
-        for name, dense in (("key_factors", self.key), ("value_factors", self.value)):
-            factors = self.factors.get(name, torch.ones(HEADS, dense.shape[3]))[:, None]
-            kind = self.method.kind
-            found.append(dequantize_tokens(*quantize_tokens(dense / factors, kind), kind) * factors)
+        for dense, key_map in ((self.key, self.key_map), (self.value, None)):
+            found.append(rounded(dense, self.method.kind, key_map))
             found[-1][:, :, coded:] = dense[:, :, coded:]
             for row, start in enumerate(self.starts):
                 place = slice(start, start + self.method.sink_tokens)
@@ -86,16 +85,11 @@ def test_any_sequence_of_operations_gives_the_same_tokens(method, window):
         choose, generator = random.Random(seed), torch.Generator().manual_seed(seed)
         options = {"sink_tokens": choose.choice((0, 4, 9)), "recent_tokens": choose.choice((0, 1, 5, 128, 150))}
         made = method(**options)
-        factors = {}
-        if method is KVINT4 and choose.random() < 0.7:
-            factors = {
-                "key_factors": torch.rand(HEADS, KEY_DIM) + 0.5,
-                "value_factors": torch.rand(HEADS, VALUE_DIM) + 0.5,
-            }
+        statics = statics_of(HEADS, KEY_DIM) if method is KVINT4 and choose.random() < 0.7 else {}
         starts = [choose.choice((0, 0, 3, 127, 140)) for _ in range(choose.randint(1, 3))]
-        store = TokenStore(made, factors=factors, window=window, starts=starts)
+        store = TokenStore(made, statics=statics, window=window, starts=starts)
         store.recording = recording = choose.random() < 0.5
-        plain = Plain(made, factors, *some(len(starts), 0, generator), starts=list(starts))
+        plain = Plain(made, made.key_map(statics), *some(len(starts), 0, generator), starts=list(starts))
         for _ in range(9):
             operation = choose.choice(("append", "append", "append", "crop", "rows", "repeat", "reset"))
             length = plain.key.shape[2]
@@ -120,7 +114,7 @@ def test_any_sequence_of_operations_gives_the_same_tokens(method, window):
             elif operation == "reset" and choose.random() < 0.3 and length:
                 batch = len(plain.starts)
                 store.forget()
-                plain = Plain(made, factors, *some(batch, 0, generator), starts=[0] * batch)
+                plain = Plain(made, made.key_map(statics), *some(batch, 0, generator), starts=[0] * batch)
             else:
                 continue
             done[operation] += 1
@@ -157,8 +151,8 @@ def test_bytes_are_those_of_allocated_storage():
     assert sizes.codes == pages * PAGE * vectors * 32
     assert sizes.scales == pages * PAGE * vectors * 4
     assert sizes.dense == (128 + PAGE + 4) * vectors * 64 * 2
-    tensors = [tensor for page in store.pages.values() for tensor in vars(page).values()]
-    tensors += [store.key, store.value, store.sink_key, store.sink_value]
+    assert store.pool is not None
+    tensors = [*store.pool.blocks, store.key, store.value, store.sink_key, store.sink_value]
     assert sizes.total == sum(tensor.untyped_storage().nbytes() for tensor in tensors)
     assert 8 * (sizes.codes + sizes.scales) / store.page_elements == 4.5
 
@@ -201,7 +195,7 @@ def test_mistakes_are_named_and_change_nothing(change, says):
 def test_factors_of_another_model_and_a_batch_of_another_size_are_refused():
     x = torch.randn(2, 3, 10, 8)
     with pytest.raises(ValueError, match="calibrated for 3 KV heads of 6 channels, and 3 of 8 come"):
-        TokenStore(KVINT4(), factors={"key_factors": torch.ones(3, 6)}).append(x, x)
+        TokenStore(KVINT4(), statics=statics_of(3, 6)).append(x, x)
     with pytest.raises(ValueError, match="made for a batch of 3, and 2 rows come"):
         TokenStore(KVFP8(), starts=[0, 1, 2]).append(x, x)
     with pytest.raises(ValueError, match="head_dim 7 is odd"):

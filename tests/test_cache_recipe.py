@@ -21,7 +21,7 @@ from kompakt.compress.hf_cache_hooks import cache_maker, run_as_before, run_by
 from kompakt.compress.recipe import EvaluationOptions, Recipe
 from kompakt.compress.restore import LimitExceeded
 from kompakt.quant.kv_fp8 import KVFP8
-from kompakt.quant.kv_int4 import KVINT4, channel_factors
+from kompakt.quant.kv_int4 import KVINT4
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TOKENS = torch.randint(3, 200, (2, 300), generator=torch.Generator().manual_seed(3))
@@ -85,9 +85,12 @@ def test_what_is_written(name, made, base):
     sidecar = read_sidecar(directory)
     policy = read_cache(sidecar, directory)
     assert policy is not None and list(policy.layers) == [f"model.layers.{index}.self_attn" for index in range(4)]
-    keys = [] if name == "kv-fp8" else ["key_factors", "value_factors"]
-    assert all(sorted(tensors) == keys for tensors in policy.layers.values())
-    assert all(tensor.shape == (2, 16) for tensor in cache_tensors(policy).values())
+    keys = [] if name == "kv-fp8" else ["key_factors", "key_mean", "key_rotated"]
+    # A layer may be best off with its keys as they are.
+    assert all(sorted(tensors) in (keys, []) for tensors in policy.layers.values())
+    assert any(sorted(tensors) == keys for tensors in policy.layers.values())
+    shapes = {"key_factors": (2, 16), "key_mean": (2, 16), "key_rotated": (1,)}
+    assert all(t.shape == shapes[key] for tensors in policy.layers.values() for key, t in tensors.items())
     assert sidecar["kv_cache"]["method"] == {"kv-fp8": "kv_fp8"}.get(name, "kv_int4")
     stock = AutoModelForCausalLM.from_pretrained(directory)
     assert type(stock(TOKENS)[CACHE]) is DynamicCache
@@ -161,14 +164,14 @@ def test_windows_that_read_no_code_say_so(base, text, tmp_path):
     assert "NO position had coded tokens to read" in (tmp_path / "out" / "README.md").read_text("utf-8")
 
 
-def test_factors_are_those_of_the_keys_that_are_cached(base, text):
+def test_static_tensors_are_those_of_the_keys_that_are_cached(base, text):
     model = in_memory(base)
-    policy = choose_cache(model, KVINT4(alpha=0.7), TOKENS[:1], device=torch.device("cpu"))
+    policy = choose_cache(model, KVINT4(key_transform="scale"), TOKENS[:1], device=torch.device("cpu"))
     cache = DynamicCache(config=model.config)
     model(TOKENS[:1], **{CACHE: cache})
     for layer, tensors in zip(cache.layers, policy.layers.values(), strict=True):
-        assert torch.allclose(tensors["key_factors"], channel_factors(layer.keys, 0.7), rtol=1e-5)
-        assert torch.allclose(tensors["value_factors"], channel_factors(layer.values, 0.7), rtol=1e-5)
+        assert torch.allclose(tensors["key_mean"], layer.keys.float().mean(dim=(0, 2)), atol=1e-5)
+        assert tensors["key_rotated"].tolist() == [0]
     assert type(model(TOKENS)[CACHE]) is DynamicCache
 
 
@@ -178,7 +181,7 @@ def test_reload_compares_what_reads_codes(base, overrides, tmp_path, monkeypatch
 
     def damaged(policy):
         tensors = cache_tensors(policy)
-        name = sorted(tensors)[0]
+        name = next(name for name in sorted(tensors) if "mean" in name)
         return {**tensors, name: tensors[name].flip(-1)}
 
     monkeypatch.setattr(pipeline, "cache_tensors", damaged)
@@ -190,7 +193,7 @@ def test_reload_compares_what_reads_codes(base, overrides, tmp_path, monkeypatch
 @pytest.mark.parametrize("recipe", ["kv-int4", "w4a8-kv4"])
 def test_limit_that_a_cache_cannot_keep_fails(base, overrides, tmp_path, recipe):
     limits = {"limits.perplexity_increase": 1e-9, "limits.max_restored": 1.0, "kv_cache.recent_tokens": 0}
-    limits |= {"kv_cache.channel_scales": False, "kv_cache.sink_tokens": 0, "evaluation.windows": 1}
+    limits |= {"kv_cache.key_transform": "none", "kv_cache.sink_tokens": 0, "evaluation.windows": 1}
     with pytest.raises(LimitExceeded, match="perplexity grew by"):
         compress(base, recipe, tmp_path / "out", overrides={**overrides, **limits})
     assert list(tmp_path.iterdir()) == []
@@ -241,7 +244,7 @@ def test_generation_beyond_the_budget_fails_with_one_sentence(base):
 def test_plan_counts_what_is_allocated(base):
     found = plan(base, "kv-int4", contexts=(300, 1000))
     model = in_memory(base)
-    policy = choose_cache(model, KVINT4(channel_scales=False), None, device=torch.device("cpu"))
+    policy = choose_cache(model, KVINT4(key_transform="none"), None, device=torch.device("cpu"))
     run_by(model, {}, policy)
     for tokens in (300, 1000):
         cache = model(torch.randint(3, 200, (1, tokens)))[CACHE]
@@ -267,7 +270,7 @@ def test_command_line(base, text, tmp_path, capsys):
     options += ["--num-calibration-samples", "2", "--max-seq-length", "64"]
     assert main(["compress", str(base), "-r", "kv-int4", "-o", out, *options]) == 0
     said = words()
-    assert "cache kv_int4, sink tokens 4, recent tokens 128, channel scales on, alpha 0.5" in said
+    assert "cache kv_int4, sink tokens 4, recent tokens 128, key transform auto" in said
     assert "kv_int4 in 4 layers; the first 4 tokens and at least the last 128 stay dense" in said
     assert "272 of 400 positions had coded tokens to read" in said
     assert main(["evaluate", out, "--window", "400", "--windows", "1", "--no-speed"]) == 0

@@ -7,9 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from cache_models import statics_of
 
 from kompakt.compress.cache import TokenStore, dequantized
-from kompakt.kernels.decode_attention import PAGE, CompressedKV, Reading, decode_attention, decode_ref
+from kompakt.kernels.decode_attention import CompressedKV, Reading, decode_attention, decode_ref
+from kompakt.kernels.kv_codes import KeyMap
+from kompakt.kernels.kv_pages import PAGE, PageLayout
 from kompakt.quant.kv_fp8 import KVFP8
 from kompakt.quant.kv_int4 import KVINT4
 
@@ -26,7 +29,7 @@ def filled(
     method: Any = None,
     starts: tuple[int, ...] = (0, 0),
     window: int | None = None,
-    factors: bool = True,
+    statics: bool = True,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[CompressedKV, int]:
     """A cache to which so many tokens were appended in turn, as the last of them see it, and how many those are.
@@ -34,10 +37,10 @@ def filled(
     Padding before `starts` is NaN.
     """
     generator = torch.Generator().manual_seed(sum(lengths))
-    made = {"key_factors": torch.rand(heads, key_dim) + 0.5, "value_factors": torch.rand(heads, value_dim) + 0.5}
+    made = statics_of(heads, key_dim)
     store = TokenStore(
         KVINT4(recent_tokens=20) if method is None else method,
-        factors=made if factors else None,
+        statics=made if statics else None,
         window=window,
         starts=list(starts),
     )
@@ -160,8 +163,10 @@ def test_empty_columns_of_a_page_are_not_looked_at():
     cut = store.read(None, 1)
     clean = decode_attention(query, cut)[0]
     last = store.pages[1]
-    for tensor in vars(last).values():
-        tensor[:, :, 200 - PAGE :] = torch.nan
+    last.key_codes[:, :, 200 - PAGE :] = torch.nan
+    last.value_codes[..., 200 - PAGE :] = torch.nan
+    for parameters in (last.key_parameters, last.value_parameters):
+        parameters[:, :, 200 - PAGE :] = torch.nan
     assert torch.equal(decode_attention(query, cut)[0], clean)
     assert torch.isfinite(expected).all()
 
@@ -208,9 +213,9 @@ def mistake(**changes: Any) -> Any:
         (mistake(key_starts=torch.ones(3, dtype=torch.long)), "key_starts have shape (3,)"),
         (mistake(kv=lambda kv: replace(kv, tokens=400)), "these do not add up"),
         (mistake(kv=lambda kv: replace(kv, pages={})), "page 0 is absent, and its tokens are read"),
-        (mistake(kv=lambda kv: replace(kv, kind="fp8")), "which do not fit it"),
-        (mistake(kv=lambda kv: replace(kv, kind="int2")), "unknown kind of codes 'int2'; known: fp8, int4"),
-        (mistake(kv=lambda kv: replace(kv, key_factors=torch.ones(2, 8))), "key factors have shape (2, 8)"),
+        (mistake(kv=lambda kv: replace(kv, layout=PageLayout("fp8", 16, 16))), "which do not fit"),
+        (mistake(kv=lambda kv: replace(kv, layout=PageLayout("int4", 16, 8))), "heads of 16 and 8 channels, not 16"),
+        (mistake(kv=lambda kv: replace(kv, key_map=KeyMap(torch.ones(2, 8)))), "calibrated for 2 KV heads of 8"),
         (mistake(kv=lambda kv: replace(kv, sink_starts=torch.zeros(1))), "do not belong together"),
     ],
 )

@@ -22,6 +22,7 @@ from cache_models import (
     patched,
     policy_of,
     reference_cache,
+    statics_of,
 )
 from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM, DynamicCache, StaticCache
 
@@ -230,14 +231,14 @@ def test_decoding_never_makes_dense_keys_and_values(monkeypatch):
     in_steps(model, CompressedCache(model.config, METHODS["int4"]), LONG, (300, 60, 40))
 
 
-def test_factors_reach_every_layer():
+def test_static_tensors_reach_every_layer():
     model, method = long_model("qwen2"), METHODS["int4"]
-    generator = torch.Generator().manual_seed(0)
-    factors = {name: torch.rand(2, 32, generator=generator) * 3 + 0.1 for name in ("key_factors", "value_factors")}
+    torch.manual_seed(0)
+    statics = statics_of(2, 32)
     options = {**GREEDY, "return_dict_in_generate": True, "output_logits": True}
     dense = model.generate(LONG, **options)
-    wanted = model.generate(LONG, **{CACHE: reference_cache(model, method, factors=factors)}, **options)
-    patched(model, method, factors)
+    wanted = model.generate(LONG, **{CACHE: reference_cache(model, method, statics=statics)}, **options)
+    patched(model, method, statics)
     got = model.generate(LONG, **options)
     close(*(torch.stack(found.logits)[:2] for found in (got, wanted, dense)))
     assert torch.equal(got.sequences, wanted.sequences)

@@ -20,7 +20,8 @@ from kompakt.compress.recipe import EvaluationOptions, Recipe
 from kompakt.compress.restore import LimitExceeded, worst_attention
 from kompakt.compress.runtime import AttentionBackend
 from kompakt.quant.method import AttentionInputs, AttentionPolicy, Figures
-from kompakt.quant.sage import CANDIDATES, Sage, compare_mode, difference_sums, exact_output, figures
+from kompakt.quant.output_error import difference_sums, exact_output, figures
+from kompakt.quant.sage import CANDIDATES, Sage, compare_mode
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 WINDOW = 96

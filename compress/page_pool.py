@@ -1,0 +1,71 @@
+"""Storage of one layer's pages: blocks of many pages, so that growing copies nothing and calls the allocator seldom.
+
+A block holds at least an eighth of what is there already, and pages that were given back are taken again first: no more
+than about an eighth of the storage is empty. A kernel finds pages by their addresses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..kernels.kv_pages import Page, PageLayout
+
+Slot = tuple[int, int]
+"""Number of a block and of a page in it."""
+
+
+class PagePool:
+    """Pages of `batch` rows and `heads` KV heads."""
+
+    def __init__(self, layout: PageLayout, batch: int, heads: int, device: torch.device):
+        self.layout, self.device = layout, device
+        self.shape = (batch, heads, layout.record_bytes)
+        self.blocks: list[Tensor] = []
+        self.free: list[Slot] = []
+
+    @property
+    def capacity(self) -> int:
+        """Pages that there is storage for."""
+        return sum(len(block) for block in self.blocks)
+
+    def reserve(self, count: int) -> None:
+        """Makes sure that so many pages can be taken without allocating."""
+        missing = count - len(self.free)
+        if missing > 0:
+            size = max(missing, self.capacity // 8)
+            self.blocks.append(torch.empty((size, *self.shape), dtype=torch.uint8, device=self.device))
+            # Taken from the end of the list, in the order of addresses.
+            self.free[:0] = [(len(self.blocks) - 1, index) for index in reversed(range(size))]
+
+    def take(self) -> Slot:
+        """A page, of any content."""
+        self.reserve(1)
+        return self.free.pop()
+
+    def give_back(self, slot: Slot) -> None:
+        """Makes a page available again."""
+        self.free.append(slot)
+
+    def page(self, slot: Slot) -> Page:
+        """Views of a page, (batch, heads, …)."""
+        return self.layout.page(self.blocks[slot[0]][slot[1]])
+
+    def address(self, slot: Slot) -> int:
+        """Of the record of row 0 and head 0; records of a page follow one another."""
+        block = self.blocks[slot[0]]
+        return block.data_ptr() + slot[1] * block.stride(0)
+
+    def map_rows(self, change: Callable[[Tensor], Tensor], batch: int) -> None:
+        """Changes the rows, which are `batch` afterwards. change: of a tensor whose first dimension is the batch."""
+        self.blocks = [change(block.transpose(0, 1)).transpose(0, 1).contiguous() for block in self.blocks]
+        self.shape = (batch, *self.shape[1:])
+
+    def nbytes(self) -> tuple[int, int]:
+        """Bytes allocated for codes, and for their parameters."""
+        total = sum(block.nbytes for block in self.blocks)
+        records = self.capacity * self.shape[0] * self.shape[1]
+        parameters = 2 * records * self.layout.parameter_bytes
+        return total - parameters, parameters

@@ -1,0 +1,136 @@
+"""A page: `PAGE` coded tokens of one row and KV head, one run of bytes that a kernel reads as it lies.
+
+::
+
+    key codes | key parameters | value codes | value parameters        padded to a multiple of 16 bytes
+
+Keys lie token by token. Two INT4 codes share a byte half a head apart: channel c in the low half, c + head_dim/2 in the
+high one, so that a tile of bytes is two tiles of codes without shuffling. Values of FP8 and INT4 lie channel by
+channel, since FP8 matrix units want the tokens that are summed over side by side; tokens t and t + PAGE/2 share a byte.
+bf16 values lie token by token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .kv_codes import Kind, check_kind
+
+PAGE = 128
+ALIGNMENT = 16
+CODE_DTYPES = {"fp8": torch.float8_e4m3fn, "int4": torch.uint8, "bf16": torch.bfloat16}
+PARAMETERS = {"fp8": (1, torch.float32), "int4": (2, torch.bfloat16), "bf16": (0, torch.float32)}
+"""Numbers per token, and their dtype."""
+
+
+@dataclass(frozen=True)
+class PageLayout:
+    """How a page of one row and KV head lies in memory. key_dim, value_dim: channels of a head."""
+
+    kind: Kind
+    key_dim: int
+    value_dim: int
+
+    def __post_init__(self) -> None:
+        """ValueError for a kind that is unknown or cannot store such heads."""
+        check_kind(self.kind, self.key_dim)
+        check_kind(self.kind, self.value_dim)
+
+    def code_bytes(self, head_dim: int) -> int:
+        """Of a page's keys or values."""
+        return PAGE * head_dim * CODE_DTYPES[self.kind].itemsize // (2 if self.kind == "int4" else 1)
+
+    @property
+    def parameter_bytes(self) -> int:
+        """Of a page's keys, and as many of its values."""
+        count, dtype = PARAMETERS[self.kind]
+        return PAGE * count * dtype.itemsize
+
+    @property
+    def offsets(self) -> tuple[int, int, int, int]:
+        """First byte of each part: key codes, key parameters, value codes, value parameters."""
+        keys = self.code_bytes(self.key_dim)
+        values = keys + self.parameter_bytes
+        return 0, keys, values, values + self.code_bytes(self.value_dim)
+
+    @property
+    def record_bytes(self) -> int:
+        """Of one row and KV head."""
+        used = self.offsets[3] + self.parameter_bytes
+        return -(-used // ALIGNMENT) * ALIGNMENT
+
+    def page(self, records: Tensor) -> Page:
+        """Views. records: (..., record_bytes) uint8."""
+        count, dtype = PARAMETERS[self.kind]
+        codes = CODE_DTYPES[self.kind]
+
+        def part(index: int, size: int, kind: torch.dtype, shape: tuple[int, int]) -> Tensor:
+            start = self.offsets[index]
+            return records[..., start : start + size].view(kind).unflatten(-1, shape)
+
+        packed = 2 if self.kind == "int4" else 1
+        value_shape = (PAGE, self.value_dim) if self.kind == "bf16" else (self.value_dim, PAGE // packed)
+        if count == 0:
+            empty = records.new_empty((*records.shape[:-1], PAGE, 0), dtype=dtype)
+            parameters = (empty, empty)
+        else:
+            parameters = tuple(part(index, self.parameter_bytes, dtype, (PAGE, count)) for index in (1, 3))
+        return Page(
+            self.kind,
+            part(0, self.code_bytes(self.key_dim), codes, (PAGE, self.key_dim // packed)),
+            parameters[0],
+            part(2, self.code_bytes(self.value_dim), codes, value_shape),
+            parameters[1],
+        )
+
+
+@dataclass(frozen=True)
+class Page:
+    """Views of a page of many rows and heads, written in place.
+
+    key_codes: (..., PAGE, key_dim), half as many bytes for INT4. value_codes: (..., value_dim, PAGE), half as many
+    bytes for INT4; (..., PAGE, value_dim) for bf16. key_parameters, value_parameters: (..., PAGE, n).
+    """
+
+    kind: Kind
+    key_codes: Tensor
+    key_parameters: Tensor
+    value_codes: Tensor
+    value_parameters: Tensor
+
+    def write(self, place: slice, keys: tuple[Tensor, Tensor], values: tuple[Tensor, Tensor]) -> None:
+        """Puts tokens into a page, which keeps its others. keys, values: codes and parameters of `quantize_tokens`."""
+        codes = keys[0]
+        if self.kind == "int4":
+            low, high = codes.chunk(2, dim=-1)
+            codes = low | (high << 4)
+        self.key_codes[..., place, :] = codes
+        self.key_parameters[..., place, :] = keys[1]
+        self.value_parameters[..., place, :] = values[1]
+        if self.kind == "bf16":
+            self.value_codes[..., place, :] = values[0]
+        elif self.kind == "fp8":
+            self.value_codes[..., place] = values[0].transpose(-1, -2)
+        else:
+            whole = self.unpacked_values()
+            whole[..., place] = values[0].transpose(-1, -2)
+            low, high = whole.chunk(2, dim=-1)
+            self.value_codes.copy_(low | (high << 4))
+
+    def unpacked_values(self) -> Tensor:
+        """INT4 codes of values, (..., value_dim, PAGE) uint8, one in each byte."""
+        return torch.cat((self.value_codes & 15, self.value_codes >> 4), dim=-1)
+
+    def read(self, count: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Codes and parameters of the first `count` keys, and of the values, as `quantize_tokens` gave them."""
+        keys, values = self.key_codes, self.value_codes
+        if self.kind == "int4":
+            keys = torch.cat((keys & 15, keys >> 4), dim=-1)
+            values = self.unpacked_values()
+        if self.kind != "bf16":
+            values = values.transpose(-1, -2)
+        parameters = (self.key_parameters[..., :count, :], self.value_parameters[..., :count, :])
+        return (keys[..., :count, :], parameters[0]), (values[..., :count, :], parameters[1])
