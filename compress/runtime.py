@@ -13,9 +13,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..kernels.activations import triton_refusal
+from ..kernels.activations import FP8_CAPABILITY, triton_refusal
 from ..kernels.attention import Call, Mode, attention_backend, prefill_attention
-from ..kernels.decode_attention import NO_KERNEL, CompressedKV, decode_attention
+from ..kernels.decode_attention import CompressedKV, decode_attention
 from ..quant.method import AttentionInputs
 
 Phase = Literal["prefill"]
@@ -46,8 +46,11 @@ def attend_cached(query: Tensor, kv: CompressedKV, options: dict[str, Any], key_
 
 
 def cache_backends(device: torch.device) -> dict[str, AttentionBackend]:
-    """What attention over a compressed cache runs on, and why."""
-    return {"decode_attention": AttentionBackend("reference", "device is cpu" if device.type == "cpu" else NO_KERNEL)}
+    """What attention of few queries over a compressed cache runs on, and why, on `device`, in 16 bit."""
+    refusal = triton_refusal(device, FP8_CAPABILITY)
+    if refusal is not None:
+        return {"decode_attention": AttentionBackend("reference", refusal)}
+    return {"decode_attention": AttentionBackend("triton", "a CUDA device with Triton")}
 
 
 def refusal(mode: Mode, inputs: AttentionInputs) -> str | None:

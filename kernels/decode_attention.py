@@ -28,12 +28,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .activations import log_fallback
-from .attention import check_logits
+from .activations import FP8_CAPABILITY, launching_on, log_fallback, triton_refusal
+from .attention import DTYPES, MAX_HEAD_DIM, check_logits
 from .kv_codes import KeyMap, dequantize_tokens
 from .kv_pages import PAGE, Page, PageLayout
 
-NO_KERNEL = "this version of kompakt has no kernel for it"
+MAX_ROWS = 64
+"""Queries of one KV head that a kernel holds: 16 tokens of a group of 4, say."""
 
 
 @dataclass(frozen=True)
@@ -123,8 +124,44 @@ def decode_attention(
     """
     call = Reading(scaling if scaling is not None else query.shape[-1] ** -0.5, window, softcap)
     check_call(query, kv, call, sinks, key_starts)
-    log_fallback("decode_attention", "device is cpu" if query.device.type == "cpu" else NO_KERNEL)
-    return decode_ref(query, kv, call, sinks, key_starts)
+    return run_decode(query, kv, call, sinks, key_starts)
+
+
+def decode_refusal(query: Tensor, kv: CompressedKV) -> str | None:
+    """Why the kernel does not run a call; None if it does."""
+    refusal = triton_refusal(query.device, FP8_CAPABILITY)
+    rows, head_dim = query.shape[1] // kv.sink_key.shape[1] * query.shape[2], max(query.shape[3], kv.layout.value_dim)
+    if refusal is None and not query.dtype == kv.sink_key.dtype in DTYPES:
+        refusal = f"the kernel takes bf16 and fp16, not {query.dtype} with a cache of {kv.sink_key.dtype}"
+    if refusal is None and head_dim > MAX_HEAD_DIM:
+        refusal = f"head_dim {head_dim} exceeds the kernel's {MAX_HEAD_DIM}"
+    if refusal is None and rows > MAX_ROWS:
+        refusal = f"{rows} queries per KV head exceed the kernel's {MAX_ROWS}"
+    if refusal is None and kv.ring is None:
+        refusal = "more tokens came at once than stay dense"
+    return refusal
+
+
+def run_decode(
+    query: Tensor,
+    kv: CompressedKV,
+    call: Reading,
+    sinks: Tensor | None,
+    key_starts: Tensor | None,
+    *,
+    interpret: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Dispatch without checks, as :func:`decode_attention`."""
+    refusal = None if interpret else decode_refusal(query, kv)
+    if refusal is not None:
+        log_fallback("decode_attention", refusal)
+        return decode_ref(query, kv, call, sinks, key_starts)
+    from .decode_attention_triton import decode_triton
+
+    sinks = None if sinks is None else sinks.contiguous()
+    with launching_on(query):
+        out, lse = decode_triton(query, kv, call, sinks, key_starts, interpret=interpret)
+    return out.transpose(1, 2), lse
 
 
 def decode_ref(

@@ -1,4 +1,5 @@
-"""Triton kernels of `decode_attention.py`: queries prepared, pages and dense tokens read once per KV head, parts merged.
+"""Triton kernels of `decode_attention.py`: queries prepared, pages and dense tokens read once per KV head, parts
+merged.
 
 A program of `decode_kernel` holds all queries of one KV head and a run of pages; one more program per KV head takes the
 dense tokens. Everything is transposed, Sᵀ = K·Qᵀ and Oᵀ = Vᵀ·Pᵀ, since Hopper's matrix units take only the left operand
@@ -28,24 +29,33 @@ from torch import Tensor
 
 from .attention_quant import padded_width
 from .attention_quant_triton import to_e4m3
+from .decode_tiles_triton import (
+    LOG2E,
+    LOW,
+    capped,
+    doubled,
+    fold,
+    load_queries,
+    multiply,
+    nibbles,
+    record_at,
+    two_terms,
+)
 from .kv_codes import rotation_block
 from .kv_pages import PAGE
 
 if TYPE_CHECKING:
     from .decode_attention import CompressedKV, Reading
 
-LOG2E = tl.constexpr(1.4426950408889634)
 LOG2_448 = tl.constexpr(8.807354922057604)
 PAGE_ = tl.constexpr(PAGE)
-LOW = tl.constexpr(16.0)
-"""The second term is kept so many times as large."""
 LOWEST = tl.constexpr(-1.0e38)
 """Start of the running maximum; finite, so that a run without a visible token leaves no NaN."""
 TINY = tl.constexpr(2.0**-100)
 BLOCK = tl.constexpr(64)
 """Dense tokens of a tile."""
 MAX_SPLITS = 128
-LENGTHS = ["tokens", "coded", "first", "splits", "window", "ring_length", "heads", "sink_tokens", "plane_bytes"]
+LENGTHS = ["tokens", "coded", "first", "splits", "window", "ring_length", "heads", "sink_tokens"]
 
 
 @dataclass(frozen=True)
@@ -57,68 +67,11 @@ class LaunchConfig:
     num_stages: int
 
 
-def launch_config(planes: int, pages: int, multiprocessors: int) -> LaunchConfig:
-    """planes: KV heads of all rows. Two programs fit a multiprocessor of Hopper, and a run of few pages is not worth
-    its start."""
-    splits = max(1, min(2 * multiprocessors // planes, pages, MAX_SPLITS))
+def launch_config(kind: str, planes: int, pages: int, multiprocessors: int) -> LaunchConfig:
+    """planes: KV heads of all rows. One wave of programs: of INT4 pages of 128 channels three fit a multiprocessor of
+    Hopper, which their registers bound, of wider ones two, which the buffers of three stages bound."""
+    splits = max(1, min((3 if kind == "int4" else 2) * multiprocessors // planes, pages, MAX_SPLITS))
     return LaunchConfig(splits, 4, 3)
-
-
-@triton.jit
-def nibbles(x, INTERPRET: tl.constexpr):
-    """uint8 with two codes → e4m3 of u·2⁻⁹ for the low one and the high one."""
-    if INTERPRET:
-        low, high = x & 15, x >> 4
-    else:
-        low, high = tl.inline_asm_elementwise(
-            "and.b32 $0, $2, 0x0f0f0f0f; shr.u32 $1, $2, 4; and.b32 $1, $1, 0x0f0f0f0f;",
-            "=&r,=r,r",
-            [x],
-            dtype=(tl.uint8, tl.uint8),
-            is_pure=True,
-            pack=4,
-        )
-    return low.to(tl.float8e4nv, bitcast=True), high.to(tl.float8e4nv, bitcast=True)
-
-
-@triton.jit
-def multiply(a, b, INTERPRET: tl.constexpr):
-    """a · b from zero, FP32."""
-    if INTERPRET:
-        result = tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
-    else:
-        result = tl.dot(a, b, max_num_imprecise_acc=a.shape[1])
-    return result
-
-
-@triton.jit
-def fold(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """(ROWS, 2 · COLUMNS) → (ROWS, COLUMNS): first and second terms together."""
-    return tl.sum(x.reshape(ROWS, 2, COLUMNS), axis=1)
-
-
-@triton.jit
-def beside(high, low, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Two (ROWS, COLUMNS) as one (ROWS, 2 · COLUMNS)."""
-    return tl.join(high, low).permute(0, 2, 1).reshape(ROWS, 2 * COLUMNS)
-
-
-@triton.jit
-def doubled(x, COLUMNS: tl.constexpr):
-    """(COLUMNS,) → (2 · COLUMNS,): x behind x."""
-    return tl.join(x, x).permute(1, 0).reshape(2 * COLUMNS)
-
-
-@triton.jit
-def two_terms(p, FP8: tl.constexpr, dtype: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, INTERPRET: tl.constexpr):  # fmt: skip
-    """p, no more than 448, as an operand: first and second terms beside each other."""
-    if FP8:
-        rest = (p - to_e4m3(p, INTERPRET).to(tl.float32)) * LOW
-        result = to_e4m3(beside(p, rest, ROWS, COLUMNS), INTERPRET)
-    else:
-        rest = p - p.to(dtype).to(tl.float32)
-        result = beside(p, rest, ROWS, COLUMNS).to(dtype)
-    return result
 
 
 @triton.jit
@@ -132,13 +85,6 @@ def parameters(ptr, token, valid, KIND: tl.constexpr):
         scale = tl.load(ptr.to(tl.pointer_type(tl.float32)) + token)
         low = tl.zeros(scale.shape, tl.float32)
     return tl.where(valid, scale, 1.0), tl.where(valid, low, 0.0)
-
-
-@triton.jit
-def capped(s, softcap):
-    """softcap · tanh(s / softcap), all in units of log₂."""
-    bound = softcap * LOG2E
-    return bound * (1.0 - 2.0 / (tl.math.exp2(s / bound * (2.0 * LOG2E)) + 1.0))
 
 
 @triton.jit
@@ -230,11 +176,22 @@ def dense_tile(
 
 
 @triton.jit
+def readable(column, coded, lowest, sink_start, sink_tokens, SINKS: tl.constexpr):
+    """Which columns of a page are read as codes."""
+    valid = (column < coded) & (column >= lowest)
+    if SINKS:
+        valid = valid & ((column < sink_start) | (column >= sink_start + sink_tokens))
+    return valid
+
+
+@triton.jit
 def page_logits(
-    record, token, q_low, q_high, weight, sums, valid, head_dim, OFFSET: tl.constexpr, KIND: tl.constexpr,
-    ROWS: tl.constexpr, WIDTH: tl.constexpr, TOKENS: tl.constexpr, INTERPRET: tl.constexpr,
+    record, token, q_low, q_high, weight, sums, shift, valid, seen, softcap, head_dim, OFFSET: tl.constexpr,
+    VALUE_OFFSET: tl.constexpr, KIND: tl.constexpr, SOFTCAP: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    TOKENS: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """(TOKENS, ROWS) logits in units of log₂, without what the mean of the keys adds."""
+    """(TOKENS, ROWS) logits plus log₂ σ of the values, in units of log₂ and without what the mean of the keys adds; 1/σ
+    and μ/σ of the values."""
     if KIND == "int4":
         channel = tl.arange(0, WIDTH // 2)
         half = head_dim // 2
@@ -246,20 +203,25 @@ def page_logits(
         codes = record.to(tl.pointer_type(tl.float8e4nv))
         k = tl.load(codes + token[:, None] * head_dim + channel[None, :], mask=(channel < head_dim)[None, :], other=0.0)
         s = multiply(k, q_low.T, INTERPRET)
-    scale, low_end = parameters(record + OFFSET, token, valid, KIND)
+    scale, least = parameters(record + OFFSET, token, valid, KIND)
     s = fold(s * weight[None, :], TOKENS, ROWS) * scale[:, None]
     if KIND == "int4":
-        s += low_end[:, None] * sums[None, :]
-    return s
+        s += least[:, None] * sums[None, :]
+    if SOFTCAP:
+        s = capped(s + shift[None, :], softcap)
+    scale, least = parameters(record + VALUE_OFFSET, token, valid, KIND)
+    s = tl.where(seen, s + tl.math.log2(scale)[:, None], float("-inf"))
+    over = 1.0 / scale
+    return s, over, least * over
 
 
 @triton.jit(do_not_specialize=LENGTHS)
 def decode_kernel(
     q_ptr, codes_ptr, scale_ptr, table_ptr, ring_key, ring_value, sink_key, sink_value, sink_start_ptr, start_ptr,
     part_ptr, state_ptr, qb, qh, qt, rkb, rkh, rkt, rvb, rvh, rvt, skb, skh, skt, svb, svh, svt,
-    tokens, coded, first, splits, window, ring_length, heads, sink_tokens, plane_bytes, scaling, softcap,
-    QUERIES: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
-    KEY_PARAMETERS: tl.constexpr, VALUES: tl.constexpr, VALUE_PARAMETERS: tl.constexpr,
+    tokens, coded, first, splits, window, ring_length, heads, sink_tokens, scaling, softcap,
+    RECORD: tl.constexpr, QUERIES: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr, HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr, KEY_PARAMETERS: tl.constexpr, VALUES: tl.constexpr, VALUE_PARAMETERS: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, STARTS: tl.constexpr, SINKS: tl.constexpr, ROWS: tl.constexpr,
     WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, STAGES: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
@@ -281,14 +243,17 @@ def decode_kernel(
     total = tl.zeros((ROWS,), tl.float32)
     acc = tl.zeros((VALUE_WIDTH, 2 * ROWS), tl.float32)
     value_channel = tl.arange(0, VALUE_WIDTH)
+    first_page = lowest // PAGE_
+    pages = tl.maximum(tl.cdiv(coded, PAGE_) - first_page, 0)
+    run = tl.cdiv(pages, splits)
+    page_begin = first_page + split * run
+    page_end = tl.minimum(page_begin + run, first_page + pages)
+    q_base = q_ptr + batch * qb + kv_head * GROUP * qh
+    factor = scaling * LOG2E
     if split == splits:
-        q_row, channel = tl.arange(0, 2 * ROWS), tl.arange(0, WIDTH)
-        base = q_ptr + batch * qb + (kv_head * GROUP + q_row % GROUP)[:, None] * qh + (q_row // GROUP)[:, None] * qt
-        known = (q_row < QUERIES * GROUP)[:, None] & (channel < HEAD_DIM)[None, :]
-        q = tl.load(base + channel[None, :], mask=known, other=0.0)
-        factor = scaling * LOG2E
+        q = load_queries(q_base, qh, qt, QUERIES, GROUP, HEAD_DIM, ROWS, WIDTH)
         if SINKS:
-            for start in range(0, sink_tokens, BLOCK):
+            for start in tl.range(0, sink_tokens, BLOCK, num_stages=1):
                 place = start + tl.arange(0, BLOCK)
                 column = sink_start + place
                 valid = (place < sink_tokens) & (column < coded) & (column >= lowest)
@@ -298,12 +263,26 @@ def decode_kernel(
                     WINDOW, SOFTCAP, ROWS, WIDTH, VALUE_WIDTH, INTERPRET,
                 )  # fmt: skip
         begin = tl.maximum(coded, lowest)
-        for start in range(begin, tokens, BLOCK):
+        # Few tiles: room for more programs is worth more than loads ahead.
+        for start in tl.range(begin, tokens, BLOCK, num_stages=1):
             column = start + tl.arange(0, BLOCK)
             acc, m, total = dense_tile(
                 acc, m, total, q, ring_key + batch * rkb + kv_head * rkh, ring_value + batch * rvb + kv_head * rvh,
                 rkt, rvt, column % ring_length, column, column < tokens, position, window, softcap, factor,
                 HEAD_DIM, VALUE_DIM, WINDOW, SOFTCAP, ROWS, WIDTH, VALUE_WIDTH, INTERPRET,
+            )  # fmt: skip
+        values = fold(acc, VALUE_WIDTH, ROWS)
+    elif KIND == "bf16":
+        q = load_queries(q_base, qh, qt, QUERIES, GROUP, HEAD_DIM, ROWS, WIDTH)
+        for tile in tl.range(2 * page_begin, 2 * page_end, num_stages=STAGES):
+            address = tl.load(table_ptr + tile // 2)
+            record = record_at(address, plane * RECORD).to(tl.pointer_type(tl.bfloat16))
+            column = tile * BLOCK + tl.arange(0, BLOCK)
+            valid = readable(column, coded, lowest, sink_start, sink_tokens, SINKS)
+            acc, m, total = dense_tile(
+                acc, m, total, q, record, record + VALUES // 2, HEAD_DIM, VALUE_DIM, column % PAGE_, column, valid,
+                position, window, softcap, factor, HEAD_DIM, VALUE_DIM, WINDOW, SOFTCAP, ROWS, WIDTH, VALUE_WIDTH,
+                INTERPRET,
             )  # fmt: skip
         values = fold(acc, VALUE_WIDTH, ROWS)
     else:
@@ -326,62 +305,44 @@ def decode_kernel(
         shift = tl.load(state + 2 * ROWS + row)
         # Sums over tokens that no product makes are kept per thread until the end.
         sum_tile = tl.zeros((TOKENS, ROWS), tl.float32)
-        low_tile = tl.zeros((TOKENS, ROWS), tl.float32)
-        first_page = lowest // PAGE_
-        pages = tl.maximum(tl.cdiv(coded, PAGE_) - first_page, 0)
-        run = tl.cdiv(pages, splits)
-        page_begin = first_page + split * run
-        page_end = tl.minimum(page_begin + run, first_page + pages)
+        least_tile = tl.zeros((TOKENS, ROWS), tl.float32)
         address = tl.load(table_ptr + page_begin, mask=page_begin < page_end, other=0)
         for page in tl.range(page_begin, page_end, num_stages=STAGES):
-            record = (address + plane * plane_bytes).to(tl.pointer_type(tl.uint8))
+            record = record_at(address, plane * RECORD)
             # Asked for a page ahead, so that nothing waits for it.
             address = tl.load(table_ptr + page + 1, mask=page + 1 < page_end, other=0)
             token = tl.arange(0, TOKENS)
             column = page * PAGE_ + token
-            valid = (column < coded) & (column >= lowest)
-            if SINKS:
-                valid = valid & ((column < sink_start) | (column >= sink_start + sink_tokens))
-            s = page_logits(
-                record, token, q_low, q_high, weight, sums, valid, HEAD_DIM, KEY_PARAMETERS, KIND, ROWS, WIDTH, TOKENS,
-                INTERPRET,
+            valid = readable(column, coded, lowest, sink_start, sink_tokens, SINKS)
+            seen = seen_by(column, valid, position, window, False, WINDOW)
+            s, over, least = page_logits(
+                record, token, q_low, q_high, weight, sums, shift, valid, seen, softcap, HEAD_DIM, KEY_PARAMETERS,
+                VALUE_PARAMETERS, KIND, SOFTCAP, ROWS, WIDTH, TOKENS, INTERPRET,
             )  # fmt: skip
-            value_scale, value_low = parameters(record + VALUE_PARAMETERS, token, valid, KIND)
-            if SOFTCAP:
-                s = capped(s + shift[None, :], softcap)
-            s += tl.math.log2(value_scale)[:, None]
-            s = tl.where(seen_by(column, valid, position, window, False, WINDOW), s, float("-inf"))
-            new_m = tl.maximum(m, tl.max(s, axis=0))
             if INT4:
                 token_b = HALF + token
-                column_b = page * PAGE_ + token_b
-                valid_b = (column_b < coded) & (column_b >= lowest)
-                if SINKS:
-                    valid_b = valid_b & ((column_b < sink_start) | (column_b >= sink_start + sink_tokens))
-                s_b = page_logits(
-                    record, token_b, q_low, q_high, weight, sums, valid_b, HEAD_DIM, KEY_PARAMETERS, KIND, ROWS, WIDTH,
-                    TOKENS, INTERPRET,
+                column = page * PAGE_ + token_b
+                valid = readable(column, coded, lowest, sink_start, sink_tokens, SINKS)
+                seen = seen_by(column, valid, position, window, False, WINDOW)
+                s_b, over_b, least_b = page_logits(
+                    record, token_b, q_low, q_high, weight, sums, shift, valid, seen, softcap, HEAD_DIM, KEY_PARAMETERS,
+                    VALUE_PARAMETERS, KIND, SOFTCAP, ROWS, WIDTH, TOKENS, INTERPRET,
                 )  # fmt: skip
-                scale_b, low_b = parameters(record + VALUE_PARAMETERS, token_b, valid_b, KIND)
-                if SOFTCAP:
-                    s_b = capped(s_b + shift[None, :], softcap)
-                s_b += tl.math.log2(scale_b)[:, None]
-                s_b = tl.where(seen_by(column_b, valid_b, position, window, False, WINDOW), s_b, float("-inf"))
-                new_m = tl.maximum(new_m, tl.max(s_b, axis=0))
+                new_m = tl.maximum(m, tl.max(tl.maximum(s, s_b), axis=0))
                 alpha = tl.math.exp2(m - new_m)
                 w = tl.math.exp2(s - (new_m - LOG2_448)[None, :])
                 w_b = tl.math.exp2(s_b - (new_m - LOG2_448)[None, :])
-                over, over_b = 1.0 / value_scale, 1.0 / scale_b
                 sum_tile = sum_tile * alpha[None, :] + w * over[:, None] + w_b * over_b[:, None]
-                low_tile = low_tile * alpha[None, :] + w * (value_low * over)[:, None] + w_b * (low_b * over_b)[:, None]
+                least_tile = least_tile * alpha[None, :] + w * least[:, None] + w_b * least_b[:, None]
                 place = record + VALUES + value_channel[:, None] * HALF + tl.arange(0, HALF)[None, :]
                 v_low, v_high = nibbles(tl.load(place, mask=(value_channel < VALUE_DIM)[:, None], other=0), INTERPRET)
                 o = multiply(v_low, two_terms(w, True, tl.float32, TOKENS, ROWS, INTERPRET), INTERPRET)
                 o += multiply(v_high, two_terms(w_b, True, tl.float32, TOKENS, ROWS, INTERPRET), INTERPRET)
             else:
+                new_m = tl.maximum(m, tl.max(s, axis=0))
                 alpha = tl.math.exp2(m - new_m)
                 w = tl.math.exp2(s - (new_m - LOG2_448)[None, :])
-                sum_tile = sum_tile * alpha[None, :] + w * (1.0 / value_scale)[:, None]
+                sum_tile = sum_tile * alpha[None, :] + w * over[:, None]
                 place = (record + VALUES).to(tl.pointer_type(tl.float8e4nv)) + value_channel[:, None] * PAGE_
                 v = tl.load(place + token[None, :], mask=(value_channel < VALUE_DIM)[:, None], other=0.0)
                 o = multiply(v, two_terms(w, True, tl.float32, TOKENS, ROWS, INTERPRET), INTERPRET)
@@ -391,7 +352,7 @@ def decode_kernel(
         UNIT: tl.constexpr = 512.0 / 448.0 if INT4 else 1.0 / 448.0
         second = tl.where(tl.arange(0, 2 * ROWS) < ROWS, UNIT, UNIT / LOW)
         values = fold(acc * second[None, :], VALUE_WIDTH, ROWS)
-        values += tl.sum(low_tile, axis=0)[None, :] * (1.0 / 448.0)
+        values += tl.sum(least_tile, axis=0)[None, :] * (1.0 / 448.0)
         if not SOFTCAP:
             m = tl.where(total == 0.0, m, m + shift)
     part = plane * (splits + 1) + split
@@ -413,32 +374,36 @@ def merge_kernel(
     plane = batch * (heads // group) + head // group
     row = query * group + head % group
     channel = tl.arange(0, VALUE_WIDTH)
-    m, total = LOWEST, 0.0
-    acc = tl.zeros((VALUE_WIDTH,), tl.float32)
+    m = tl.full((PARTS,), LOWEST, tl.float32)
+    totals = tl.zeros((PARTS,), tl.float32)
+    acc = tl.zeros((PARTS, VALUE_WIDTH), tl.float32)
     for start in range(0, parts, PARTS):
         part = start + tl.arange(0, PARTS)
         inside = part < parts
         state = state_ptr + (plane * parts + part) * 2 * ROWS + row
         part_m = tl.load(state, mask=inside, other=-1.0e38)
-        part_total = tl.load(state + ROWS, mask=inside, other=0.0)
-        new_m = tl.maximum(m, tl.max(part_m, axis=0))
+        new_m = tl.maximum(m, part_m)
         weight, alpha = tl.math.exp2(part_m - new_m), tl.math.exp2(m - new_m)
+        totals = totals * alpha + tl.load(state + ROWS, mask=inside, other=0.0) * weight
         values = tl.load(
             part_ptr + ((plane * parts + part) * ROWS + row)[:, None] * value_dim + channel[None, :],
             mask=inside[:, None] & (channel < value_dim)[None, :],
             other=0.0,
         )
-        acc = acc * alpha + tl.sum(values * weight[:, None], axis=0)
-        total = total * alpha + tl.sum(part_total * weight, axis=0)
+        acc = acc * alpha[:, None] + values * weight[:, None]
         m = new_m
+    top = tl.max(m, axis=0)
+    weight = tl.math.exp2(m - top)
+    total = tl.sum(totals * weight, axis=0)
+    values = tl.sum(acc * weight[:, None], axis=0)
     blind = total == 0.0
     denominator = total
     if SINK_LOGITS:
-        denominator += tl.math.exp2(tl.load(sink_ptr + head).to(tl.float32) * LOG2E - m)
-    result = tl.where(blind, 0.0, acc / tl.where(blind, 1.0, denominator))
+        denominator += tl.math.exp2(tl.load(sink_ptr + head).to(tl.float32) * LOG2E - top)
+    result = tl.where(blind, 0.0, values / tl.where(blind, 1.0, denominator))
     place = (batch * queries + query) * heads + head
     tl.store(out_ptr + place * value_dim + channel, result.to(out_ptr.dtype.element_ty), mask=channel < value_dim)
-    lse = tl.where(blind, float("-inf"), (m + tl.math.log2(tl.where(blind, 1.0, total))) / LOG2E)
+    lse = tl.where(blind, float("-inf"), (top + tl.math.log2(tl.where(blind, 1.0, total))) / LOG2E)
     tl.store(lse_ptr + (batch * heads + head) * queries + query, lse)
 
 
@@ -461,7 +426,7 @@ def decode_triton(
     rows = max(8, triton.next_power_of_2(queries * group))
     width, value_width = padded_width(head_dim), padded_width(value_dim)
     multiprocessors = 1 if interpret else torch.cuda.get_device_properties(query.device).multi_processor_count
-    config = launch_config(planes, -(-kv.coded // PAGE) - kv.first // PAGE, multiprocessors)
+    config = launch_config(layout.kind, planes, -(-kv.coded // PAGE) - kv.first // PAGE, multiprocessors)
     parts = config.splits + 1
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -476,22 +441,24 @@ def decode_triton(
     prepare_kernel[(planes,)](
         query, mean, factors, codes, scale, *query.stride()[:3], queries, heads, group, call.scaling, head_dim,
         MEAN=mean is not None, FACTORS=factors is not None, ROTATE=rotate, ROWS=rows, WIDTH=width, INTERPRET=interpret,
-        num_warps=4,
+        num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     offsets = layout.offsets
     decode_kernel[(planes, parts)](
         query, codes, scale, kv.table(), *kv.ring, kv.sink_key, kv.sink_value, kv.sink_starts, key_starts, part, state,
         *query.stride()[:3], *kv.ring[0].stride()[:3], *kv.ring[1].stride()[:3], *kv.sink_key.stride()[:3],
         *kv.sink_value.stride()[:3], kv.tokens, kv.coded, kv.first, config.splits, call.window or 0,
-        kv.ring[0].shape[2], heads, kv.sink_key.shape[2], layout.record_bytes, call.scaling, call.softcap or 0.0,
-        QUERIES=queries, GROUP=group, KIND=layout.kind, HEAD_DIM=head_dim, VALUE_DIM=value_dim,
-        KEY_PARAMETERS=offsets[1], VALUES=offsets[2], VALUE_PARAMETERS=offsets[3], WINDOW=call.window is not None,
-        SOFTCAP=call.softcap is not None, STARTS=key_starts is not None, SINKS=kv.sink_key.shape[2] > 0, ROWS=rows,
-        WIDTH=width, VALUE_WIDTH=value_width, STAGES=config.num_stages, INTERPRET=interpret,
-        num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
+        kv.ring[0].shape[2], heads, kv.sink_key.shape[2], call.scaling, call.softcap or 0.0,
+        RECORD=layout.record_bytes, QUERIES=queries, GROUP=group, KIND=layout.kind, HEAD_DIM=head_dim,
+        VALUE_DIM=value_dim, KEY_PARAMETERS=offsets[1], VALUES=offsets[2], VALUE_PARAMETERS=offsets[3],
+        WINDOW=call.window is not None, SOFTCAP=call.softcap is not None, STARTS=key_starts is not None,
+        SINKS=kv.sink_key.shape[2] > 0, ROWS=rows, WIDTH=width, VALUE_WIDTH=value_width,
+        STAGES=config.num_stages, INTERPRET=interpret, num_warps=config.num_warps,
+        num_stages=config.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
     merge_kernel[(batch * heads * queries,)](
         part, state, sinks, out, lse, parts, heads, queries, group, value_dim, SINK_LOGITS=sinks is not None,
         ROWS=rows, PARTS=min(16, triton.next_power_of_2(parts)), VALUE_WIDTH=value_width, num_warps=4,
+        enable_fp_fusion=True,
     )  # fmt: skip
     return out, lse

@@ -31,15 +31,6 @@ def left_padding() -> torch.Tensor:
     return (torch.arange(LONG.shape[1]) >= torch.tensor(PADS)[:, None]).long()
 
 
-def statics_of(heads: int, head_dim: int, *, rotated: bool = True) -> dict[str, torch.Tensor]:
-    """Static tensors of a layer as `KVINT4` keeps them, drawn from torch's generator."""
-    return {
-        "key_mean": torch.randn(heads, head_dim),
-        "key_factors": torch.rand(heads, head_dim) * 3 + 0.1,
-        "key_rotated": torch.tensor([rotated], dtype=torch.uint8),
-    }
-
-
 def policy_of(model: Any, method: KVCacheMethod, statics: Any = None) -> CachePolicy:
     """A policy for every layer; statics: static tensors, the same for all."""
     return CachePolicy(method, {name: dict(statics or {}) for name in cacheable_modules(model)})

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from cache_models import statics_of
+from decode_cases import statics_of
 
 from kompakt.compress.cache import TokenStore, dequantized
 from kompakt.kernels.kv_codes import KeyMap, rounded

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from cache_models import statics_of
+from decode_cases import filled
 
 from kompakt.compress.cache import TokenStore, dequantized
 from kompakt.kernels.decode_attention import CompressedKV, Reading, decode_attention, decode_ref
@@ -18,43 +18,6 @@ from kompakt.quant.kv_int4 import KVINT4
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 EPS = torch.finfo(torch.float32).eps
-
-
-def filled(
-    lengths: tuple[int, ...],
-    *,
-    heads: int = 2,
-    key_dim: int = 16,
-    value_dim: int = 16,
-    method: Any = None,
-    starts: tuple[int, ...] = (0, 0),
-    window: int | None = None,
-    statics: bool = True,
-    dtype: torch.dtype = torch.float32,
-) -> tuple[CompressedKV, int]:
-    """A cache to which so many tokens were appended in turn, as the last of them see it, and how many those are.
-
-    Padding before `starts` is NaN.
-    """
-    generator = torch.Generator().manual_seed(sum(lengths))
-    made = statics_of(heads, key_dim)
-    store = TokenStore(
-        KVINT4(recent_tokens=20) if method is None else method,
-        statics=made if statics else None,
-        window=window,
-        starts=list(starts),
-    )
-    seen = None
-    for count in lengths:
-        key = torch.randn(len(starts), heads, count, key_dim, generator=generator).to(dtype)
-        value = torch.randn(len(starts), heads, count, value_dim, generator=generator).to(dtype)
-        for row, start in enumerate(starts):
-            key[row, :, : max(0, start - store.tokens)] = torch.nan
-            value[row, :, : max(0, start - store.tokens)] = torch.nan
-        store.append(key, value)
-        seen = store.read((key, value) if count > 1 else None, count)
-    assert seen is not None
-    return seen, lengths[-1]
 
 
 def exact(

@@ -19,6 +19,7 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+from decode_cases import METHODS
 from kernel_cases import BF16, FP16, FP32
 from torch import Tensor
 from triton import knobs
@@ -26,10 +27,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.compiler import compile as triton_compile
 
+from kompakt.compress.cache import TokenStore
 from kompakt.kernels import (
     activations_triton,
     attention_quant_triton,
     attention_triton,
+    decode_attention_triton,
     int4_expand_triton,
     int4_linear_triton,
     planes_triton,
@@ -37,6 +40,7 @@ from kompakt.kernels import (
 from kompakt.kernels.attention import MODES, Call
 from kompakt.kernels.attention_hopper import attention_hopper
 from kompakt.kernels.attention_quant import quantize_keys_ref, quantize_values_ref
+from kompakt.kernels.decode_attention import Reading
 from kompakt.kernels.planes import DIGIT_SUMS, empty_planes
 from kompakt.kernels.w4a8_hopper import w4a8_hopper
 
@@ -217,6 +221,22 @@ def compile_attention(
         return compile_launch(module, name, lambda: run(query, key, key, call, None, None), target)
 
 
+def compile_decode(target: GPUTarget, kernel: str, kind: str, head_dim: int, **changes: Any):
+    """One query of 32 heads over 8 and 4,097 tokens, bf16."""
+    store = TokenStore(METHODS[kind](), window=changes.get("window"))
+    x = meta(1, 8, 4096, head_dim, dtype=BF16)
+    store.append(x, x)
+    store.append(x[:, :, :1], x[:, :, :1])
+    call = Reading(head_dim**-0.5, changes.get("window"), changes.get("softcap"))
+    module = decode_attention_triton
+    others = {"prepare_kernel", "decode_kernel", "merge_kernel"} - {kernel}
+    with mock.patch.multiple(module, **{name: Recorder() for name in others}):
+        query = meta(1, 32, 1, head_dim, dtype=BF16)
+        return compile_launch(
+            module, kernel, lambda: module.decode_triton(query, store.read(None, 1), call, None, None), target
+        )
+
+
 def machine_code(compiled: Any) -> str:
     """SASS of a compiled kernel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -368,6 +388,34 @@ def test_attention_hopper(mode, head_dim, window):
     assert stack_bytes(compiled) <= (0 if head_dim == 64 else 400)
 
 
+@pytest.mark.parametrize("kernel", ["prepare_kernel", "merge_kernel"])
+@pytest.mark.parametrize("target", [SM90, SM89, GFX942], ids=short_id)
+def test_ends_of_decode_attention(target, kernel):
+    assert fits(compile_decode(target, kernel, "int4", 128), target)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("kind", list(METHODS))
+def test_decode_attention(kind, head_dim):
+    compiled = compile_decode(SM90, "decode_kernel", kind, head_dim)
+    # Room for as many programs as `launch_config` counts on.
+    programs = {64: 3, 128: 3 if kind == "int4" else 2, 256: 1}[head_dim]
+    assert programs * (compiled.metadata.shared + 1024) <= SHARED_MEMORY[90]
+    ptx = compiled.asm["ptx"]
+    assert ".e4m3.e4m3" in ptx or kind == "bf16"
+    # Codes come 16 bytes at a time, and those of INT4 as the left operand, in registers.
+    assert "cp.async.cg.shared.global" in ptx
+    assert (re.search(r"m64n16k32\.f32\.e4m3\.e4m3 \{[^}]*\}, \{", ptx) is not None) == (kind == "int4")
+    assert stack_bytes(compiled) <= (0 if head_dim < 256 else 200)
+
+
+@pytest.mark.parametrize("target", [SM89, GFX942], ids=short_id)
+def test_decode_attention_elsewhere(target):
+    """GFX942 only without Hopper's assembly for INT4."""
+    kind = "int4" if target == SM89 else "fp8"
+    assert compile_decode(target, "decode_kernel", kind, 64, window=300, softcap=5.0).asm
+
+
 @pytest.mark.parametrize(
     "build",
     [
@@ -376,8 +424,9 @@ def test_attention_hopper(mode, head_dim, window):
         lambda: compile_planes(SM80, BF16, 16, 4096, 0),
         lambda: compile_expand(SM80, E4M3, 1),
         lambda: compile_attention(SM80, "int8_fp8", 64),
+        lambda: compile_decode(SM80, "decode_kernel", "fp8", 64),
     ],
-    ids=["w4a8", "quantize", "planes", "expand", "attention"],
+    ids=["w4a8", "quantize", "planes", "expand", "attention", "decode"],
 )
 def test_sm80_has_no_e4m3(build: Callable[[], Any]):
     """Why dispatch asks for compute capability 8.9: were this to pass, the demand could be lowered."""
@@ -405,6 +454,8 @@ def test_sm80_has_no_e4m3(build: Callable[[], Any]):
         "attention_quant",
         "attention_hopper",
         "segments",
+        "decode_attention",
+        "kv_pages",
     ],
 )
 def test_ops_import_triton_only_where_they_launch(name):

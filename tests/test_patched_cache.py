@@ -22,8 +22,8 @@ from cache_models import (
     patched,
     policy_of,
     reference_cache,
-    statics_of,
 )
+from decode_cases import statics_of
 from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM, DynamicCache, StaticCache
 
 from kompakt.compress import CompressedCache, patch
