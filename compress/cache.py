@@ -20,9 +20,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ..kernels.decode_attention import CompressedKV, blocks
-from ..kernels.kv_codes import quantize_tokens
-from ..kernels.kv_pages import PAGE, Page, PageLayout
+from ..kernels.decode_attention import CompressedKV
+from ..kernels.kv_pages import PAGE, Page, PageLayout, Pages, write_tokens
 from ..quant.method import KVCacheMethod
 from .page_pool import PagePool, Slot
 
@@ -211,20 +210,15 @@ class TokenStore:
         if pieces:
             low, high = pieces[0][0], pieces[-1][1]
             key, value = (x[:, :, low - start : high - start] for x in (key, value))
-            keys = quantize_tokens(key if self.key_map is None else self.key_map.encode(key), self.method.kind)
-            values = quantize_tokens(value, self.method.kind)
             missing = [column // PAGE for column, _ in pieces if column // PAGE not in self.pages]
             assert self.pool is not None
             self.pool.reserve(len(missing))
             for number in missing:
                 self.add_page(number)
-            for column, end in pieces:
+            pages = Pages(self.pool.layout, self.pages, self.table, self.key_map)
+            for column, end in joined(pieces):
                 source = slice(column - low, end - low)
-                self.pages[column // PAGE].write(
-                    slice(column % PAGE, column % PAGE + end - column),
-                    (keys[0][:, :, source], keys[1][:, :, source]),
-                    (values[0][:, :, source], values[1][:, :, source]),
-                )
+                write_tokens(key[:, :, source], value[:, :, source], (column, end), pages)
         self.coded = stop
 
     def is_unseen(self, start: int, stop: int) -> bool:
@@ -343,25 +337,9 @@ class TokenStore:
         return Sizes(codes, parameters, sum(tensor.nbytes for tensor in dense if tensor is not None))
 
 
-def dequantized(kv: CompressedKV, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Keys and values that a call reads, (batch, num_kv_heads, tokens − first, head_dim), one dense tensor each."""
-    batch, heads, _, head_dim = kv.sink_key.shape
-    count = kv.tokens - kv.first
-    key = kv.sink_key.new_zeros((batch, heads, count, head_dim), dtype=torch.float32)
-    value = kv.sink_key.new_zeros((batch, heads, count, kv.sink_value.shape[3]), dtype=torch.float32)
-    for block in blocks(kv):
-        columns = block.columns - kv.first
-        valid = block.valid & (columns >= 0)
-        for whole, part in ((key, block.key.float()), (value, block.value.float())):
-            if columns.shape[0] == 1:
-                low = int(columns[0, 0])
-                place = slice(max(0, low), min(count, low + columns.shape[1]))
-                if place.stop <= place.start:
-                    continue
-                source = slice(place.start - low, place.stop - low)
-                chosen = valid[:, None, source, None]
-                whole[:, :, place] = torch.where(chosen, part[:, :, source], whole[:, :, place])
-                continue
-            for row in range(batch):
-                whole[row, :, columns[row][valid[row]]] = part[row][:, valid[row]]
-    return key.to(dtype), value.to(dtype)
+def joined(pieces: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Runs of columns that follow one another, as one each."""
+    runs = pieces[:1]
+    for start, stop in pieces[1:]:
+        runs[-1:] = [(runs[-1][0], stop)] if start == runs[-1][1] else [runs[-1], (start, stop)]
+    return runs

@@ -20,9 +20,9 @@ from torch.utils._pytree import tree_map
 from transformers import Cache, DynamicCache, GenerationMixin
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
-from ..kernels.decode_attention import CompressedKV
+from ..kernels.decode_attention import CompressedKV, dequantized
 from ..quant.method import KVCacheMethod
-from .cache import Sizes, TokenStore, dequantized
+from .cache import Sizes, TokenStore
 
 # What transformers calls a cache among the arguments and outputs of its models; until 5.23 the second.
 NAMES = ("cache", "past_key_values")

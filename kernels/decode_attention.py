@@ -219,14 +219,17 @@ class Block:
     valid: Tensor
 
 
-def blocks(kv: CompressedKV) -> Iterator[Block]:
-    """Every token from `first` on once, in blocks of at most `PAGE`: sinks, pages, dense tokens."""
+def blocks(kv: CompressedKV, start: int = 0, stop: int | None = None) -> Iterator[Block]:
+    """Every token from `first` on once, in blocks of at most `PAGE`: sinks, pages, dense tokens. start, stop: blocks
+    without a column of these may be left out.
+    """
+    start, stop = max(start, kv.first), kv.tokens if stop is None else stop
     device, sink_tokens = kv.sink_key.device, kv.sink_key.shape[2]
     starts = kv.sink_starts.to(torch.long)[:, None]
     if sink_tokens:
         columns = starts + torch.arange(sink_tokens, device=device)
         yield Block(columns, kv.sink_key, kv.sink_value, columns < kv.coded)
-    for number in range(kv.first // PAGE, -(-kv.coded // PAGE)):
+    for number in range(start // PAGE, -(-min(stop, kv.coded) // PAGE)):
         page, count = kv.pages[number], min(PAGE, kv.coded - number * PAGE)
         columns = number * PAGE + torch.arange(count, device=device)[None]
         is_sink = (columns >= starts) & (columns < starts + sink_tokens)
@@ -236,8 +239,37 @@ def blocks(kv: CompressedKV) -> Iterator[Block]:
         for k, v in zip(key.split(PAGE, dim=2), value.split(PAGE, dim=2), strict=True):
             columns = column + torch.arange(k.shape[2], device=device)[None]
             column += k.shape[2]
-            if k.shape[2]:
+            if k.shape[2] and column > start and column - k.shape[2] < stop:
                 yield Block(columns, k, v, torch.ones_like(columns, dtype=torch.bool))
+
+
+def dequantized(
+    kv: CompressedKV, dtype: torch.dtype, start: int | None = None, stop: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Keys and values of columns [start, stop), default all that a call reads, (batch, num_kv_heads, stop − start,
+    head_dim), one dense tensor each.
+    """
+    start, stop = max(start or 0, kv.first), kv.tokens if stop is None else stop
+    batch, heads, _, head_dim = kv.sink_key.shape
+    shape = (batch, heads, stop - start)
+    key = torch.zeros((*shape, head_dim), dtype=dtype, device=kv.sink_key.device)
+    value = torch.zeros((*shape, kv.sink_value.shape[3]), dtype=dtype, device=kv.sink_key.device)
+    for block in blocks(kv, start, stop):
+        columns = block.columns - start
+        valid = block.valid & (columns >= 0) & (columns < stop - start)
+        for whole, part in ((key, block.key), (value, block.value)):
+            if columns.shape[0] == 1:
+                low = int(columns[0, 0])
+                place = slice(max(0, low), min(stop - start, low + columns.shape[1]))
+                if place.stop <= place.start:
+                    continue
+                source = slice(place.start - low, place.stop - low)
+                chosen = valid[:, None, source, None]
+                whole[:, :, place] = torch.where(chosen, part[:, :, source].to(dtype), whole[:, :, place])
+                continue
+            for row in range(batch):
+                whole[row, :, columns[row][valid[row]]] = part[row][:, valid[row]].to(dtype)
+    return key, value
 
 
 def read_page(kv: CompressedKV, page: Page, count: int) -> tuple[Tensor, Tensor]:

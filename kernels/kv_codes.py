@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from .activations import E4M3_MAX
-from .attention_quant import BLOCK, hadamard
+from .attention_quant import BLOCK
 
 Kind = Literal["fp8", "int4", "bf16"]
 KINDS: tuple[Kind, ...] = ("fp8", "int4", "bf16")
@@ -140,7 +140,13 @@ def rotation_block(head_dim: int) -> int:
 def rotate_channels(x: Tensor) -> Tensor:
     """(..., head_dim) fp32 times the orthogonal, symmetric matrix of Hadamard in blocks; its own inverse."""
     block = rotation_block(x.shape[-1])
-    return (x.unflatten(-1, (-1, block)) @ hadamard(block, x.device) * block**-0.5).flatten(-2)
+    step = 1
+    # Sums and differences of channels that differ in one bit, in an order that a kernel can keep to.
+    while step < block:
+        left, right = x.unflatten(-1, (-1, 2, step)).unbind(-2)
+        x = torch.stack((left + right, left - right), dim=-2).flatten(-3)
+        step *= 2
+    return x * block**-0.5
 
 
 def rounded(x: Tensor, kind: Kind, key_map: KeyMap | None = None) -> Tensor:

@@ -12,12 +12,14 @@ bf16 values lie token by token.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .kv_codes import Kind, check_kind
+from .activations import FP8_CAPABILITY, launching_on, log_fallback, triton_refusal
+from .kv_codes import KeyMap, Kind, check_kind, quantize_tokens
 
 PAGE = 128
 ALIGNMENT = 16
@@ -134,3 +136,59 @@ class Page:
             values = values.transpose(-1, -2)
         parameters = (self.key_parameters[..., :count, :], self.value_parameters[..., :count, :])
         return (keys[..., :count, :], parameters[0]), (values[..., :count, :], parameters[1])
+
+
+@dataclass(frozen=True)
+class Pages:
+    """Where tokens are written to. pages: by number, (batch, num_kv_heads, …). table: gives their addresses by number,
+    int64 on the device. key_map: what is done to keys before they are coded.
+    """
+
+    layout: PageLayout
+    pages: Mapping[int, Page]
+    table: Callable[[], Tensor]
+    key_map: KeyMap | None = None
+
+
+def write_tokens(
+    key: Tensor, value: Tensor, columns: tuple[int, int], pages: Pages, *, ring: bool = False, interpret: bool = False
+) -> None:
+    """Codes tokens and writes them into pages, which keep their other tokens.
+
+    Args:
+        key: (batch, num_kv_heads, tokens, head_dim) floating, post-RoPE, any strides.
+        value: (batch, num_kv_heads, tokens, value_head_dim).
+        columns: first and last + 1; their pages are there.
+        ring: a column's token lies at its number modulo `tokens`; else tokens are those of the columns in order.
+    """
+    refusal = None if interpret else triton_refusal(key.device, FP8_CAPABILITY)
+    if refusal is None:
+        from .kv_pages_triton import write_triton
+
+        with launching_on(key):
+            write_triton(
+                key, value, columns, pages.layout, pages.key_map, pages.table(), ring=ring, interpret=interpret
+            )
+        return
+    if key.device.type != "meta":
+        log_fallback("write_tokens", refusal)
+    write_ref(key, value, columns, pages, ring=ring)
+
+
+def write_ref(key: Tensor, value: Tensor, columns: tuple[int, int], pages: Pages, *, ring: bool = False) -> None:
+    """Torch specification of `write_tokens`, any device."""
+    start, stop = columns
+    if ring:
+        place = torch.arange(start, stop, device=key.device) % key.shape[2]
+        key, value = key[:, :, place], value[:, :, place]
+    kind = pages.layout.kind
+    keys = quantize_tokens(key if pages.key_map is None else pages.key_map.encode(key), kind)
+    values = quantize_tokens(value, kind)
+    for number in range(start // PAGE, -(-stop // PAGE)):
+        low, high = max(start, number * PAGE), min(stop, (number + 1) * PAGE)
+        source = slice(low - start, high - start)
+        pages.pages[number].write(
+            slice(low - number * PAGE, high - number * PAGE),
+            (keys[0][:, :, source], keys[1][:, :, source]),
+            (values[0][:, :, source], values[1][:, :, source]),
+        )

@@ -10,7 +10,8 @@ import pytest
 import torch
 from decode_cases import statics_of
 
-from kompakt.compress.cache import TokenStore, dequantized
+from kompakt.compress.cache import TokenStore
+from kompakt.kernels.decode_attention import dequantized
 from kompakt.kernels.kv_codes import KeyMap, rounded
 from kompakt.kernels.kv_pages import PAGE
 from kompakt.quant.kv_fp8 import KVFP8

@@ -9,8 +9,8 @@ import pytest
 import torch
 from decode_cases import filled
 
-from kompakt.compress.cache import TokenStore, dequantized
-from kompakt.kernels.decode_attention import CompressedKV, Reading, decode_attention, decode_ref
+from kompakt.compress.cache import TokenStore
+from kompakt.kernels.decode_attention import CompressedKV, Reading, decode_attention, decode_ref, dequantized
 from kompakt.kernels.kv_codes import KeyMap
 from kompakt.kernels.kv_pages import PAGE, PageLayout
 from kompakt.quant.kv_fp8 import KVFP8

@@ -1,0 +1,196 @@
+"""Triton kernel of `kv_pages.py`: tokens mapped, quantized and written into pages, one program per page and KV head.
+
+Codes and parameters are those of `kv_codes.quantize_tokens` bit for bit: the same operations in the same order, none
+fused, divisions rounded correctly. Tokens of a page that are not to be written keep what they have.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .attention_quant import padded_width
+from .attention_quant_triton import to_e4m3
+from .kv_codes import LEVELS, MIN_SCALE, KeyMap, rotation_block
+from .kv_pages import PAGE, PageLayout
+
+PAGE_ = tl.constexpr(PAGE)
+MIN_SCALE_ = tl.constexpr(MIN_SCALE)
+LEVELS_ = tl.constexpr(float(LEVELS))
+ROUND = tl.constexpr(12582912.0)
+"""1.5 · 2²³: a sum with it has no bits behind the point, rounded to the nearest, ties to even."""
+LENGTHS = ["start", "stop", "length", "heads"]
+
+
+@triton.jit
+def outwards(x, DOWN: tl.constexpr):
+    """FP32 rounded to the next bf16 below, or above; still FP32."""
+    bits = x.to(tl.int32, bitcast=True) & -65536
+    cut = bits.to(tl.float32, bitcast=True)
+    further = (bits + 65536).to(tl.float32, bitcast=True)
+    return tl.where(cut > x, further, cut) if DOWN else tl.where(cut < x, further, cut)
+
+
+@triton.jit
+def codes_of(x, inside, KIND: tl.constexpr, INTERPRET: tl.constexpr):
+    """(tokens, channels) FP32 → codes FP32, and two parameters (tokens,); inside: which channels there are."""
+    infinite: tl.constexpr = float("inf")
+    finite = (tl.max(tl.where(tl.abs(x) < infinite, 0, 1), axis=1) == 0)[:, None]
+    if KIND == "fp8":
+        amax = tl.max(tl.abs(x), axis=1)
+        scale = tl.maximum(tl.div_rn(amax, tl.full(amax.shape, 448.0, tl.float32)), MIN_SCALE_)
+        least = scale
+        codes = x * tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)[:, None]
+        codes = tl.minimum(tl.maximum(codes, -448.0), 448.0)
+    else:
+        least = outwards(tl.min(tl.where(inside, x, infinite), axis=1), True)
+        high = tl.max(tl.where(inside, x, -infinite), axis=1)
+        scale = tl.maximum(tl.div_rn(high - least, tl.full(high.shape, LEVELS_, tl.float32)), MIN_SCALE_)
+        scale = outwards(scale, False)
+        finite = finite & (scale < infinite)[:, None]
+        codes = (x - least[:, None]) * tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)[:, None]
+        codes = tl.minimum(tl.maximum((codes + ROUND) - ROUND, 0.0), LEVELS_)
+    keep = tl.reshape(finite, (x.shape[0],))
+    scale = tl.where(keep, scale, float("nan"))
+    least = tl.where(keep, least, float("nan"))
+    return tl.where(finite & inside, codes, 0.0), scale, least
+
+
+@triton.jit
+def write_parameters(record, token, write, scale, least, KIND: tl.constexpr):
+    """Parameters of tokens."""
+    if KIND == "fp8":
+        tl.store(record.to(tl.pointer_type(tl.float32)) + token, scale, mask=write)
+    else:
+        # NaN cut to its upper half is still NaN, and numbers of bf16 lose nothing.
+        low = scale.to(tl.uint32, bitcast=True) >> 16
+        high = least.to(tl.uint32, bitcast=True) & 0xFFFF0000
+        tl.store(record.to(tl.pointer_type(tl.uint32)) + token, low | high, mask=write)
+
+
+@triton.jit
+def mapped(
+    x, mean_ptr, factor_ptr, kv_head, channel, inside, head_dim,
+    MEAN: tl.constexpr, FACTORS: tl.constexpr, ROTATE: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Keys as they are coded."""
+    if MEAN:
+        x -= tl.load(mean_ptr + kv_head * head_dim + channel, mask=channel < head_dim, other=0.0)[None, :]
+    if FACTORS:
+        factor = tl.load(factor_ptr + kv_head * head_dim + channel, mask=channel < head_dim, other=1.0)[None, :]
+        x = tl.div_rn(x, tl.broadcast_to(factor, x.shape))
+    x = tl.where(inside, x, 0.0)
+    if ROTATE:
+        for bit in tl.static_range(6):
+            STEP: tl.constexpr = 1 << bit
+            if STEP < ROTATE:
+                left, right = tl.split(x.reshape(PAGE_, WIDTH // (2 * STEP), 2, STEP).permute(0, 1, 3, 2))
+                x = tl.join(left + right, left - right).permute(0, 1, 3, 2).reshape(PAGE_, WIDTH)
+        x *= ROTATE**-0.5
+    return x
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def write_kernel(
+    key_ptr, value_ptr, table_ptr, mean_ptr, factor_ptr, kb, kh, kt, vb, vh, vt, start, stop, length, heads,
+    KIND: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, KEY_PARAMETERS: tl.constexpr,
+    VALUES: tl.constexpr, VALUE_PARAMETERS: tl.constexpr, RECORD: tl.constexpr, MEAN: tl.constexpr,
+    FACTORS: tl.constexpr, ROTATE: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """Grid (pages, batch · KV heads, keys or values): columns [start, stop), whose tokens lie at the column modulo length,
+    or in order where length is 0.
+    """
+    plane = tl.program_id(1).to(tl.int64)
+    batch, kv_head = plane // heads, plane % heads
+    page = start // PAGE_ + tl.program_id(0)
+    address = tl.load(table_ptr + page) + plane * RECORD
+    record = tl.multiple_of(address.to(tl.pointer_type(tl.uint8)), 16)
+    token = tl.arange(0, PAGE_)
+    column = page * PAGE_ + token
+    write = (column >= start) & (column < stop)
+    source = column - start
+    if length > 0:
+        source = column % length
+    if tl.program_id(2) == 0:
+        channel = tl.arange(0, WIDTH)
+        inside = (channel < HEAD_DIM)[None, :]
+        base = key_ptr + batch * kb + kv_head * kh
+        x = tl.load(base + source[:, None] * kt + channel[None, :], mask=write[:, None] & inside, other=0.0)
+        if KIND == "bf16":
+            place = record.to(tl.pointer_type(tl.bfloat16)) + token[:, None] * HEAD_DIM + channel[None, :]
+            tl.store(place, x.to(tl.bfloat16), mask=write[:, None] & inside)
+        else:
+            x = mapped(
+                x.to(tl.float32), mean_ptr, factor_ptr, kv_head, channel, inside, HEAD_DIM, MEAN, FACTORS, ROTATE, WIDTH
+            )
+            codes, scale, least = codes_of(x, inside, KIND, INTERPRET)
+            write_parameters(record + KEY_PARAMETERS, token, write, scale, least, KIND)
+            if KIND == "fp8":
+                place = record.to(tl.pointer_type(tl.float8e4nv)) + token[:, None] * HEAD_DIM + channel[None, :]
+                tl.store(place, to_e4m3(codes, INTERPRET), mask=write[:, None] & inside)
+            else:
+                HALF: tl.constexpr = HEAD_DIM // 2
+                whole = codes.to(tl.int32)
+                index = tl.broadcast_to(tl.minimum(channel + HALF, WIDTH - 1)[None, :], (PAGE_, WIDTH))
+                both = (whole | (tl.gather(whole, index, axis=1) << 4)).to(tl.uint8)
+                tl.store(
+                    record + token[:, None] * HALF + channel[None, :], both,
+                    mask=write[:, None] & (channel < HALF)[None, :],
+                )  # fmt: skip
+    else:
+        channel = tl.arange(0, VALUE_WIDTH)
+        inside = (channel < VALUE_DIM)[None, :]
+        base = value_ptr + batch * vb + kv_head * vh
+        x = tl.load(base + source[:, None] * vt + channel[None, :], mask=write[:, None] & inside, other=0.0)
+        if KIND == "bf16":
+            place = (record + VALUES).to(tl.pointer_type(tl.bfloat16)) + token[:, None] * VALUE_DIM + channel[None, :]
+            tl.store(place, x.to(tl.bfloat16), mask=write[:, None] & inside)
+        else:
+            codes, scale, least = codes_of(x.to(tl.float32), inside, KIND, INTERPRET)
+            write_parameters(record + VALUE_PARAMETERS, token, write, scale, least, KIND)
+            if KIND == "fp8":
+                place = (record + VALUES).to(tl.pointer_type(tl.float8e4nv)) + channel[:, None] * PAGE_ + token[None, :]
+                tl.store(place, tl.trans(to_e4m3(codes, INTERPRET)), mask=tl.trans(write[:, None] & inside))
+            else:
+                LATER: tl.constexpr = PAGE_ // 2
+                early = tl.arange(0, LATER)
+                low, high = tl.split(tl.trans(codes.to(tl.int32)).reshape(VALUE_WIDTH, 2, LATER).permute(0, 2, 1))
+                place = record + VALUES + channel[:, None] * LATER + early[None, :]
+                there = (channel < VALUE_DIM)[:, None]
+                # The other token of a byte may have been written before.
+                old = tl.load(place, mask=there, other=0).to(tl.int32)
+                column = page * PAGE_ + early
+                low = tl.where(((column >= start) & (column < stop))[None, :], low, old & 15)
+                column += LATER
+                high = tl.where(((column >= start) & (column < stop))[None, :], high, old >> 4)
+                tl.store(place, (low | (high << 4)).to(tl.uint8), mask=there)
+
+
+def write_triton(
+    key: Tensor,
+    value: Tensor,
+    columns: tuple[int, int],
+    layout: PageLayout,
+    key_map: KeyMap | None,
+    table: Tensor,
+    *,
+    ring: bool,
+    interpret: bool = False,
+) -> None:
+    """Launch without checks of `kv_pages.write_tokens`."""
+    key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (key, value))
+    (batch, heads, length, head_dim), value_dim = key.shape, value.shape[3]
+    start, stop = columns
+    mean = None if key_map is None else key_map.mean
+    factors = None if key_map is None else key_map.factors
+    rotate = rotation_block(head_dim) if key_map is not None and key_map.rotated else 0
+    offsets = layout.offsets
+    write_kernel[(-(-stop // PAGE) - start // PAGE, batch * heads, 2)](
+        key, value, table, mean, factors, *key.stride()[:3], *value.stride()[:3], start, stop, length if ring else 0,
+        heads, KIND=layout.kind, HEAD_DIM=head_dim, VALUE_DIM=value_dim, KEY_PARAMETERS=offsets[1], VALUES=offsets[2],
+        VALUE_PARAMETERS=offsets[3], RECORD=layout.record_bytes, MEAN=mean is not None, FACTORS=factors is not None,
+        ROTATE=rotate, WIDTH=padded_width(head_dim), VALUE_WIDTH=padded_width(value_dim), INTERPRET=interpret,
+        num_warps=8, enable_fp_fusion=False,
+    )  # fmt: skip
