@@ -215,7 +215,7 @@ class TokenStore:
             self.pool.reserve(len(missing))
             for number in missing:
                 self.add_page(number)
-            pages = Pages(self.pool.layout, self.pages, self.table, self.key_map)
+            pages = self.where()
             for column, end in joined(pieces):
                 source = slice(column - low, end - low)
                 write_tokens(key[:, :, source], value[:, :, source], (column, end), pages)
@@ -240,6 +240,11 @@ class TokenStore:
             del self.pages[number]
         if numbers:
             self.addresses = None
+
+    def where(self) -> Pages:
+        """All pages."""
+        assert self.pool is not None
+        return Pages(self.pool.layout, self.pages, self.table, self.key_map)
 
     def table(self) -> Tensor:
         """Addresses of pages by their number, int64 on the device, 0 for those that are not there."""
@@ -269,9 +274,7 @@ class TokenStore:
         coded = min(self.coded, past)
         dense = tuple(self.ring(max(first, coded), past))
         return CompressedKV(
-            layout=self.pool.layout,
-            pages=self.pages,
-            table=self.table,
+            pages=self.where(),
             coded=coded,
             tokens=self.tokens,
             first=first,
@@ -281,7 +284,6 @@ class TokenStore:
             sink_key=self.sink_key,
             sink_value=self.sink_value,
             sink_starts=self.sink_starts,
-            key_map=self.key_map,
         )
 
     def crop(self, count: int) -> None:

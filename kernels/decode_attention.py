@@ -22,7 +22,7 @@ that has no value; it takes part in the softmax but not in lse. Inference only: 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -30,8 +30,7 @@ from torch import Tensor
 
 from .activations import FP8_CAPABILITY, launching_on, log_fallback, triton_refusal
 from .attention import DTYPES, MAX_HEAD_DIM, check_logits
-from .kv_codes import KeyMap, dequantize_tokens
-from .kv_pages import PAGE, Page, PageLayout
+from .kv_pages import PAGE, Pages, read_page, read_tokens
 
 MAX_ROWS = 64
 """Queries of one KV head that a kernel holds: 16 tokens of a group of 4, say."""
@@ -41,18 +40,15 @@ MAX_ROWS = 64
 class CompressedKV:
     """What a call reads.
 
-    layout: of pages. pages: page number → page, (batch, num_kv_heads, …); pages of which no column from `first` on is
-    coded may be absent. table: gives the addresses of pages by number, int64 on the device. coded: columns that are in
-    pages. tokens: columns in all. first: columns before it are not looked at. dense: (key, value) blocks, (batch,
-    num_kv_heads, columns, head_dim), of the columns from max(first, coded) on, in order. ring: keys and values, (batch,
-    num_kv_heads, length, head_dim), with each of these columns at its place modulo length; None if not all are there.
-    sink_key, sink_value: (batch, num_kv_heads, sink_tokens, head_dim). sink_starts: (batch,) int64, the column of each
-    row's first sink token. key_map: what was done to keys before they were coded.
+    pages: of the coded columns; those of which no column from `first` on is coded may be absent. coded: columns that
+    are in pages. tokens: columns in all. first: columns before it are not looked at. dense: (key, value) blocks,
+    (batch, num_kv_heads, columns, head_dim), of the columns from max(first, coded) on, in order. ring: keys and values,
+    (batch, num_kv_heads, length, head_dim), with each of these columns at its place modulo length; None if not all are
+    there. sink_key, sink_value: (batch, num_kv_heads, sink_tokens, head_dim). sink_starts: (batch,) int64, the column
+    of each row's first sink token.
     """
 
-    layout: PageLayout
-    pages: Mapping[int, Page]
-    table: Callable[[], Tensor]
+    pages: Pages
     coded: int
     tokens: int
     first: int
@@ -61,7 +57,6 @@ class CompressedKV:
     sink_key: Tensor
     sink_value: Tensor
     sink_starts: Tensor
-    key_map: KeyMap | None = None
 
 
 @dataclass(frozen=True)
@@ -128,18 +123,19 @@ def decode_attention(
 
 
 def decode_refusal(query: Tensor, kv: CompressedKV) -> str | None:
-    """Why the kernel does not run a call; None if it does."""
+    """Why no kernel runs a call; None if one does."""
     refusal = triton_refusal(query.device, FP8_CAPABILITY)
-    rows, head_dim = query.shape[1] // kv.sink_key.shape[1] * query.shape[2], max(query.shape[3], kv.layout.value_dim)
+    head_dim = max(query.shape[3], kv.pages.layout.value_dim)
     if refusal is None and not query.dtype == kv.sink_key.dtype in DTYPES:
         refusal = f"the kernel takes bf16 and fp16, not {query.dtype} with a cache of {kv.sink_key.dtype}"
     if refusal is None and head_dim > MAX_HEAD_DIM:
         refusal = f"head_dim {head_dim} exceeds the kernel's {MAX_HEAD_DIM}"
-    if refusal is None and rows > MAX_ROWS:
-        refusal = f"{rows} queries per KV head exceed the kernel's {MAX_ROWS}"
-    if refusal is None and kv.ring is None:
-        refusal = "more tokens came at once than stay dense"
     return refusal
+
+
+def fits_one_launch(query: Tensor, kv: CompressedKV) -> bool:
+    """Whether one kernel reads the codes: few queries, whose tokens are all dense."""
+    return query.shape[1] // kv.sink_key.shape[1] * query.shape[2] <= MAX_ROWS and kv.ring is not None
 
 
 def run_decode(
@@ -156,6 +152,10 @@ def run_decode(
     if refusal is not None:
         log_fallback("decode_attention", refusal)
         return decode_ref(query, kv, call, sinks, key_starts)
+    if not fits_one_launch(query, kv):
+        from .decode_chunks import decode_chunks
+
+        return decode_chunks(query, kv, call, sinks, key_starts)
     from .decode_attention_triton import decode_triton
 
     sinks = None if sinks is None else sinks.contiguous()
@@ -219,27 +219,25 @@ class Block:
     valid: Tensor
 
 
-def blocks(kv: CompressedKV, start: int = 0, stop: int | None = None) -> Iterator[Block]:
-    """Every token from `first` on once, in blocks of at most `PAGE`: sinks, pages, dense tokens. start, stop: blocks
-    without a column of these may be left out.
-    """
-    start, stop = max(start, kv.first), kv.tokens if stop is None else stop
+def blocks(kv: CompressedKV) -> Iterator[Block]:
+    """Every token from `first` on once, in blocks of at most `PAGE`: sinks, pages, dense tokens."""
     device, sink_tokens = kv.sink_key.device, kv.sink_key.shape[2]
     starts = kv.sink_starts.to(torch.long)[:, None]
     if sink_tokens:
         columns = starts + torch.arange(sink_tokens, device=device)
         yield Block(columns, kv.sink_key, kv.sink_value, columns < kv.coded)
-    for number in range(start // PAGE, -(-min(stop, kv.coded) // PAGE)):
-        page, count = kv.pages[number], min(PAGE, kv.coded - number * PAGE)
+    for number in range(kv.first // PAGE, -(-kv.coded // PAGE)):
+        count = min(PAGE, kv.coded - number * PAGE)
         columns = number * PAGE + torch.arange(count, device=device)[None]
         is_sink = (columns >= starts) & (columns < starts + sink_tokens)
-        yield Block(columns, *read_page(kv, page, count), ~is_sink)
+        key, value = (part[:, :, :count] for part in read_page(kv.pages, number))
+        yield Block(columns, key, value, ~is_sink)
     column = max(kv.first, kv.coded)
     for key, value in kv.dense:
         for k, v in zip(key.split(PAGE, dim=2), value.split(PAGE, dim=2), strict=True):
             columns = column + torch.arange(k.shape[2], device=device)[None]
             column += k.shape[2]
-            if k.shape[2] and column > start and column - k.shape[2] < stop:
+            if k.shape[2]:
                 yield Block(columns, k, v, torch.ones_like(columns, dtype=torch.bool))
 
 
@@ -252,31 +250,24 @@ def dequantized(
     start, stop = max(start or 0, kv.first), kv.tokens if stop is None else stop
     batch, heads, _, head_dim = kv.sink_key.shape
     shape = (batch, heads, stop - start)
-    key = torch.zeros((*shape, head_dim), dtype=dtype, device=kv.sink_key.device)
-    value = torch.zeros((*shape, kv.sink_value.shape[3]), dtype=dtype, device=kv.sink_key.device)
-    for block in blocks(kv, start, stop):
-        columns = block.columns - start
-        valid = block.valid & (columns >= 0) & (columns < stop - start)
-        for whole, part in ((key, block.key), (value, block.value)):
-            if columns.shape[0] == 1:
-                low = int(columns[0, 0])
-                place = slice(max(0, low), min(stop - start, low + columns.shape[1]))
-                if place.stop <= place.start:
-                    continue
-                source = slice(place.start - low, place.stop - low)
-                chosen = valid[:, None, source, None]
-                whole[:, :, place] = torch.where(chosen, part[:, :, source].to(dtype), whole[:, :, place])
-                continue
-            for row in range(batch):
-                whole[row, :, columns[row][valid[row]]] = part[row][:, valid[row]].to(dtype)
+    key = torch.empty((*shape, head_dim), dtype=dtype, device=kv.sink_key.device)
+    value = torch.empty((*shape, kv.sink_value.shape[3]), dtype=dtype, device=kv.sink_key.device)
+    read_tokens(key, value, (start, min(stop, kv.coded)), kv.pages)
+    for row, column in enumerate(kv.sink_starts.tolist()):
+        place = range(max(start, column), min(stop, kv.coded, column + kv.sink_key.shape[2]))
+        if place:
+            source = slice(place.start - column, place.stop - column)
+            key[row, :, place.start - start : place.stop - start] = kv.sink_key[row, :, source]
+            value[row, :, place.start - start : place.stop - start] = kv.sink_value[row, :, source]
+    column = max(kv.first, kv.coded)
+    for k, v in kv.dense:
+        place = range(max(start, column), min(stop, column + k.shape[2]))
+        if place:
+            source = slice(place.start - column, place.stop - column)
+            key[:, :, place.start - start : place.stop - start] = k[:, :, source]
+            value[:, :, place.start - start : place.stop - start] = v[:, :, source]
+        column += k.shape[2]
     return key, value
-
-
-def read_page(kv: CompressedKV, page: Page, count: int) -> tuple[Tensor, Tensor]:
-    """The first `count` keys and values of a page, (batch, num_kv_heads, count, head_dim) fp32."""
-    keys, values = page.read(count)
-    key, value = (dequantize_tokens(*part, kv.layout.kind) for part in (keys, values))
-    return key if kv.key_map is None else kv.key_map.decode(key), value
 
 
 def check_call(query: Tensor, kv: CompressedKV, call: Reading, sinks: Tensor | None, key_starts: Tensor | None) -> None:
@@ -321,13 +312,14 @@ def check_storage(kv: CompressedKV) -> None:
         shapes = (batch, kv_heads, key.shape[2])
         if tuple(key.shape) != (*shapes, head_dim) or tuple(value.shape) != (*shapes, value_dim):
             raise ValueError(f"dense keys {tuple(key.shape)} and values {tuple(value.shape)} do not fit the cache")
-    if (kv.layout.key_dim, kv.layout.value_dim) != (head_dim, value_dim):
-        raise ValueError(f"pages hold heads of {kv.layout.key_dim} and {kv.layout.value_dim} channels, not {head_dim}")
-    if kv.key_map is not None:
-        kv.key_map.check(kv_heads, head_dim)
+    layout = kv.pages.layout
+    if (layout.key_dim, layout.value_dim) != (head_dim, value_dim):
+        raise ValueError(f"pages hold heads of {layout.key_dim} and {layout.value_dim} channels, not {head_dim}")
+    if kv.pages.key_map is not None:
+        kv.pages.key_map.check(kv_heads, head_dim)
     for number in range(kv.first // PAGE, -(-kv.coded // PAGE)):
-        page = kv.pages.get(number)
+        page = kv.pages.pages.get(number)
         if page is None:
             raise ValueError(f"page {number} is absent, and its tokens are read")
-        if page.kind != kv.layout.kind or page.key_codes.shape[:2] != (batch, kv_heads):
+        if page.kind != layout.kind or page.key_codes.shape[:2] != (batch, kv_heads):
             raise ValueError(f"page {number} has codes {tuple(page.key_codes.shape)} of {page.kind}, which do not fit")

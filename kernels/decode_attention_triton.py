@@ -418,7 +418,7 @@ def decode_triton(
 ) -> tuple[Tensor, Tensor]:
     """Launch without checks: out (batch, queries, heads, value_head_dim), and lse."""
     assert kv.ring is not None
-    layout, key_map = kv.layout, kv.key_map
+    layout, key_map = kv.pages.layout, kv.pages.key_map
     query = query if query.stride(-1) == 1 else query.contiguous()
     batch, heads, queries, head_dim = query.shape
     kv_heads, value_dim = kv.sink_key.shape[1], kv.sink_value.shape[3]
@@ -445,8 +445,8 @@ def decode_triton(
     )  # fmt: skip
     offsets = layout.offsets
     decode_kernel[(planes, parts)](
-        query, codes, scale, kv.table(), *kv.ring, kv.sink_key, kv.sink_value, kv.sink_starts, key_starts, part, state,
-        *query.stride()[:3], *kv.ring[0].stride()[:3], *kv.ring[1].stride()[:3], *kv.sink_key.stride()[:3],
+        query, codes, scale, kv.pages.table(), *kv.ring, kv.sink_key, kv.sink_value, kv.sink_starts, key_starts,
+        part, state, *query.stride()[:3], *kv.ring[0].stride()[:3], *kv.ring[1].stride()[:3], *kv.sink_key.stride()[:3],
         *kv.sink_value.stride()[:3], kv.tokens, kv.coded, kv.first, config.splits, call.window or 0,
         kv.ring[0].shape[2], heads, kv.sink_key.shape[2], call.scaling, call.softcap or 0.0,
         RECORD=layout.record_bytes, QUERIES=queries, GROUP=group, KIND=layout.kind, HEAD_DIM=head_dim,

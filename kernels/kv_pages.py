@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .activations import FP8_CAPABILITY, launching_on, log_fallback, triton_refusal
-from .kv_codes import KeyMap, Kind, check_kind, quantize_tokens
+from .kv_codes import KeyMap, Kind, check_kind, dequantize_tokens, quantize_tokens
 
 PAGE = 128
 ALIGNMENT = 16
@@ -126,21 +126,20 @@ class Page:
         """INT4 codes of values, (..., value_dim, PAGE) uint8, one in each byte."""
         return torch.cat((self.value_codes & 15, self.value_codes >> 4), dim=-1)
 
-    def read(self, count: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """Codes and parameters of the first `count` keys, and of the values, as `quantize_tokens` gave them."""
+    def read(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Codes and parameters of the keys, and of the values, as `quantize_tokens` gave them."""
         keys, values = self.key_codes, self.value_codes
         if self.kind == "int4":
             keys = torch.cat((keys & 15, keys >> 4), dim=-1)
             values = self.unpacked_values()
         if self.kind != "bf16":
             values = values.transpose(-1, -2)
-        parameters = (self.key_parameters[..., :count, :], self.value_parameters[..., :count, :])
-        return (keys[..., :count, :], parameters[0]), (values[..., :count, :], parameters[1])
+        return (keys, self.key_parameters), (values, self.value_parameters)
 
 
 @dataclass(frozen=True)
 class Pages:
-    """Where tokens are written to. pages: by number, (batch, num_kv_heads, …). table: gives their addresses by number,
+    """Where tokens are. pages: by number, (batch, num_kv_heads, …). table: gives their addresses by number,
     int64 on the device. key_map: what is done to keys before they are coded.
     """
 
@@ -161,18 +160,21 @@ def write_tokens(
         columns: first and last + 1; their pages are there.
         ring: a column's token lies at its number modulo `tokens`; else tokens are those of the columns in order.
     """
-    refusal = None if interpret else triton_refusal(key.device, FP8_CAPABILITY)
-    if refusal is None:
+    if launched(key.device, "write_tokens", interpret=interpret):
         from .kv_pages_triton import write_triton
 
         with launching_on(key):
-            write_triton(
-                key, value, columns, pages.layout, pages.key_map, pages.table(), ring=ring, interpret=interpret
-            )
+            write_triton(key, value, columns, pages, ring=ring, interpret=interpret)
         return
-    if key.device.type != "meta":
-        log_fallback("write_tokens", refusal)
     write_ref(key, value, columns, pages, ring=ring)
+
+
+def launched(device: torch.device, op: str, *, interpret: bool) -> bool:
+    """Whether a kernel runs; if not, the reason is logged."""
+    refusal = None if interpret else triton_refusal(device, FP8_CAPABILITY)
+    if refusal is not None and device.type != "meta":
+        log_fallback(op, refusal)
+    return refusal is None
 
 
 def write_ref(key: Tensor, value: Tensor, columns: tuple[int, int], pages: Pages, *, ring: bool = False) -> None:
@@ -192,3 +194,40 @@ def write_ref(key: Tensor, value: Tensor, columns: tuple[int, int], pages: Pages
             (keys[0][:, :, source], keys[1][:, :, source]),
             (values[0][:, :, source], values[1][:, :, source]),
         )
+
+
+def read_tokens(key: Tensor, value: Tensor, columns: tuple[int, int], pages: Pages, *, interpret: bool = False) -> None:
+    """Fills dense keys and values with what pages hold.
+
+    Args:
+        key: (batch, num_kv_heads, stop − start, head_dim) floating, contiguous.
+        value: (batch, num_kv_heads, stop − start, value_head_dim), likewise.
+        columns: start and stop; their pages are there.
+    """
+    if columns[0] >= columns[1]:
+        return
+    if launched(key.device, "read_tokens", interpret=interpret):
+        from .kv_pages_triton import read_triton
+
+        with launching_on(key):
+            read_triton(key, value, columns, pages)
+        return
+    read_ref(key, value, columns, pages)
+
+
+def read_ref(key: Tensor, value: Tensor, columns: tuple[int, int], pages: Pages) -> None:
+    """Torch specification of `read_tokens`, any device."""
+    start, stop = columns
+    for number in range(start // PAGE, -(-stop // PAGE)):
+        low, high = max(start, number * PAGE), min(stop, (number + 1) * PAGE)
+        keys, values = read_page(pages, number)
+        source, place = slice(low - number * PAGE, high - number * PAGE), slice(low - start, high - start)
+        key[:, :, place] = keys[:, :, source].to(key.dtype)
+        value[:, :, place] = values[:, :, source].to(value.dtype)
+
+
+def read_page(pages: Pages, number: int) -> tuple[Tensor, Tensor]:
+    """Keys and values of a page, (batch, num_kv_heads, PAGE, head_dim) fp32."""
+    keys, values = pages.pages[number].read()
+    key, value = (dequantize_tokens(*part, pages.layout.kind) for part in (keys, values))
+    return key if pages.key_map is None else pages.key_map.decode(key), value

@@ -1,4 +1,5 @@
-"""Triton kernel of `kv_pages.py`: tokens mapped, quantized and written into pages, one program per page and KV head.
+"""Triton kernels of `kv_pages.py`: tokens quantized and written into pages, and read again, one program per page and
+KV head.
 
 Codes and parameters are those of `kv_codes.quantize_tokens` bit for bit: the same operations in the same order, none
 fused, divisions rounded correctly. Tokens of a page that are not to be written keep what they have.
@@ -13,7 +14,7 @@ from torch import Tensor
 from .attention_quant import padded_width
 from .attention_quant_triton import to_e4m3
 from .kv_codes import LEVELS, MIN_SCALE, KeyMap, rotation_block
-from .kv_pages import PAGE, PageLayout
+from .kv_pages import PAGE, PageLayout, Pages
 
 PAGE_ = tl.constexpr(PAGE)
 MIN_SCALE_ = tl.constexpr(MIN_SCALE)
@@ -70,6 +71,17 @@ def write_parameters(record, token, write, scale, least, KIND: tl.constexpr):
 
 
 @triton.jit
+def turned(x, SIZE: tl.constexpr, WIDTH: tl.constexpr):
+    """(PAGE, WIDTH) times Hadamard's matrix in blocks of SIZE channels, one bit of the channel at a time."""
+    for bit in tl.static_range(6):
+        STEP: tl.constexpr = 1 << bit
+        if STEP < SIZE:
+            left, right = tl.split(x.reshape(PAGE_, WIDTH // (2 * STEP), 2, STEP).permute(0, 1, 3, 2))
+            x = tl.join(left + right, left - right).permute(0, 1, 3, 2).reshape(PAGE_, WIDTH)
+    return x * SIZE**-0.5
+
+
+@triton.jit
 def mapped(
     x, mean_ptr, factor_ptr, kv_head, channel, inside, head_dim,
     MEAN: tl.constexpr, FACTORS: tl.constexpr, ROTATE: tl.constexpr, WIDTH: tl.constexpr,
@@ -82,12 +94,7 @@ def mapped(
         x = tl.div_rn(x, tl.broadcast_to(factor, x.shape))
     x = tl.where(inside, x, 0.0)
     if ROTATE:
-        for bit in tl.static_range(6):
-            STEP: tl.constexpr = 1 << bit
-            if STEP < ROTATE:
-                left, right = tl.split(x.reshape(PAGE_, WIDTH // (2 * STEP), 2, STEP).permute(0, 1, 3, 2))
-                x = tl.join(left + right, left - right).permute(0, 1, 3, 2).reshape(PAGE_, WIDTH)
-        x *= ROTATE**-0.5
+        x = turned(x, ROTATE, WIDTH)
     return x
 
 
@@ -99,8 +106,8 @@ def write_kernel(
     FACTORS: tl.constexpr, ROTATE: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """Grid (pages, batch · KV heads, keys or values): columns [start, stop), whose tokens lie at the column modulo length,
-    or in order where length is 0.
+    """Grid (pages, batch · KV heads, keys or values): columns [start, stop), whose tokens lie at the column modulo
+    length, or in order where length is 0.
     """
     plane = tl.program_id(1).to(tl.int64)
     batch, kv_head = plane // heads, plane % heads
@@ -168,29 +175,122 @@ def write_kernel(
                 tl.store(place, (low | (high << 4)).to(tl.uint8), mask=there)
 
 
+@triton.jit
+def numbers_of(record, token, codes, KIND: tl.constexpr):
+    """Codes of tokens as numbers. record: of their parameters. codes: (tokens, channels) FP32."""
+    if KIND == "fp8":
+        x = codes * tl.load(record.to(tl.pointer_type(tl.float32)) + token)[:, None]
+    else:
+        word = tl.load(record.to(tl.pointer_type(tl.uint32)) + token)
+        scale = (word << 16).to(tl.float32, bitcast=True)
+        x = codes * scale[:, None] + (word & 0xFFFF0000).to(tl.float32, bitcast=True)[:, None]
+    return x
+
+
+@triton.jit(do_not_specialize=["start", "stop", "heads"])
+def read_kernel(
+    key_ptr, value_ptr, table_ptr, mean_ptr, factor_ptr, start, stop, heads,
+    KIND: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, KEY_PARAMETERS: tl.constexpr,
+    VALUES: tl.constexpr, VALUE_PARAMETERS: tl.constexpr, RECORD: tl.constexpr, MEAN: tl.constexpr,
+    FACTORS: tl.constexpr, ROTATE: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Grid (pages, batch · KV heads, keys or values). key, value: (batch · KV heads, stop − start, channels)."""
+    plane = tl.program_id(1).to(tl.int64)
+    kv_head = plane % heads
+    page = start // PAGE_ + tl.program_id(0)
+    address = tl.load(table_ptr + page) + plane * RECORD
+    record = tl.multiple_of(address.to(tl.pointer_type(tl.uint8)), 16)
+    token = tl.arange(0, PAGE_)
+    column = page * PAGE_ + token
+    wanted = ((column >= start) & (column < stop))[:, None]
+    row = (plane * (stop - start) + column - start)[:, None]
+    if tl.program_id(2) == 0:
+        channel = tl.arange(0, WIDTH)
+        inside = (channel < HEAD_DIM)[None, :]
+        if KIND == "bf16":
+            place = record.to(tl.pointer_type(tl.bfloat16)) + token[:, None] * HEAD_DIM + channel[None, :]
+            x = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+        else:
+            if KIND == "fp8":
+                place = record.to(tl.pointer_type(tl.float8e4nv)) + token[:, None] * HEAD_DIM + channel[None, :]
+                codes = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+            else:
+                HALF: tl.constexpr = HEAD_DIM // 2
+                upper = channel >= HALF
+                place = record + token[:, None] * HALF + tl.where(upper, channel - HALF, channel)[None, :]
+                byte = tl.load(place, mask=inside, other=0)
+                codes = tl.where(upper[None, :], byte >> 4, byte & 15).to(tl.float32)
+            x = numbers_of(record + KEY_PARAMETERS, token, codes, KIND)
+        x = tl.where(inside, x, 0.0)
+        if ROTATE:
+            x = turned(x, ROTATE, WIDTH)
+        if FACTORS:
+            x *= tl.load(factor_ptr + kv_head * HEAD_DIM + channel, mask=channel < HEAD_DIM, other=0.0)[None, :]
+        if MEAN:
+            x += tl.load(mean_ptr + kv_head * HEAD_DIM + channel, mask=channel < HEAD_DIM, other=0.0)[None, :]
+        tl.store(key_ptr + row * HEAD_DIM + channel[None, :], x.to(key_ptr.dtype.element_ty), mask=wanted & inside)
+    else:
+        channel = tl.arange(0, VALUE_WIDTH)
+        inside = (channel < VALUE_DIM)[None, :]
+        if KIND == "bf16":
+            place = (record + VALUES).to(tl.pointer_type(tl.bfloat16)) + token[:, None] * VALUE_DIM + channel[None, :]
+            x = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+        else:
+            if KIND == "fp8":
+                place = (record + VALUES).to(tl.pointer_type(tl.float8e4nv)) + channel[:, None] * PAGE_ + token[None, :]
+                codes = tl.trans(tl.load(place, mask=tl.trans(inside), other=0.0).to(tl.float32))
+            else:
+                LATER: tl.constexpr = PAGE_ // 2
+                place = record + VALUES + channel[:, None] * LATER + (token % LATER)[None, :]
+                byte = tl.load(place, mask=tl.trans(inside), other=0)
+                codes = tl.trans(tl.where((token >= LATER)[None, :], byte >> 4, byte & 15).to(tl.float32))
+            x = numbers_of(record + VALUE_PARAMETERS, token, codes, KIND)
+        place = value_ptr + row * VALUE_DIM + channel[None, :]
+        tl.store(place, x.to(value_ptr.dtype.element_ty), mask=wanted & inside)
+
+
+def constants(layout: PageLayout, key_map: KeyMap | None) -> dict[str, object]:
+    """What both kernels are compiled for."""
+    _, key_parameters, values, value_parameters = layout.offsets
+    rotated = key_map is not None and key_map.rotated
+    return {
+        "KIND": layout.kind,
+        "HEAD_DIM": layout.key_dim,
+        "VALUE_DIM": layout.value_dim,
+        "KEY_PARAMETERS": key_parameters,
+        "VALUES": values,
+        "VALUE_PARAMETERS": value_parameters,
+        "RECORD": layout.record_bytes,
+        "MEAN": key_map is not None and key_map.mean is not None,
+        "FACTORS": key_map is not None and key_map.factors is not None,
+        "ROTATE": rotation_block(layout.key_dim) if rotated else 0,
+        "WIDTH": padded_width(layout.key_dim),
+        "VALUE_WIDTH": padded_width(layout.value_dim),
+        # Codes are to be those of the reference, bit for bit.
+        "enable_fp_fusion": False,
+        "num_warps": 8,
+    }
+
+
 def write_triton(
-    key: Tensor,
-    value: Tensor,
-    columns: tuple[int, int],
-    layout: PageLayout,
-    key_map: KeyMap | None,
-    table: Tensor,
-    *,
-    ring: bool,
-    interpret: bool = False,
+    key: Tensor, value: Tensor, columns: tuple[int, int], pages: Pages, *, ring: bool, interpret: bool = False
 ) -> None:
     """Launch without checks of `kv_pages.write_tokens`."""
     key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (key, value))
-    (batch, heads, length, head_dim), value_dim = key.shape, value.shape[3]
+    batch, heads, length, _ = key.shape
     start, stop = columns
-    mean = None if key_map is None else key_map.mean
-    factors = None if key_map is None else key_map.factors
-    rotate = rotation_block(head_dim) if key_map is not None and key_map.rotated else 0
-    offsets = layout.offsets
+    mean, factors = (None, None) if pages.key_map is None else (pages.key_map.mean, pages.key_map.factors)
     write_kernel[(-(-stop // PAGE) - start // PAGE, batch * heads, 2)](
-        key, value, table, mean, factors, *key.stride()[:3], *value.stride()[:3], start, stop, length if ring else 0,
-        heads, KIND=layout.kind, HEAD_DIM=head_dim, VALUE_DIM=value_dim, KEY_PARAMETERS=offsets[1], VALUES=offsets[2],
-        VALUE_PARAMETERS=offsets[3], RECORD=layout.record_bytes, MEAN=mean is not None, FACTORS=factors is not None,
-        ROTATE=rotate, WIDTH=padded_width(head_dim), VALUE_WIDTH=padded_width(value_dim), INTERPRET=interpret,
-        num_warps=8, enable_fp_fusion=False,
+        key, value, pages.table(), mean, factors, *key.stride()[:3], *value.stride()[:3], start, stop,
+        length if ring else 0, heads, INTERPRET=interpret, **constants(pages.layout, pages.key_map),
     )  # fmt: skip
+
+
+def read_triton(key: Tensor, value: Tensor, columns: tuple[int, int], pages: Pages) -> None:
+    """Launch without checks of `kv_pages.read_tokens`. key, value: contiguous, to be filled."""
+    batch, heads = key.shape[:2]
+    start, stop = columns
+    mean, factors = (None, None) if pages.key_map is None else (pages.key_map.mean, pages.key_map.factors)
+    read_kernel[(-(-stop // PAGE) - start // PAGE, batch * heads, 2)](
+        key, value, pages.table(), mean, factors, start, stop, heads, **constants(pages.layout, pages.key_map)
+    )

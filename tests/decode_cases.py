@@ -130,23 +130,32 @@ class DecodeCase:
         return query, kv, call, sinks, starts
 
 
-def logit_error(query: Tensor, kv: CompressedKV, scaling: float, *, accumulator: float) -> float:
-    """δ of the module, root mean square over coded tokens; 0 where none is coded in FP8."""
-    if kv.layout.kind == "bf16" or kv.coded <= kv.first:
-        return 0.0
+def key_size(query: Tensor, kv: CompressedKV, scaling: float, *, mapped: bool = False, absolute: bool = False) -> float:
+    """(Σ q² y²)^½ over the channels of a token times scaling, root mean square over tokens; mapped: of keys and queries
+    as they are multiplied. absolute: of Σ |q y| instead."""
     batch, _, _, head_dim = query.shape
     q = query.float().view(batch, kv.sink_key.shape[1], -1, head_dim) * scaling
-    if kv.key_map is not None and kv.key_map.factors is not None:
-        q = q * kv.key_map.factors[:, None]
+    key_map = kv.pages.key_map if mapped else None
+    if key_map is not None and key_map.factors is not None:
+        q = q * key_map.factors[:, None]
     largest = 0.0
     for block in blocks(kv):
-        y = block.key.float() if kv.key_map is None else kv.key_map.encode(block.key)
+        y = block.key.float() if key_map is None else key_map.encode(block.key)
         y = torch.where(block.valid[:, None, :, None], y, 0.0)
-        squares = q.square().sum(-1, keepdim=True) / head_dim * y.square().sum(-1)[:, :, None]
-        terms = q.abs() @ y.abs().mT
-        found = (2.0**-8 * squares.mean().sqrt() + accumulator * terms.square().mean().sqrt()).item()
-        largest = max(largest, found)
+        if absolute:
+            found = (q.abs() @ y.abs().mT).square().mean()
+        else:
+            found = (q.square().sum(-1, keepdim=True) / head_dim * y.square().sum(-1)[:, :, None]).mean()
+        largest = max(largest, found.sqrt().item())
     return largest
+
+
+def logit_error(query: Tensor, kv: CompressedKV, scaling: float, *, accumulator: float) -> float:
+    """δ of the module; 0 where nothing is multiplied in FP8."""
+    if kv.pages.layout.kind == "bf16" or kv.coded <= kv.first:
+        return 0.0
+    size = 2.0**-8 * key_size(query, kv, scaling, mapped=True)
+    return size + accumulator * key_size(query, kv, scaling, mapped=True, absolute=True)
 
 
 def check_decode(case: DecodeCase, *, interpret: bool, device: str = "cpu") -> None:

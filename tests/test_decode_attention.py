@@ -175,10 +175,22 @@ def mistake(**changes: Any) -> Any:
         (mistake(key_starts=torch.ones(2)), "key_starts have shape (2,) and dtype torch.float32"),
         (mistake(key_starts=torch.ones(3, dtype=torch.long)), "key_starts have shape (3,)"),
         (mistake(kv=lambda kv: replace(kv, tokens=400)), "these do not add up"),
-        (mistake(kv=lambda kv: replace(kv, pages={})), "page 0 is absent, and its tokens are read"),
-        (mistake(kv=lambda kv: replace(kv, layout=PageLayout("fp8", 16, 16))), "which do not fit"),
-        (mistake(kv=lambda kv: replace(kv, layout=PageLayout("int4", 16, 8))), "heads of 16 and 8 channels, not 16"),
-        (mistake(kv=lambda kv: replace(kv, key_map=KeyMap(torch.ones(2, 8)))), "calibrated for 2 KV heads of 8"),
+        (
+            mistake(kv=lambda kv: replace(kv, pages=replace(kv.pages, pages={}))),
+            "page 0 is absent, and its tokens are read",
+        ),
+        (
+            mistake(kv=lambda kv: replace(kv, pages=replace(kv.pages, layout=PageLayout("fp8", 16, 16)))),
+            "which do not fit",
+        ),
+        (
+            mistake(kv=lambda kv: replace(kv, pages=replace(kv.pages, layout=PageLayout("int4", 16, 8)))),
+            "heads of 16 and 8 channels, not 16",
+        ),
+        (
+            mistake(kv=lambda kv: replace(kv, pages=replace(kv.pages, key_map=KeyMap(torch.ones(2, 8))))),
+            "calibrated for 2 KV heads of 8",
+        ),
         (mistake(kv=lambda kv: replace(kv, sink_starts=torch.zeros(1))), "do not belong together"),
     ],
 )

@@ -7,12 +7,13 @@ from unittest import mock
 
 import pytest
 import torch
-from decode_cases import DecodeCase, check_decode
+from decode_cases import DecodeCase, check_decode, key_size, spread
 from interpreter_cases import interpreter_results, needs_triton
 from kernel_cases import BF16, FP16, poisoned, skip_below
 
 from kompakt.kernels.activations import FP8_CAPABILITY
-from kompakt.kernels.decode_attention import MAX_ROWS, decode_refusal, run_decode
+from kompakt.kernels.decode_attention import MAX_ROWS, decode_ref, decode_refusal, fits_one_launch, run_decode
+from kompakt.kernels.decode_chunks import decode_chunks
 
 KERNEL = "kompakt.kernels.decode_attention_triton"
 CASES = {
@@ -77,7 +78,7 @@ def check_splits(pages: int, multiprocessors: int) -> None:
 def check_damaged_token(kind: str) -> None:
     """NaN in a token that is seen is NaN in the output of its head; in one that is not, nothing."""
     query, kv, call, _, _ = replace(CASES["plain"], kind=kind).make()
-    for parameters in (kv.pages[1].key_parameters, kv.pages[1].value_parameters):
+    for parameters in (kv.pages.pages[1].key_parameters, kv.pages.pages[1].value_parameters):
         parameters[:, 0, 17] = torch.nan
     out, _ = run_decode(query, kv, call, None, None, interpret=True)
     assert out[:, :2].isnan().all() and not out[:, 2:].isnan().any()
@@ -169,9 +170,51 @@ def test_what_runs_on_gpu():
     query, kv, *_ = CASES["plain"].make("cuda")
     assert decode_refusal(query, kv) is None
     assert "takes bf16 and fp16" in str(decode_refusal(query.float(), kv))
-    many = torch.zeros(1, 4, MAX_ROWS, 64, device="cuda", dtype=FP16)
-    assert f"exceed the kernel's {MAX_ROWS}" in str(decode_refusal(many, kv))
-    assert "came at once" in str(decode_refusal(query, replace(kv, ring=None)))
+    assert fits_one_launch(query, kv) and not fits_one_launch(query, replace(kv, ring=None))
+    assert not fits_one_launch(torch.zeros(1, 4, MAX_ROWS, 64, device="cuda", dtype=FP16), kv)
+
+
+CHUNKS = {
+    "plain": DecodeCase(lengths=(600, 90)),
+    "more than stays dense": DecodeCase(lengths=(600, 300), starts=(0, 130, 640)),
+    "grouped 9/3": DecodeCase(heads=(9, 3), lengths=(600, 90), starts=(0, 605)),
+    "window": DecodeCase(window=70, lengths=(300, 200), starts=(0, 450)),
+    "everything": DecodeCase(sinks=True, softcap=4.0, window=300, starts=(0, 150), lengths=(300, 150, 99)),
+    "sink logits": DecodeCase(sinks=True, lengths=(600, 33), starts=(0, 620), kind="fp8"),
+    "many sinks": DecodeCase(lengths=(400, 60), starts=(5, 100), options={"recent_tokens": 0, "sink_tokens": 150}),
+    "nothing coded": DecodeCase(lengths=(20, 60)),
+    "head_dim 96, 80": DecodeCase(lengths=(300, 60), dims=(96, 80)),
+}
+
+
+def check_chunks(case: DecodeCase, columns: int, device: str = "cpu") -> None:
+    """Parts of so many columns, merged, against the reference; FP32 on a CPU, where nothing is rounded."""
+    query, kv, call, sinks, starts = case.make(device)
+    out, lse = decode_chunks(query, kv, call, sinks, starts, columns=columns)
+    exact, exact_lse = decode_ref(query.double(), kv, call, sinks, starts, dtype=torch.float64)
+    blind = exact_lse.isneginf()
+    assert torch.equal(lse.isneginf(), blind) and (out[blind] == 0).all()
+    assert out.shape == exact.shape and out.transpose(1, 2).is_contiguous()
+    eps = torch.finfo(case.dtype).eps
+    # Keys and values rounded to the dtype of the query move a logit by eps of each channel, and a value by eps.
+    size = spread(query, kv, call, sinks, starts)
+    delta = eps * key_size(query, kv, call.scaling)
+    error = (out.double() - exact).norm(dim=(-2, -1)).float()
+    assert (error <= 2 * (delta + eps) * size + (eps + 1e-5) * exact.float().norm(dim=(-2, -1))).all()
+    assert ((lse - exact_lse)[~blind].abs() <= 8 * delta + 1e-5).all()
+
+
+@pytest.mark.parametrize("columns", [64, 200, 4096])
+@pytest.mark.parametrize("name", CHUNKS)
+def test_chunks(name, columns):
+    check_chunks(replace(CHUNKS[name], dtype=torch.float32), columns)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CHUNKS)
+def test_chunks_on_gpu(name):
+    skip_below(FP8_CAPABILITY)
+    check_chunks(replace(CHUNKS[name], dtype=BF16), 256, "cuda")
 
 
 def test_what_runs_on_cpu():

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kompakt.kernels.activations import FP8_CAPABILITY
 from kompakt.kernels.kv_codes import KINDS, Kind
-from kompakt.kernels.kv_pages import PAGE, PageLayout, Pages, write_ref, write_tokens
+from kompakt.kernels.kv_pages import PAGE, PageLayout, Pages, read_ref, read_tokens, write_ref, write_tokens
 from kompakt.quant.kv_int4 import KVINT4
 
 KERNEL = "kompakt.kernels.kv_pages_triton"
@@ -101,7 +101,7 @@ def check(case: WriteCase, *, interpret: bool, device: str = "cpu") -> None:
         # NaN may have any bits.
         for number in wrong[:, 0].unique().tolist():
             for (codes, parameters), (codes_, parameters_) in zip(
-                layout.page(records[number]).read(PAGE), layout.page(expected[number]).read(PAGE), strict=True
+                layout.page(records[number]).read(), layout.page(expected[number]).read(), strict=True
             ):
                 assert same(codes, codes_) and same(parameters, parameters_)
 
@@ -111,14 +111,39 @@ def same(got: Tensor, expected: Tensor) -> bool:
     return bool(((got == expected) | (got.isnan() & expected.isnan())).all())
 
 
+def check_read(case: WriteCase, *, interpret: bool, device: str = "cpu") -> None:
+    """What the kernel reads is what its reference reads; what it is not asked for stays."""
+    key, value, pages, _ = case.make(device)
+    write_ref(key, value, case.columns, pages, ring=case.ring > 0)
+    start, stop = case.columns
+    found, wanted = ([x.new_full((2, 3, stop - start, x.shape[3]), torch.nan) for x in (key, value)] for _ in range(2))
+    read_tokens(*found, case.columns, pages, interpret=interpret)
+    read_ref(*wanted, case.columns, pages)
+    for got, expected in zip(found, wanted, strict=True):
+        # The sums of the rotation and what follows are rounded once more or less.
+        close = torch.isclose(got.float(), expected.float(), rtol=2 * torch.finfo(got.dtype).eps, atol=1e-6)
+        assert (close | (got.isnan() & expected.isnan())).all()
+        assert got.isfinite().any()
+
+
 INTERPRETER_CASES = {name: functools.partial(check, case, interpret=True) for name, case in CASES.items()}
+INTERPRETER_CASES |= {
+    f"read, {name}": functools.partial(check_read, CASES[name], interpret=True)
+    for name in ("plain", "over pages", "head_dim 96, 80", "as they are", "fp8, over pages", "bf16, over pages")
+}
 MUTATIONS = {
+    "halves of keys read": ("(upper[None, :], byte >> 4", "(upper[None, :], byte >> 3", "read, plain"),
+    "halves of values read": ("(token >= LATER)[None, :], byte", "(token >= 0)[None, :], byte", "read, plain"),
+    "factors read": ("x *= tl.load(factor_ptr", "x += 0.0 * tl.load(factor_ptr", "read, plain"),
+    "mean read": ("x += tl.load(mean_ptr + kv_head", "x += tl.load(mean_ptr + 0 * kv_head", "read, plain"),
+    "columns read": ("+ column - start)[:, None]", "+ tl.maximum(column - start - 1, 0))[:, None]", "read, over pages"),
+    "scale read": ("x = codes * tl.load(record", "x = codes + tl.load(record", "read, fp8, over pages"),
     "rounding of the least value": ("infinite), axis=1), True)", "infinite), axis=1), False)", "as they are"),
     "rounding of the step": ("scale = outwards(scale, False)", "scale = outwards(scale, True)", "as they are"),
     "ties": ("((codes + ROUND) - ROUND, 0.0)", "((codes + 0.5 + ROUND) - ROUND, 0.0)", "as they are"),
     "mean": ("x -= tl.load(mean_ptr + kv_head", "x -= tl.load(mean_ptr + 0 * kv_head", "plain"),
     "factors": ("x = tl.div_rn(x, tl.broadcast_to(factor, x.shape))", "x = x * 1.0", "plain"),
-    "rotation": ("STEP < ROTATE", "2 * STEP < ROTATE", "plain"),
+    "rotation": ("if STEP < SIZE", "if 2 * STEP < SIZE", "plain"),
     "damaged tokens": ("tl.where(finite & inside, codes", "tl.where(inside, codes", "fp8, plain"),
     "channels without storage": ("tl.where(inside, x, -infinite)", "x", "head_dim 96, 80"),
     "halves of keys": ("channel + HALF, WIDTH - 1", "channel, WIDTH - 1", "plain"),
@@ -146,6 +171,7 @@ MUTATIONS = {f"broken: {name}": found for name, found in MUTATIONS.items()}
 def test_kernel_on_gpu(name):
     skip_below(FP8_CAPABILITY)
     check(CASES[name], interpret=False, device="cuda")
+    check_read(CASES[name], interpret=False, device="cuda")
 
 
 @pytest.mark.gpu
