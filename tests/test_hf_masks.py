@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import masking_utils
@@ -24,7 +26,7 @@ from kompakt.kernels.segments import visible, whole
 CPU = torch.device("cpu")
 BATCH = 3
 # How packed sequences number their tokens anew; 5.17 does not.
-REMAP = getattr(masking_utils, "remap_positions_for_packed_sequence", None)
+REMAP: Any = getattr(masking_utils, "remap_positions_for_packed_sequence", None)
 sliding = sliding_window_causal_mask_function
 both_ways = sliding_window_bidirectional_mask_function
 
