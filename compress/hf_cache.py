@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..kernels.decode_attention import CompressedKV, dequantized
 from ..quant.method import KVCacheMethod
@@ -25,9 +26,7 @@ from .cache import Sizes, TokenStore
 
 # What transformers calls a cache among the arguments and outputs of its models; until 5.23 the second.
 NAMES = ("cache", "past_key_values")
-CACHE = next(
-    name for name in NAMES if name in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
-)
+CACHE = NAMES[0] if NAMES[0] in CausalLMOutputWithPast.__dataclass_fields__ else NAMES[1]
 
 STAYS = "a compressed cache stays on its device; pass cache_implementation='offloaded' for transformers' own offloading"
 
