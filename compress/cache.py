@@ -79,11 +79,21 @@ class TokenStore:
         self.pages: dict[int, Page] = {}
         self.slots: dict[int, Slot] = {}
         self.addresses: Tensor | None = None
+        self.located: Pages | None = None
         self.tokens = self.coded = 0
         self.kept_from = self.pages_from = 0
         self.skipped = (0, 0)
         self.key = self.value = self.sink_key = self.sink_value = self.sink_starts = None
         self.version += 1
+
+    def __getstate__(self) -> dict[str, object]:
+        """For a copy, whose pages lie elsewhere."""
+        return {**vars(self), "pages": {}, "addresses": None, "located": None}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        vars(self).update(state)
+        if self.pool is not None:
+            self.pages = {number: self.pool.page(slot) for number, slot in self.slots.items()}
 
     @property
     def recent(self) -> int:
@@ -230,7 +240,7 @@ class TokenStore:
         assert self.pool is not None
         self.slots[number] = self.pool.take()
         self.pages[number] = self.pool.page(self.slots[number])
-        self.addresses = None
+        self.addresses = self.located = None
 
     def remove_pages(self, numbers: list[int]) -> None:
         """Gives storage of pages back."""
@@ -239,12 +249,14 @@ class TokenStore:
             self.pool.give_back(self.slots.pop(number))  # pyright: ignore[reportOptionalMemberAccess]
             del self.pages[number]
         if numbers:
-            self.addresses = None
+            self.addresses = self.located = None
 
     def where(self) -> Pages:
-        """All pages."""
-        assert self.pool is not None
-        return Pages(self.pool.layout, self.pages, self.table, self.key_map)
+        """All pages; one object until a page comes or goes."""
+        if self.located is None:
+            assert self.pool is not None
+            self.located = Pages(self.pool.layout, self.pages, self.table, self.key_map)
+        return self.located
 
     def table(self) -> Tensor:
         """Addresses of pages by their number, int64 on the device, 0 for those that are not there."""
@@ -315,7 +327,7 @@ class TokenStore:
         assert self.pool is not None
         self.pool.map_rows(change, len(rows))
         self.pages = {number: self.pool.page(slot) for number, slot in self.slots.items()}
-        self.addresses = None
+        self.addresses = self.located = None
         for name in ("key", "value", "sink_key", "sink_value", "sink_starts"):
             setattr(self, name, change(getattr(self, name)))
 

@@ -317,9 +317,4 @@ def check_storage(kv: CompressedKV) -> None:
         raise ValueError(f"pages hold heads of {layout.key_dim} and {layout.value_dim} channels, not {head_dim}")
     if kv.pages.key_map is not None:
         kv.pages.key_map.check(kv_heads, head_dim)
-    for number in range(kv.first // PAGE, -(-kv.coded // PAGE)):
-        page = kv.pages.pages.get(number)
-        if page is None:
-            raise ValueError(f"page {number} is absent, and its tokens are read")
-        if page.kind != layout.kind or page.key_codes.shape[:2] != (batch, kv_heads):
-            raise ValueError(f"page {number} has codes {tuple(page.key_codes.shape)} of {page.kind}, which do not fit")
+    kv.pages.check(kv.first // PAGE, -(-kv.coded // PAGE), batch, kv_heads)
