@@ -47,7 +47,8 @@ def retrieval_conditions(asked: dict[str, Any]) -> list[str]:
     from ..compress.card import attention_sentence
 
     copied = any(test.startswith("copy") for test in asked["tests"])
-    grid = f"{asked['samples']} cases at each of {asked['depths']} depths of {asked['source']}, seed {asked['seed']}"
+    cases = "1 case" if asked["samples"] == 1 else f"{asked['samples']} cases"
+    grid = f"{cases} at each of {asked['depths']} depths of {asked['source']}, seed {asked['seed']}"
     lines = [f"{grid}, passages of {asked['passage']} tokens" if copied else grid]
     if asked["fed"]["model"] == "pieces":
         lines.append("The context of a case went in as one prompt, then its question, then its answer")
