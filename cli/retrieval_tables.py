@@ -6,8 +6,8 @@ from typing import Any
 
 from .tables import Shown, percent, spread, table
 
-MEASURES = {"copy_text": "token_accuracy", "copy_words": "token_accuracy", "needle": "exact_match"}
-"""Test → the measure that it is shown by; else exact match."""
+MEASURES = {"needle": "exact_match"}
+"""Test → the measure that it is shown by; else right tokens, which a small model gets where it gets no whole answer."""
 LABELS = {"token_accuracy": "right tokens", "exact_match": "exact"}
 
 
@@ -26,7 +26,7 @@ def retrieved(content: dict[str, Any]) -> Shown:
 def retrieval_rows(rows: Any, test: str, row: dict[str, Any]) -> None:
     """The main measure and the answer's NLL of one test and length; differences are paired."""
     sides, difference = [row.get("base"), row["model"]], row.get("difference")
-    key = MEASURES.get(test, "exact_match")
+    key = MEASURES.get(test, "token_accuracy")
     shares = ["" if side is None else percent(side[key], side[f"{key}_stderr"], ".1f") for side in sides]
     losses = ["" if side is None else spread(side["nll"], side["nll_stderr"]) for side in sides]
     note, loss_note = f"{row['model']['items']} cases", "nats per token"

@@ -9,16 +9,20 @@ import re
 
 import pytest
 import torch
-from cache_models import patched
+from cache_models import patched, policy_of
 from tiny import VOCAB, tiny_directory, write_text
 
 from kompakt.cli.main import main
 from kompakt.compress import GenerationOptions, RetrievalOptions, compress, evaluate, load
+from kompakt.compress.assess import measure_text
 from kompakt.compress.card import cache_evaluation_sentence
 from kompakt.compress.evaluation import compare, perplexity, ratio_mean, token_nll
+from kompakt.compress.hf_attention import attention_modules
 from kompakt.compress.hf_cache import CACHE
+from kompakt.compress.hf_cache_hooks import run_by
 from kompakt.compress.recipe import EvaluationOptions, Recipe, evaluation_options
 from kompakt.quant.kv_fp8 import KVFP8
+from kompakt.quant.method import AttentionPolicy
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 WINDOWS = torch.randint(3, VOCAB, (3, 301), generator=torch.Generator().manual_seed(6))
@@ -127,6 +131,17 @@ def test_evaluate_by_either_protocol(base, directory, text):
     assert swapped["comparison"]["base"] == found["comparison"]["model"]
 
 
+def test_a_prompt_counts_as_long_enough_for_quantized_attention(base):
+    """However short: the layers' threshold is far above it."""
+    model = load_base(base)
+    policies = {name: AttentionPolicy("int8_fp16", 4096) for name in attention_modules(model)}
+    run_by(model, policies, policy_of(model, KVFP8(recent_tokens=16)))
+    options = EvaluationOptions(window=301, cache_protocol="decode", prompt_tokens=60)
+    found = measure_text(model, None, WINDOWS, options, lambda *_: None)
+    # Of each window a prompt in 4 layers, and two chunks that read the cache.
+    assert found["attention"]["calls"] == {"int8_fp16": 12, "kv_cache": 24}
+
+
 def test_tasks_follow_the_protocol(directory, tmp_path):
     file = tmp_path / "words.jsonl"
     words = "the value of an expression is what a function returns to its caller and " * 30
@@ -142,8 +157,10 @@ def test_tasks_follow_the_protocol(directory, tmp_path):
 
 
 def test_the_protocol_is_refused_where_it_says_nothing(base):
-    with pytest.raises(ValueError, match="no model here has one"):
-        evaluate(base, options=EvaluationOptions(cache_protocol="decode", window=64), speed=False)
+    for windows in (0, 1):
+        options = EvaluationOptions(cache_protocol="decode", window=64, windows=windows)
+        with pytest.raises(ValueError, match="no model here has one"):
+            evaluate(base, options=options, speed=False)
     with pytest.raises(ValueError, match="the recipe fills no slot kv_cache"):
         Recipe.load("w4a16-rtn", {"evaluation.cache_protocol": "decode"})
     with pytest.raises(ValueError, match="evaluation: prompt_tokens is for cache_protocol decode"):
