@@ -37,7 +37,7 @@ from kompakt.quant.kv_int4 import KVINT4
 pytestmark = pytest.mark.usefixtures("one_thread")
 TEXT = builtin_text("evaluation")[:20_000]
 OPTIONS = RetrievalOptions(lengths=(301, 437), depths=3, samples=2, passage=23)
-CACHES = {"fp8": KVFP8(recent_tokens=16), "int4": KVINT4(recent_tokens=16, channel_scales=False)}
+CACHES = {"fp8": KVFP8(recent_tokens=16), "int4": KVINT4(recent_tokens=16)}
 
 
 @pytest.fixture(scope="module")
