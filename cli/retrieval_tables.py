@@ -20,7 +20,7 @@ def retrieved(content: dict[str, Any]) -> Shown:
     for test, result in asked["results"].items():
         for row in result["rows"]:
             retrieval_rows(rows, test, row)
-    return ["", rows, *retrieval_conditions(asked)]
+    return ["", rows, "", depth_table(asked, content["against"] is not None), *retrieval_conditions(asked)]
 
 
 def retrieval_rows(rows: Any, test: str, row: dict[str, Any]) -> None:
@@ -40,6 +40,20 @@ def retrieval_rows(rows: Any, test: str, row: dict[str, Any]) -> None:
         loss_note = f"{change} nats per token"
     rows.add_row(f"{test} {row['length']:,}: {LABELS[key]}", *shares, note)
     rows.add_row(f"{test} {row['length']:,}: NLL", *losses, loss_note)
+
+
+def depth_table(asked: dict[str, Any], compared: bool) -> Any:
+    """The main measure of every test and length, depth by depth."""
+    first = next(iter(asked["results"].values()))["rows"][0]["depths"]
+    title = f"by depth in the context{', base → model' if compared else ''}"
+    rows = table(title, "", *(f"{cell['depth']:.0%}" for cell in first), "")
+    for test, result in asked["results"].items():
+        key = MEASURES.get(test, "token_accuracy")
+        for row in result["rows"]:
+            cells = [[cell[side][key] for side in ("base", "model") if side in cell] for cell in row["depths"]]
+            shares = [" → ".join(f"{100 * share:.0f}" for share in cell) for cell in cells]
+            rows.add_row(f"{test} {row['length']:,}", *shares, f"% {LABELS[key]}")
+    return rows
 
 
 def retrieval_conditions(asked: dict[str, Any]) -> list[str]:

@@ -37,7 +37,9 @@ TEMPLATE = """\
 
 Measured on {{ evaluation.text.source }}, {{ evaluation.text.windows }} windows of {{ evaluation.text.window }} tokens,
 stride {{ evaluation.text.stride }}
-{%- if evaluation.text.prompt_tokens is defined %}, scored behind the first {{ evaluation.text.prompt_tokens }} of each{% endif %}.
+{%- if evaluation.text.prompt_tokens is defined -%}
+, scored behind the first {{ evaluation.text.prompt_tokens }} of each
+{%- endif %}.
 {%- if evaluation_sentence %} {{ evaluation_sentence }}{% endif %}
 {%- if cache_evaluation %} {{ cache_evaluation }}{% endif %}
 {%- endif %}

@@ -159,8 +159,8 @@ def difference(base: Sequence[Answer], answers: Sequence[Answer]) -> RetrievalDi
 
 
 def measure_test(subject: Any, base: Any, cases: Sequence[Case], *, progress: Progress | None = None) -> dict[str, Any]:
-    """One test of a model, and of its base where that is not None, JSON-able: a row per length, every answer, and how
-    cache and attention of the model were read.
+    """One test of a model, and of its base where that is not None, JSON-able: a row per length with its depths,
+    every answer, and how cache and attention of the model were read.
     """
     sides = {"model": subject, **({} if base is None else {"base": base})}
     found: dict[str, list[Answer]] = {}
@@ -181,9 +181,20 @@ def measure_test(subject: Any, base: Any, cases: Sequence[Case], *, progress: Pr
         row: dict[str, Any] = {"length": length, **{side: summary(items).as_dict() for side, items in chosen.items()}}
         if base is not None:
             row["difference"] = difference(chosen["base"], chosen["model"]).as_dict()
+        row["depths"] = [
+            {"depth": depth, **{side: at_depth(items, depth) for side, items in chosen.items()}}
+            for depth in dict.fromkeys(item.depth for item in chosen["model"])
+        ]
         rows.append(row)
     answers = {side: [asdict(answer) for answer in items] for side, items in found.items()}
     return {"rows": rows, "answers": answers, **used}
+
+
+def at_depth(answers: Sequence[Answer], depth: float) -> dict[str, float]:
+    """Shares of right tokens and of right answers among those whose evidence is that deep."""
+    found = [answer for answer in answers if answer.depth == depth]
+    right, tokens = sum(answer.right for answer in found), sum(answer.tokens for answer in found)
+    return {"token_accuracy": right / tokens, "exact_match": sum(answer.exact for answer in found) / len(found)}
 
 
 def in_use(model: Any, longest: int) -> dict[str, Any]:

@@ -207,6 +207,10 @@ def test_retrieval_and_generation(base, directory, text):
         assert all(row["model"]["items"] == row["base"]["items"] == 2 for row in result["rows"])
         assert all(row["base"]["items_in_codes"] == 0 for row in result["rows"])
         assert all(row["difference"]["nll_difference"] != 0 for row in result["rows"])
+        for row in result["rows"]:
+            cells = [(cell["depth"], cell["model"]["token_accuracy"]) for cell in row["depths"]]
+            answers = [item for item in result["answers"]["model"] if item["length"] == row["length"]]
+            assert cells == [(item["depth"], item["right"] / item["tokens"]) for item in answers]
         used = result["kv_cache"]
         assert used["positions"] == used["reading_codes"] == sum(row["model"]["tokens"] for row in result["rows"])
         assert stages[test] == [(done, 8) for done in range(1, 9)]
@@ -221,7 +225,7 @@ def test_a_model_alone_and_beside_itself(base, text):
     options = EvaluationOptions(windows=0)
     asked = RetrievalOptions(text=text, lengths=(200,), tests=("needle",), depths=1, samples=3)
     (row,) = evaluate(base, options=options, retrieval=asked, speed=False)["retrieval"]["results"]["needle"]["rows"]
-    assert set(row) == {"length", "model"}
+    assert set(row) == {"length", "model", "depths"} and set(row["depths"][0]) == {"depth", "model"}
     result = evaluate(base, against=base, options=options, retrieval=asked, speed=False)["retrieval"]["results"]
     (beside,) = result["needle"]["rows"]
     assert beside["model"] == beside["base"] == row["model"]
@@ -277,6 +281,7 @@ def test_command_line(base, directory, text, tmp_path, capsys):
         "copy_words 400: NLL",
         "needle 300: exact",
         "lost of 5 cases",
+        "by depth in the context, base → model 10% 30% 50% 70% 90%",
         "1 case at each of 5 depths of text.txt, seed 0, passages of 64 tokens",
         "The context of a case went in as one prompt, then its question, then its answer",
         "same token as the base",
