@@ -9,20 +9,24 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .assess import evaluate
     from .demo import build_demo_model
+    from .evaluation_generation import GenerationOptions
     from .hf_cache import CompressedCache
     from .patching import Patch, load, patch
     from .pipeline import CompressionResult, compress
     from .planning import Plan, plan
     from .recipe import Recipe
     from .restore import LimitExceeded
+    from .retrieval_cases import RetrievalOptions
 
 _HOMES = {
     "CompressedCache": "hf_cache",
     "CompressionResult": "pipeline",
+    "GenerationOptions": "evaluation_generation",
     "LimitExceeded": "restore",
     "Patch": "patching",
     "Plan": "planning",
     "Recipe": "recipe",
+    "RetrievalOptions": "retrieval_cases",
     "build_demo_model": "demo",
     "compress": "pipeline",
     "evaluate": "assess",
@@ -33,10 +37,12 @@ _HOMES = {
 __all__ = [
     "CompressedCache",
     "CompressionResult",
+    "GenerationOptions",
     "LimitExceeded",
     "Patch",
     "Plan",
     "Recipe",
+    "RetrievalOptions",
     "build_demo_model",
     "compress",
     "evaluate",
