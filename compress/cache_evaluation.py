@@ -18,13 +18,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ..kernels.decode_attention import PAGE
 from ..quant.method import AttentionPolicy, CachePolicy
 from .hf_attention import at_least, attached_layers
-from .hf_cache import CACHE
+from .hf_cache import CACHE, former_cache, holds_attention_alone
 from .hf_cache_hooks import cache_maker, running
 
 CHUNK = PAGE
@@ -48,7 +46,7 @@ class Reader:
 
     def __init__(self, model: Any, mask: Tensor | None = None):
         self.model, self.mask, self.maker, self.fed = model, mask, cache_maker(model), 0
-        self.cache: Any = DynamicCache(config=model.config) if self.maker is None else self.maker.make(mask)
+        self.cache: Any = former_cache(model.config) if self.maker is None else self.maker.make(mask)
 
     def feed(self, ids: Tensor, *, keep: int | None = None) -> Tensor:
         """Logits of the last `keep` of the next tokens: ids (batch, tokens) → (batch, keep, vocabulary), default all.
@@ -106,10 +104,7 @@ def fits_in_pieces(model: Any) -> bool:
 
     A recurrent state is continued by several tokens at a time in some versions of transformers only.
     """
-    if cache_maker(model) is not None:
-        return True
-    kinds = (DynamicLayer, DynamicSlidingWindowLayer)
-    return all(type(layer) in kinds for layer in DynamicCache(config=model.config).layers)
+    return cache_maker(model) is not None or holds_attention_alone(former_cache(model.config))
 
 
 def count_anew(model: Any) -> None:
