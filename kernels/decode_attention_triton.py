@@ -457,10 +457,10 @@ def decode_triton(
         config.splits, call.window or 0, kv.ring[0].shape[2], heads, kv.sink_key.shape[2], call.scaling,
         call.softcap or 0.0, RECORD=layout.record_bytes, QUERIES=queries, GROUP=group, KIND=layout.kind,
         HEAD_DIM=head_dim, VALUE_DIM=value_dim, KEY_PARAMETERS=offsets[1], VALUES=offsets[2],
-        VALUE_PARAMETERS=offsets[3], WINDOW=call.window is not None, SOFTCAP=call.softcap is not None, STARTS=key_starts is not None,
-        SINKS=kv.sink_key.shape[2] > 0, LENGTHS_=kv.lengths is not None, ROWS=rows, WIDTH=width,
-        VALUE_WIDTH=value_width, STAGES=config.num_stages, INTERPRET=interpret, num_warps=config.num_warps,
-        num_stages=config.num_stages, enable_fp_fusion=True,
+        VALUE_PARAMETERS=offsets[3], WINDOW=call.window is not None, SOFTCAP=call.softcap is not None,
+        STARTS=key_starts is not None, SINKS=kv.sink_key.shape[2] > 0, LENGTHS_=kv.lengths is not None, ROWS=rows,
+        WIDTH=width, VALUE_WIDTH=value_width, STAGES=config.num_stages, INTERPRET=interpret,
+        num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
     merge_kernel[(batch * heads * queries,)](
         part, state, sinks, out, lse, parts, heads, queries, group, value_dim, SINK_LOGITS=sinks is not None,
