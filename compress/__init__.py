@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .demo import build_demo_model
     from .evaluation_generation import GenerationOptions
     from .hf_cache import CompressedCache
+    from .hf_capture import captured
     from .patching import Patch, load, patch
     from .pipeline import CompressionResult, compress
     from .planning import Plan, plan
@@ -28,6 +29,7 @@ _HOMES = {
     "Recipe": "recipe",
     "RetrievalOptions": "retrieval_cases",
     "build_demo_model": "demo",
+    "captured": "hf_capture",
     "compress": "pipeline",
     "evaluate": "assess",
     "load": "patching",
@@ -44,6 +46,7 @@ __all__ = [
     "Recipe",
     "RetrievalOptions",
     "build_demo_model",
+    "captured",
     "compress",
     "evaluate",
     "load",
