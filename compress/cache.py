@@ -334,7 +334,9 @@ class TokenStore:
 
     def drop_pages(self, unseen: int) -> None:
         """Gives up pages that end at or before column `unseen`."""
-        self.pages_from = max(self.pages_from, unseen)
+        if unseen <= self.pages_from:
+            return
+        self.pages_from = unseen
         self.remove_pages([number for number in self.pages if (number + 1) * PAGE <= self.pages_from])
 
     def read(self, new: tuple[Tensor, Tensor] | None, queries: int) -> CompressedKV:
