@@ -39,6 +39,7 @@ from .decode_tiles_triton import (
     multiply,
     nibbles,
     record_at,
+    turned,
     two_terms,
 )
 from .kv_codes import rotation_block
@@ -124,13 +125,7 @@ def prepare_kernel(
     if FACTORS:
         q *= tl.load(factor_ptr + kv_head * head_dim + channel, mask=inside, other=0.0)[None, :]
     if ROTATE:
-        # Sylvester's matrix one bit of the channel at a time: sums and differences of channels that differ in it.
-        for bit in tl.static_range(6):
-            STEP: tl.constexpr = 1 << bit
-            if STEP < ROTATE:
-                left, right = tl.split(q.reshape(ROWS, WIDTH // (2 * STEP), 2, STEP).permute(0, 1, 3, 2))
-                q = tl.join(left + right, left - right).permute(0, 1, 3, 2).reshape(ROWS, WIDTH)
-        q *= ROTATE**-0.5
+        q = turned(q, ROWS, WIDTH, ROTATE)
     amax = tl.max(tl.abs(q), axis=1)
     scale = tl.maximum(amax * (1.0 / 448.0), TINY)
     total = tl.sum(q, axis=1)

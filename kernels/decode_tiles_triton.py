@@ -1,4 +1,4 @@
-"""Pieces of `decode_attention_triton.py`: codes into operands, two e4m3 terms side by side, addresses of records."""
+"""Pieces of the kernels of a compressed cache: codes into operands, two e4m3 terms side by side, rotation."""
 
 import triton
 import triton.language as tl
@@ -89,3 +89,19 @@ def load_queries(base, qh, qt, QUERIES, GROUP, HEAD_DIM, ROWS: tl.constexpr, WID
     known = (row < QUERIES * GROUP)[:, None] & (channel < HEAD_DIM)[None, :]
     place = (row % GROUP)[:, None] * qh + (row // GROUP)[:, None] * qt + channel[None, :]
     return tl.load(base + place, mask=known, other=0.0)
+
+
+@triton.jit
+def crossed(x, ROWS: tl.constexpr, WIDTH: tl.constexpr, STEP: tl.constexpr):
+    """(ROWS, WIDTH): sums and differences of channels that differ in the bit STEP."""
+    left, right = tl.split(x.reshape(ROWS, WIDTH // (2 * STEP), 2, STEP).permute(0, 1, 3, 2))
+    return tl.join(left + right, left - right).permute(0, 1, 3, 2).reshape(ROWS, WIDTH)
+
+
+@triton.jit
+def turned(x, ROWS: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr):
+    """(ROWS, WIDTH) times Hadamard's matrix in blocks of SIZE channels, 64 at most, one bit of a channel at a time."""
+    for bit in tl.static_range(6):
+        if (1 << bit) < SIZE:
+            x = crossed(x, ROWS, WIDTH, 1 << bit)
+    return x * SIZE**-0.5

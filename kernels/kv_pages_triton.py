@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .attention_quant import padded_width
 from .attention_quant_triton import to_e4m3
+from .decode_tiles_triton import turned
 from .kv_codes import LEVELS, MIN_SCALE, KeyMap, rotation_block
 from .kv_pages import PAGE, PageLayout, Pages
 
@@ -71,17 +72,6 @@ def write_parameters(record, token, write, scale, least, KIND: tl.constexpr):
 
 
 @triton.jit
-def turned(x, SIZE: tl.constexpr, WIDTH: tl.constexpr):
-    """(PAGE, WIDTH) times Hadamard's matrix in blocks of SIZE channels, one bit of the channel at a time."""
-    for bit in tl.static_range(6):
-        STEP: tl.constexpr = 1 << bit
-        if STEP < SIZE:
-            left, right = tl.split(x.reshape(PAGE_, WIDTH // (2 * STEP), 2, STEP).permute(0, 1, 3, 2))
-            x = tl.join(left + right, left - right).permute(0, 1, 3, 2).reshape(PAGE_, WIDTH)
-    return x * SIZE**-0.5
-
-
-@triton.jit
 def mapped(
     x, mean_ptr, factor_ptr, kv_head, channel, inside, head_dim,
     MEAN: tl.constexpr, FACTORS: tl.constexpr, ROTATE: tl.constexpr, WIDTH: tl.constexpr,
@@ -94,7 +84,7 @@ def mapped(
         x = tl.div_rn(x, tl.broadcast_to(factor, x.shape))
     x = tl.where(inside, x, 0.0)
     if ROTATE:
-        x = turned(x, ROTATE, WIDTH)
+        x = turned(x, PAGE_, WIDTH, ROTATE)
     return x
 
 
@@ -211,6 +201,50 @@ def numbers_of(record, token, codes, KIND: tl.constexpr):
     return x
 
 
+@triton.jit
+def stored_keys(
+    record, token, channel, inside, KIND: tl.constexpr, HEAD_DIM: tl.constexpr, KEY_PARAMETERS: tl.constexpr
+):
+    """(tokens, channels) FP32 of a page, as they were coded."""
+    if KIND == "bf16":
+        numbers = record.to(tl.pointer_type(tl.bfloat16)) + token[:, None] * HEAD_DIM + channel[None, :]
+        x = tl.load(numbers, mask=inside, other=0.0).to(tl.float32)
+    elif KIND == "fp8":
+        place = record.to(tl.pointer_type(tl.float8e4nv)) + token[:, None] * HEAD_DIM + channel[None, :]
+        codes = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+        x = numbers_of(record + KEY_PARAMETERS, token, codes, KIND)
+    else:
+        HALF: tl.constexpr = HEAD_DIM // 2
+        upper = channel >= HALF
+        bytes_ = record + token[:, None] * HALF + tl.where(upper, channel - HALF, channel)[None, :]
+        byte = tl.load(bytes_, mask=inside, other=0)
+        halves = tl.where(upper[None, :], byte >> 4, byte & 15).to(tl.float32)
+        x = numbers_of(record + KEY_PARAMETERS, token, halves, KIND)
+    return x
+
+
+@triton.jit
+def stored_values(
+    record, token, channel, inside, KIND: tl.constexpr, VALUE_DIM: tl.constexpr, VALUES: tl.constexpr,
+    VALUE_PARAMETERS: tl.constexpr,
+):  # fmt: skip
+    """(tokens, channels) FP32 of a page."""
+    if KIND == "bf16":
+        numbers = (record + VALUES).to(tl.pointer_type(tl.bfloat16)) + token[:, None] * VALUE_DIM + channel[None, :]
+        x = tl.load(numbers, mask=inside, other=0.0).to(tl.float32)
+    elif KIND == "fp8":
+        place = (record + VALUES).to(tl.pointer_type(tl.float8e4nv)) + channel[:, None] * PAGE_ + token[None, :]
+        codes = tl.trans(tl.load(place, mask=tl.trans(inside), other=0.0).to(tl.float32))
+        x = numbers_of(record + VALUE_PARAMETERS, token, codes, KIND)
+    else:
+        LATER: tl.constexpr = PAGE_ // 2
+        bytes_ = record + VALUES + channel[:, None] * LATER + (token % LATER)[None, :]
+        byte = tl.load(bytes_, mask=tl.trans(inside), other=0)
+        halves = tl.trans(tl.where((token >= LATER)[None, :], byte >> 4, byte & 15).to(tl.float32))
+        x = numbers_of(record + VALUE_PARAMETERS, token, halves, KIND)
+    return x
+
+
 @triton.jit(do_not_specialize=["start", "stop", "heads"])
 def read_kernel(
     key_ptr, value_ptr, table_ptr, mean_ptr, factor_ptr, start, stop, heads,
@@ -231,46 +265,21 @@ def read_kernel(
     if tl.program_id(2) == 0:
         channel = tl.arange(0, WIDTH)
         inside = (channel < HEAD_DIM)[None, :]
-        if KIND == "bf16":
-            place = record.to(tl.pointer_type(tl.bfloat16)) + token[:, None] * HEAD_DIM + channel[None, :]
-            x = tl.load(place, mask=inside, other=0.0).to(tl.float32)
-        else:
-            if KIND == "fp8":
-                place = record.to(tl.pointer_type(tl.float8e4nv)) + token[:, None] * HEAD_DIM + channel[None, :]
-                codes = tl.load(place, mask=inside, other=0.0).to(tl.float32)
-            else:
-                HALF: tl.constexpr = HEAD_DIM // 2
-                upper = channel >= HALF
-                place = record + token[:, None] * HALF + tl.where(upper, channel - HALF, channel)[None, :]
-                byte = tl.load(place, mask=inside, other=0)
-                codes = tl.where(upper[None, :], byte >> 4, byte & 15).to(tl.float32)
-            x = numbers_of(record + KEY_PARAMETERS, token, codes, KIND)
+        x = stored_keys(record, token, channel, inside, KIND, HEAD_DIM, KEY_PARAMETERS)
         x = tl.where(inside, x, 0.0)
         if ROTATE:
-            x = turned(x, ROTATE, WIDTH)
+            x = turned(x, PAGE_, WIDTH, ROTATE)
         if FACTORS:
             x *= tl.load(factor_ptr + kv_head * HEAD_DIM + channel, mask=channel < HEAD_DIM, other=0.0)[None, :]
         if MEAN:
             x += tl.load(mean_ptr + kv_head * HEAD_DIM + channel, mask=channel < HEAD_DIM, other=0.0)[None, :]
         tl.store(key_ptr + row * HEAD_DIM + channel[None, :], x.to(key_ptr.dtype.element_ty), mask=wanted & inside)
     else:
-        channel = tl.arange(0, VALUE_WIDTH)
-        inside = (channel < VALUE_DIM)[None, :]
-        if KIND == "bf16":
-            place = (record + VALUES).to(tl.pointer_type(tl.bfloat16)) + token[:, None] * VALUE_DIM + channel[None, :]
-            x = tl.load(place, mask=inside, other=0.0).to(tl.float32)
-        else:
-            if KIND == "fp8":
-                place = (record + VALUES).to(tl.pointer_type(tl.float8e4nv)) + channel[:, None] * PAGE_ + token[None, :]
-                codes = tl.trans(tl.load(place, mask=tl.trans(inside), other=0.0).to(tl.float32))
-            else:
-                LATER: tl.constexpr = PAGE_ // 2
-                place = record + VALUES + channel[:, None] * LATER + (token % LATER)[None, :]
-                byte = tl.load(place, mask=tl.trans(inside), other=0)
-                codes = tl.trans(tl.where((token >= LATER)[None, :], byte >> 4, byte & 15).to(tl.float32))
-            x = numbers_of(record + VALUE_PARAMETERS, token, codes, KIND)
-        place = value_ptr + row * VALUE_DIM + channel[None, :]
-        tl.store(place, x.to(value_ptr.dtype.element_ty), mask=wanted & inside)
+        value_channel = tl.arange(0, VALUE_WIDTH)
+        there = (value_channel < VALUE_DIM)[None, :]
+        y = stored_values(record, token, value_channel, there, KIND, VALUE_DIM, VALUES, VALUE_PARAMETERS)
+        target = value_ptr + row * VALUE_DIM + value_channel[None, :]
+        tl.store(target, y.to(value_ptr.dtype.element_ty), mask=wanted & there)
 
 
 def constants(layout: PageLayout, key_map: KeyMap | None) -> dict[str, object]:

@@ -125,7 +125,7 @@ MUTATIONS = {
     "second term of probabilities": ("UNIT, UNIT / LOW)", "UNIT, 0.0)", "fp8, plain"),
     "mean of keys": ("tl.where(total == 0.0, m, m + shift)", "m", "plain"),
     "factors of keys": ("q *= tl.load(factor_ptr", "q += 0.0 * tl.load(factor_ptr", "plain"),
-    "rotation": ("q *= ROTATE**-0.5", "q *= 1.0", "plain"),
+    "rotation": ("turned(q, ROWS, WIDTH, ROTATE)", "turned(q, ROWS, WIDTH, ROTATE // 2)", "plain"),
     "sinks read twice": ("(column >= sink_start + sink_tokens)", "(column >= sink_start)", "many sinks"),
     "sinks that are not coded": (
         "(place < sink_tokens) & (column < coded)",

@@ -19,7 +19,7 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from decode_cases import METHODS
+from decode_cases import METHODS, statics_of
 from kernel_cases import BF16, FP16, FP32
 from torch import Tensor
 from triton import knobs
@@ -35,12 +35,17 @@ from kompakt.kernels import (
     decode_attention_triton,
     int4_expand_triton,
     int4_linear_triton,
+    kv_append_triton,
+    kv_pages_triton,
     planes_triton,
 )
 from kompakt.kernels.attention import MODES, Call
 from kompakt.kernels.attention_hopper import attention_hopper
 from kompakt.kernels.attention_quant import quantize_keys_ref, quantize_values_ref
 from kompakt.kernels.decode_attention import Reading
+from kompakt.kernels.kv_append import LENGTHS, Appendable
+from kompakt.kernels.kv_codes import KeyMap
+from kompakt.kernels.kv_pages import PageLayout, Pages
 from kompakt.kernels.planes import DIGIT_SUMS, empty_planes
 from kompakt.kernels.w4a8_hopper import w4a8_hopper
 
@@ -223,7 +228,8 @@ def compile_attention(
 
 def compile_decode(target: GPUTarget, kernel: str, kind: str, head_dim: int, **changes: Any):
     """One query of 32 heads over 8 and 4,097 tokens, bf16."""
-    store = TokenStore(METHODS[kind](), window=changes.get("window"))
+    statics = statics_of(8, head_dim) if kind == "int4" else {}
+    store = TokenStore(METHODS[kind](), statics=statics, window=changes.get("window"))
     x = meta(1, 8, 4096, head_dim, dtype=BF16)
     store.append(x, x)
     store.append(x[:, :, :1], x[:, :, :1])
@@ -235,6 +241,25 @@ def compile_decode(target: GPUTarget, kernel: str, kind: str, head_dim: int, **c
         return compile_launch(
             module, kernel, lambda: module.decode_triton(query, store.read(None, 1), call, None, None), target
         )
+
+
+def compile_pages(target: GPUTarget, kernel: str, kind: str, head_dim: int):
+    """Tokens of 8 heads, bf16; keys of INT4 mapped."""
+    x, layout = meta(1, 8, 512, head_dim, dtype=BF16), PageLayout(kind, head_dim, head_dim)  # pyright: ignore
+    channels = meta(8, head_dim, dtype=FP32)
+    key_map = KeyMap(channels, channels, rotated=True) if kind == "int4" else None
+    pages = Pages(layout, {}, lambda: meta(4, dtype=torch.int64), key_map)
+    starts, lengths = meta(1, dtype=torch.int64), meta(LENGTHS, dtype=torch.int32)
+    calls = {
+        "write_kernel": lambda: kv_pages_triton.write_triton(x, x, (0, 512), pages, ring=False),
+        "read_kernel": lambda: kv_pages_triton.read_triton(x, x, (0, 512), pages),
+        "append_kernel": lambda: kv_append_triton.append_triton(
+            x[:, :, :1], x[:, :, :1], Appendable(lengths, (x, x), (x, x), starts, pages, 128)
+        ),
+    }
+    return compile_launch(
+        kv_append_triton if kernel == "append_kernel" else kv_pages_triton, kernel, calls[kernel], target
+    )
 
 
 def machine_code(compiled: Any) -> str:
@@ -388,6 +413,15 @@ def test_attention_hopper(mode, head_dim, window):
     assert stack_bytes(compiled) <= (0 if head_dim == 64 else 400)
 
 
+@pytest.mark.parametrize(("kind", "head_dim"), [("int4", 128), ("int4", 96), ("fp8", 64), ("bf16", 256)])
+@pytest.mark.parametrize("kernel", ["write_kernel", "read_kernel", "append_kernel"])
+def test_pages(kernel, kind, head_dim):
+    assert fits(compile_pages(SM90, kernel, kind, head_dim), SM90)
+    if head_dim == 128:
+        assert fits(compile_pages(SM89, kernel, kind, head_dim), SM89)
+        assert compile_pages(GFX942, kernel, kind, head_dim).asm
+
+
 @pytest.mark.parametrize("kernel", ["prepare_kernel", "merge_kernel"])
 @pytest.mark.parametrize("target", [SM90, SM89, GFX942], ids=short_id)
 def test_ends_of_decode_attention(target, kernel):
@@ -456,6 +490,8 @@ def test_sm80_has_no_e4m3(build: Callable[[], Any]):
         "segments",
         "decode_attention",
         "kv_pages",
+        "kv_append",
+        "decode_chunks",
     ],
 )
 def test_ops_import_triton_only_where_they_launch(name):

@@ -143,7 +143,7 @@ MUTATIONS = {
     "ties": ("((codes + ROUND) - ROUND, 0.0)", "((codes + 0.5 + ROUND) - ROUND, 0.0)", "as they are"),
     "mean": ("x -= tl.load(mean_ptr + kv_head", "x -= tl.load(mean_ptr + 0 * kv_head", "plain"),
     "factors": ("x = tl.div_rn(x, tl.broadcast_to(factor, x.shape))", "x = x * 1.0", "plain"),
-    "rotation": ("if STEP < SIZE", "if 2 * STEP < SIZE", "plain"),
+    "rotation": ("turned(x, PAGE_, WIDTH, ROTATE)", "turned(x, PAGE_, WIDTH, ROTATE // 2)", "plain"),
     "damaged tokens": ("tl.where(finite & inside, codes", "tl.where(inside, codes", "fp8, plain"),
     "channels without storage": ("tl.where(inside, x, -infinite)", "x", "head_dim 96, 80"),
     "halves of keys": ("channel + HALF, WIDTH - 1", "channel, WIDTH - 1", "plain"),
