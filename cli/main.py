@@ -206,6 +206,34 @@ def evaluate(
         session.print(f"Its base model is at {base}: --against {shlex.quote(base)} adds KL, agreement and differences.")
 
 
+@app.command()
+def verify(
+    context: typer.Context,
+    directory: o.Artifact,
+    no_logits: o.NoLogits = False,
+    device_map: o.DeviceMap = None,
+    trust_remote_code: o.TrustRemoteCode = False,
+    as_json: o.Json = False,
+) -> None:
+    """Check DIR, wherever it comes from: checksums, names, shapes, numbers, logits; exit code 1 if wrong."""
+    from ..compress import verify as library
+    from .progress import Bar
+    from .report_tables import verified
+
+    session: Session = context.obj
+    with session.working(), Bar(session.stderr, "reading") as bar:
+        result = library(
+            directory,
+            logits=not no_logits,
+            device_map=device_map,
+            trust_remote_code=trust_remote_code,
+            progress=bar,
+        )
+    session.show(result.as_dict(), verified, as_json)
+    if not result.passed:
+        raise typer.Exit(1)
+
+
 def local_base(directory: Path) -> str | None:
     """Where the base model of a compressed directory is, if that is here."""
     from ..compress.artifact import SIDECAR

@@ -11,6 +11,7 @@ RUN, CALIBRATION, EVALUATION = "Where and how", "Calibration", "Evaluation"
 
 Model = Annotated[str, typer.Argument(help="Directory or hub id of a float model in safetensors.", metavar="MODEL")]
 Directory = Annotated[str, typer.Argument(help="A directory that `compress` wrote, or any model.", metavar="DIR")]
+Artifact = Annotated[Path, typer.Argument(help="A directory that `compress` wrote.", metavar="DIR")]
 Recipe = Annotated[str, typer.Option("--recipe", "-r", help="A name from `kompakt list`, or a YAML file.")]
 Set = Annotated[
     list[str] | None,
@@ -108,6 +109,7 @@ Choices = Annotated[str | None, typer.Option(help="Multiple-choice questions, JS
 LastWord = Annotated[str | None, typer.Option(help="Texts whose last word is to be guessed, JSONL.", metavar="FILE")]
 Limit = Annotated[int | None, typer.Option(help="Rows of each task file.", min=1)]
 NoSpeed = Annotated[bool, typer.Option("--no-speed", help="Do not measure tokens per second.")]
+NoLogits = Annotated[bool, typer.Option("--no-logits", help="Do not load and run the model.")]
 OutputFile = Annotated[
     Path | None, typer.Option("--output", "-o", help="Also write the result as JSON.", metavar="FILE")
 ]

@@ -15,6 +15,8 @@ LABELS = {
     "last_word": "last word",
     "linear": "timing linear layers",
     "quantization": "timing quantization",
+    "verify": "checking",
+    "numbers": "checking numbers",
 }
 FOLLOWED_BY = {"layers": "writing and reading back"}
 """What happens after the last step of a stage, where that takes a while and reports nothing."""

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .planning import Plan, plan
     from .recipe import Recipe
     from .restore import LimitExceeded
+    from .verify import Verification, verify
 
 _HOMES = {
     "CompressedCache": "hf_cache",
@@ -23,12 +24,14 @@ _HOMES = {
     "Patch": "patching",
     "Plan": "planning",
     "Recipe": "recipe",
+    "Verification": "verify",
     "build_demo_model": "demo",
     "compress": "pipeline",
     "evaluate": "assess",
     "load": "patching",
     "patch": "patching",
     "plan": "planning",
+    "verify": "verify",
 }
 __all__ = [
     "CompressedCache",
@@ -37,12 +40,14 @@ __all__ = [
     "Patch",
     "Plan",
     "Recipe",
+    "Verification",
     "build_demo_model",
     "compress",
     "evaluate",
     "load",
     "patch",
     "plan",
+    "verify",
 ]
 
 

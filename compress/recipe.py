@@ -24,6 +24,7 @@ from ..quant.method import (
 from .calibration import CalibrationOptions
 
 RECIPE_VERSION = 1
+YAML_BYTES = 2**20
 METHODS = {"weights": weight_methods, "attention": attention_methods, "kv_cache": kv_cache_methods}
 """Slot → its methods by key."""
 SLOTS = (*METHODS, "sparsity")
@@ -150,20 +151,43 @@ def nearest(word: str, known: list[str]) -> str:
 def _read(source: str | Path) -> tuple[dict, str]:
     path = Path(source)
     if str(source) in recipe_names():
-        text, label = (resources.files("kompakt.recipes") / f"{source}.yaml").read_text("utf-8"), str(source)
-    elif path.suffix in (".yaml", ".yml") or path.is_file():
-        if not path.is_file():
-            raise ValueError(f"recipe file {path} does not exist")
-        text, label = path.read_text("utf-8"), str(path)
-    else:
+        return _mapping((resources.files("kompakt.recipes") / f"{source}.yaml").read_text("utf-8"), source), str(source)
+    if path.suffix not in (".yaml", ".yml") and not path.is_file():
         raise ValueError(f"unknown recipe {str(source)!r}{nearest(str(source), recipe_names())}")
+    if not path.is_file():
+        raise ValueError(f"recipe file {path} does not exist")
+    return read_yaml(path), str(path)
+
+
+def read_yaml(path: Path) -> dict:
+    """The mapping in a recipe file. ValueError, in one sentence, for anything else."""
+    if path.stat().st_size > YAML_BYTES:
+        raise ValueError(f"{path} has {path.stat().st_size:,} bytes, a recipe at most {YAML_BYTES:,}")
     try:
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{label} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(data, dict):
+        return _mapping(path.read_text("utf-8"), path)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text") from error
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without anchors: a few lines of them unfold to gigabytes as soon as they are written out."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases are not read in a recipe")
+        return super().compose_node(parent, index)
+
+
+def _mapping(text: str, label: str | Path) -> dict:
+    try:
+        data = yaml.load(text, _Loader)
+    except RecursionError as error:
+        raise ValueError(f"{label} is not valid YAML: it is nested too deeply") from error
+    except (yaml.YAMLError, ValueError, TypeError) as error:
+        raise ValueError(f"{label} is not valid YAML: {' '.join(str(error).split())[:300]}") from error
+    if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
         raise ValueError(f"{label} does not hold a mapping of recipe keys")
-    return data, label
+    return data
 
 
 def _overridden(data: dict, overrides: dict[str, Any]) -> dict:

@@ -1,0 +1,113 @@
+"""A checkpoint of unknown origin against its own config, before transformers allocates anything by that config.
+
+`config.json` decides how many modules there are and how large; the files decide how many bytes there can be. Modules
+are built on the meta device, and their tensors must have the shapes that the headers say. A tensor that is in no file
+under its module's name (some families are stored under other names, which transformers translates) has no shape to be
+compared; all tensors together may take twice the bytes of the files, which is what float32 in memory takes of bf16 on
+disk. Whether all of them were found, `hf._from_pretrained` asks transformers afterwards.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from .hf_quantizer import KompaktConfig, swap_linears
+from .untrusted import StoredTensor, file_inside, read_json, stored_tensors
+
+COUNTED = re.compile(r"num_|n_|.*(layer|expert|head|block|depth)")
+"""Names of config keys by which modules or Python lists are made before a size is known."""
+MAX_COUNT = 2**20
+LAYER_KEYS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "num_decoder_layers", "num_labels")
+FEW = 1024
+"""Layers that may be made whatever the files hold: a second or two of work."""
+BUFFER_BYTES = 2**24
+"""What tables of positions and the like may take in any model, beside the bytes of the files."""
+
+
+def check_config(path: Path, *, trust_remote_code: bool = False) -> None:
+    """ValueError for a `config.json` that is damaged, asks for code from elsewhere, or for absurdly many modules."""
+    file = file_inside(path, "config.json", where="the directory")
+    content = read_json(file)
+    if "transformers_weights" in content:
+        raise ValueError(f"{file} names a weight file of its own; kompakt writes none")
+    tensors = len(stored_tensors(path))
+    for place, value in _items(content):
+        key = place.rpartition(".")[2]
+        if key.lstrip("_") in ("attn_implementation", "experts_implementation") and not trust_remote_code:
+            raise ValueError(f"{file} asks for {place} {str(value)[:80]!r}; what runs is not up to the directory")
+        if type(value) not in (int, float):
+            continue
+        limit = max(FEW, tensors) if key in LAYER_KEYS else MAX_COUNT if COUNTED.match(key) else 2**40
+        if abs(value) > limit:
+            raise ValueError(f"{file} has {place} = {value:.6g}; the files hold {tensors} tensors")
+
+
+def _items(content: Any, place: str = "") -> list[tuple[str, Any]]:
+    """(dotted place, value) of everything in nested objects and lists that is neither."""
+    if isinstance(content, dict):
+        pairs = list(content.items())
+    elif isinstance(content, list):
+        pairs = list(enumerate(content))
+    else:
+        return [(place, content)]
+    found = [(f"{place}.{key}" if place else str(key), value) for key, value in pairs]
+    return [item for name, value in found for item in _items(value, name)]
+
+
+def check_stored(path: Path, config: Any, build: Callable[[Any], nn.Module]) -> dict[str, StoredTensor]:
+    """What the files hold, if it is what the model described by `config` needs; ValueError if it is not.
+
+    build: config → modules on the meta device (`hf.meta_model`).
+    """
+    stored, skeleton = stored_tensors(path), expected_model(config, build)
+    tied = set(getattr(skeleton, "all_tied_weights_keys", None) or ())
+    needed = {name: tensor for name, tensor in skeleton.state_dict().items() if name not in tied}
+    for name, tensor in needed.items():
+        if name in stored and stored[name].shape != tuple(tensor.shape):
+            raise ValueError(
+                f"{name} has shape {stored[name].shape} in {stored[name].file.name}; "
+                f"config.json makes it {tuple(tensor.shape)}"
+            )
+    held = sum(file.stat().st_size for file in {tensor.file for tensor in stored.values()})
+    bytes_needed = sum(tensor.numel() * tensor.element_size() for tensor in needed.values())
+    tables = sum(tensor.numel() * tensor.element_size() for tensor in skeleton.buffers())
+    if bytes_needed > 2 * held or tables > held + BUFFER_BYTES:
+        raise ValueError(
+            f"{path}/config.json describes {bytes_needed:,} bytes of weights and {tables:,} of tables, "
+            f"and the files hold {held:,}"
+        )
+    return stored
+
+
+def expected_model(config: Any, build: Callable[[Any], nn.Module]) -> nn.Module:
+    """The modules that the loader will fill, on the meta device, with `CompressedLinear` where weights are packed."""
+    plain = copy.deepcopy(config)
+    quantization = vars(plain).pop("quantization_config", None)
+    skeleton = build(plain)
+    if quantization is not None:
+        packed = KompaktConfig.from_compressed_tensors(quantization)
+        swap_linears(skeleton, packed.scheme, packed.ignore)
+    return skeleton
+
+
+def check_factors(model: Any, layers: dict[str, dict[str, Any]]) -> None:
+    """ValueError unless static factors of a cache are finite and fit the model's keys and values.
+
+    layers: attention module → factors, (num_kv_heads, head_dim) each.
+    """
+    text = model.config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    for name, factors in layers.items():
+        for key, tensor in factors.items():
+            usable = tensor.is_floating_point() and bool(tensor.isfinite().all())
+            if tensor.ndim != 2 or tensor.shape[0] != heads or not usable:
+                raise ValueError(
+                    f"{name[:120]}.{key[:40]} has shape {tuple(tensor.shape)} and dtype {tensor.dtype}; factors of the "
+                    f"cache are finite numbers for {heads} heads"
+                )
