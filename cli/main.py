@@ -234,6 +234,27 @@ def verify(
         raise typer.Exit(1)
 
 
+@app.command()
+def report(
+    context: typer.Context,
+    directories: o.Artifacts,
+    output: o.Page = None,
+    as_json: o.Json = False,
+) -> None:
+    """Write what is known about one or more DIRs as a web page: recipe, sizes, coverage, quality, layers, warnings."""
+    from ..compress import report as library
+    from ..compress.report_page import write_page
+    from .report_tables import reported
+
+    content = library(directories)
+    page = Path("report.html") if output is None and not as_json else output
+    if page is not None:
+        write_page(content, page)
+    context.obj.show(content, reported, as_json)
+    if not as_json:
+        context.obj.print(f"written to {page}")
+
+
 def local_base(directory: Path) -> str | None:
     """Where the base model of a compressed directory is, if that is here."""
     from ..compress.artifact import SIDECAR

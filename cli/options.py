@@ -12,6 +12,13 @@ RUN, CALIBRATION, EVALUATION = "Where and how", "Calibration", "Evaluation"
 Model = Annotated[str, typer.Argument(help="Directory or hub id of a float model in safetensors.", metavar="MODEL")]
 Directory = Annotated[str, typer.Argument(help="A directory that `compress` wrote, or any model.", metavar="DIR")]
 Artifact = Annotated[Path, typer.Argument(help="A directory that `compress` wrote.", metavar="DIR")]
+Artifacts = Annotated[list[Path], typer.Argument(help="Directories that `compress` wrote.", metavar="DIR...")]
+Page = Annotated[
+    Path | None,
+    typer.Option(
+        "--output", "-o", help="The page; default report.html, with --json none.", metavar="FILE", show_default=False
+    ),
+]
 Recipe = Annotated[str, typer.Option("--recipe", "-r", help="A name from `kompakt list`, or a YAML file.")]
 Set = Annotated[
     list[str] | None,

@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.text import Text
 
-from .tables import Shown, table
+from .tables import Shown, percent, size, spread, table, text_line
 
 STYLES = {"passed": "green", "failed": "bold red", "skipped": "yellow"}
 MOST = 20
@@ -27,3 +27,31 @@ def verified(content: dict[str, Any]) -> Shown:
     failed = [check["name"] for check in content["checks"] if check["status"] == "failed"]
     verdict = f"{content['directory']} FAILED: {', '.join(failed)}" if failed else f"{content['directory']} is in order"
     return [*shown, "", verdict]
+
+
+def reported(content: dict[str, Any]) -> Shown:
+    """The result of `report`: sizes, and quality by the conditions it was measured under."""
+    rows = table("", "directory", "recipe", "on disk", "times smaller", "bits per weight", "")
+    for item in content["directories"]:
+        sizes = item["sizes"]
+        smaller = f"{sizes['base_bytes'] / sizes['compressed_bytes']:.2f}" if sizes.get("base_bytes") else ""
+        bits = f"{sizes['bits_per_weight']:.3f}" if sizes.get("bits_per_weight") else ""
+        rows.add_row(
+            Text(item["name"]), Text(item["recipe"]["name"]), size(sizes["compressed_bytes"]), smaller, bits, ""
+        )
+    shown: Shown = [rows]
+    for group in content["comparisons"]["quality"]:
+        found = table("", "directory", "perplexity increase", "KL to the base", "same top token", "")
+        for row in group["members"]:
+            found.add_row(
+                Text(row["name"]),
+                percent(row["perplexity_increase"], row["perplexity_increase_stderr"], "+.2f"),
+                spread(row["kl"], row["kl_stderr"], ".4f"),
+                percent(row["top1_agreement"], row["top1_agreement_stderr"]),
+                "",
+            )
+        shown += ["", text_line(group["conditions"]), found]
+    for item in content["directories"]:
+        if item["warnings"]:
+            shown += ["", Text(f"{item['name']}:"), *(Text(f"  {sentence}") for sentence in item["warnings"])]
+    return [*shown, ""]

@@ -14,8 +14,9 @@ if TYPE_CHECKING:
     from .pipeline import CompressionResult, compress
     from .planning import Plan, plan
     from .recipe import Recipe
+    from .reporting import report
     from .restore import LimitExceeded
-    from .verify import Verification, verify
+    from .verification import Verification, verify
 
 _HOMES = {
     "CompressedCache": "hf_cache",
@@ -24,14 +25,15 @@ _HOMES = {
     "Patch": "patching",
     "Plan": "planning",
     "Recipe": "recipe",
-    "Verification": "verify",
+    "Verification": "verification",
     "build_demo_model": "demo",
     "compress": "pipeline",
     "evaluate": "assess",
     "load": "patching",
     "patch": "patching",
     "plan": "planning",
-    "verify": "verify",
+    "report": "reporting",
+    "verify": "verification",
 }
 __all__ = [
     "CompressedCache",
@@ -47,6 +49,7 @@ __all__ = [
     "load",
     "patch",
     "plan",
+    "report",
     "verify",
 ]
 

@@ -66,8 +66,10 @@ def check_stored(path: Path, config: Any, build: Callable[[Any], nn.Module]) -> 
     build: config → modules on the meta device (`hf.meta_model`).
     """
     stored, skeleton = stored_tensors(path), expected_model(config, build)
-    tied = set(getattr(skeleton, "all_tied_weights_keys", None) or ())
-    needed = {name: tensor for name, tensor in skeleton.state_dict().items() if name not in tied}
+    tied, held_by = getattr(skeleton, "all_tied_weights_keys", None) or {}, skeleton.state_dict()
+    for name in [name for pair in tied.items() for name in pair if name not in held_by]:
+        raise ValueError(f"{path}/config.json has {name} packed, and it is shared between two modules")
+    needed = {name: tensor for name, tensor in held_by.items() if name not in tied}
     for name, tensor in needed.items():
         if name in stored and stored[name].shape != tuple(tensor.shape):
             raise ValueError(

@@ -21,18 +21,26 @@ from safetensors import SafetensorError, safe_open
 JSON_BYTES = 64 * 2**20
 """Of a JSON file. The sidecar of a model with 100,000 modules takes a third of it."""
 SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,200}")
+BITS = {"F64": 64, "I64": 64, "U64": 64, "C64": 64, "F32": 32, "I32": 32, "U32": 32, "BF16": 16, "F16": 16, "I16": 16}
+BITS |= {"U16": 16, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
+"""Of one number; 8 where none is given."""
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor of a checkpoint by its header: dtype as safetensors spells it ("BF16"), shape, bytes."""
+    """One tensor of a checkpoint by its header: dtype as safetensors spells it ("BF16"), and shape."""
 
     file: Path
     name: str
     dtype: str
     shape: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        """What it takes in the file."""
+        return math.prod(self.shape) * BITS.get(self.dtype, 8) // 8
 
     def read(self) -> torch.Tensor:
         """The tensor, on the CPU."""
@@ -118,7 +126,10 @@ def weight_files(directory: Path) -> list[Path]:
 
 def _weight_map(directory: Path) -> dict[str, str]:
     file = file_inside(directory, INDEX, where="the checkpoint")
-    places = read_json(file).get("weight_map")
+    content = read_json(file)
+    if not isinstance(content.get("metadata"), dict):
+        raise ValueError(f"{file} is damaged: its metadata is no object")
+    places = content.get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
         raise ValueError(f"{file} is damaged: its weight_map does not map tensors to files")
     return places

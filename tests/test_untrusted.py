@@ -20,9 +20,10 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_directory
 
 from kompakt.cli.main import main
-from kompakt.compress import compress, evaluate, load, verify
+from kompakt.compress import compress, evaluate, load, report, verify
 from kompakt.compress.artifact import sha256
 from kompakt.compress.recipe import EvaluationOptions
+from kompakt.compress.report_page import page
 
 hypothesis = pytest.importorskip("hypothesis", reason="the extra `test` brings hypothesis")
 from hypothesis import strategies as st  # noqa: E402
@@ -37,9 +38,10 @@ EVERYTHING = {
     "attention": {"method": "sage", "mode": "int8_fp8", "min_tokens": 64},
     "kv_cache": {"method": "kv_int4"},
     "calibration": {"samples": 2, "length": 32},
-    "evaluation": {"windows": 0},
+    "evaluation": {"windows": 2, "window": 32},
 }
 FILES = ("kompakt.json", "recipe.yaml", "config.json", "model.safetensors.index.json", "kompakt.safetensors")
+FILES += ("evaluation.json",)
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +81,19 @@ def forge(directory: Path) -> None:
 HUGE = [2**31, 2**40, 2**62, 2**63, 10**30, -1, -(2**40), 0, 1]
 VALUES = st.one_of(
     st.sampled_from(
-        [None, True, False, "", "../secret.safetensors", "/etc/passwd", "x" * 5000, "re:(a+)+$", "\x00", "\ud800"]
+        [
+            None,
+            True,
+            False,
+            "",
+            "../secret.safetensors",
+            "/etc/passwd",
+            "x" * 5000,
+            "re:(a+)+$",
+            "\x00",
+            "\ud800",
+            "<script>x</script>",
+        ]
     ),
     st.sampled_from(HUGE),
     st.sampled_from([float("nan"), float("inf"), -0.0, 1e308, 0.5]),
@@ -250,6 +264,10 @@ def attempt(use: str, directory: Path) -> None:
             json.dumps(found.as_dict(), allow_nan=False)
     elif use == "evaluate":
         by_library(evaluate, directory, options=OPTIONS, speed=False)
+    elif use == "report":
+        found = by_library(report, [directory])
+        if not isinstance(found, str):
+            assert "<script" not in page(found) and json.dumps(found, allow_nan=False)
     elif use == "kompakt verify":
         assert main(["verify", str(directory), "--json"]) in (0, 1, 2)
     else:
@@ -257,7 +275,7 @@ def attempt(use: str, directory: Path) -> None:
         assert main(["evaluate", str(directory), *arguments]) in (0, 2)
 
 
-USES = ("load", "verify", "verify", "evaluate", "kompakt verify", "kompakt evaluate")
+USES = ("load", "verify", "verify", "evaluate", "report", "kompakt verify", "kompakt evaluate")
 
 
 @hypothesis.settings(

@@ -18,7 +18,7 @@ from kompakt.compress.artifact import read_cache, read_policies
 from kompakt.compress.fingerprint import compare_fingerprint, nudged
 from kompakt.compress.hf import load_written
 from kompakt.compress.recipe import EvaluationOptions
-from kompakt.compress.verify import CHECKS, tensor_problem
+from kompakt.compress.verification import CHECKS, tensor_problem
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 RECIPES = {
@@ -176,6 +176,11 @@ FILES = {
     "more layers": (settings(num_hidden_layers=3), "logits", "lacks"),
     "other width": (settings(intermediate_size=96), "shapes", "config.json makes it"),
     "floats": (settings(quantization_config=None), "shapes", "bytes of weights"),
+    "packed head": (
+        lambda d: edit_json(d / "config.json", lambda content: content["quantization_config"].update(ignore=[])),
+        "shapes",
+        "lm_head.weight packed, and it is shared",
+    ),
     "other activations": (
         lambda d: edit_json(d / "config.json", lambda content: one_group(content).update(input_activations=None)),
         "shapes",
