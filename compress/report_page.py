@@ -33,7 +33,7 @@ def page(content: dict[str, Any]) -> str:
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"size": size, "spread": spread, "percent": percent}
-    template = environment.from_string((resources.files(__package__) / TEMPLATE).read_text("utf-8"))
+    template = environment.from_string((resources.files("kompakt.compress") / TEMPLATE).read_text("utf-8"))
     return template.render(
         content=content,
         generator=GENERATOR,

@@ -16,30 +16,23 @@ from pathlib import Path
 
 import pytest
 import torch
+from damage import EVERYTHING, forge, forget_peak, peak_bytes
 from safetensors.torch import load_file, save_file
 from tiny import tiny_directory
 
 from kompakt.cli.main import main
 from kompakt.compress import compress, evaluate, load, report, verify
-from kompakt.compress.artifact import sha256
 from kompakt.compress.recipe import EvaluationOptions
 from kompakt.compress.report_page import page
 
 hypothesis = pytest.importorskip("hypothesis", reason="the extra `test` brings hypothesis")
-from hypothesis import strategies as st  # noqa: E402
+st = pytest.importorskip("hypothesis.strategies")
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 EXAMPLES = int(os.environ.get("KOMPAKT_FUZZ", "150"))
 SLACK = 96 * 2**20
 """Resident memory that a run may gain: code of transformers that is imported on first use, and the allocator's own."""
 OPTIONS = EvaluationOptions(window=32, windows=1)
-EVERYTHING = {
-    "weights": {"method": "rtn", "group_size": 32, "activations": "fp8"},
-    "attention": {"method": "sage", "mode": "int8_fp8", "min_tokens": 64},
-    "kv_cache": {"method": "kv_int4"},
-    "calibration": {"samples": 2, "length": 32},
-    "evaluation": {"windows": 2, "window": 32},
-}
 FILES = ("kompakt.json", "recipe.yaml", "config.json", "model.safetensors.index.json", "kompakt.safetensors")
 FILES += ("evaluation.json",)
 
@@ -52,28 +45,6 @@ def whole(tmp_path_factory):
     compress(base, EVERYTHING, folder / "out", max_shard_size="40KB")
     assert len(list((folder / "out").glob("model-*.safetensors"))) > 1
     return folder / "out"
-
-
-@pytest.fixture
-def copied(whole, tmp_path):
-    """A copy with a neighbour that nobody may touch."""
-    shutil.copytree(whole, tmp_path / "place" / "out")
-    shutil.copyfile(whole / "kompakt.safetensors", tmp_path / "place" / "secret.safetensors")
-    return tmp_path / "place" / "out"
-
-
-def forge(directory: Path) -> None:
-    """Checksums that fit what is there, as whoever changed a file on purpose would write them."""
-    file = directory / "kompakt.json"
-    try:
-        content = json.loads(file.read_bytes())
-        for part in ("checksums", "companions"):
-            for name in content[part]:
-                if (directory / name).is_file():
-                    content[part][name] = sha256(directory / name)
-        file.write_text(json.dumps(content))
-    except (ValueError, TypeError, KeyError, OSError, RecursionError, UnicodeError):
-        return
 
 
 # Mutations
@@ -238,21 +209,6 @@ def by_library(call, *arguments, **options):
         if not isinstance(error, ValueError):
             raise
         return sentence(error)
-
-
-def peak_bytes() -> int:
-    """Largest resident memory since `forget_peak`; 0 where the system does not tell."""
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return 0
-    return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")) * 1024
-
-
-def forget_peak() -> None:
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return
 
 
 def attempt(use: str, directory: Path) -> None:
