@@ -33,7 +33,7 @@ def report(directories: Sequence[str | Path]) -> dict[str, Any]:
     Evaluations are every `evaluation*.json` in a directory. Raises ValueError for a directory or a file in it that is
     damaged.
     """
-    from .pipeline import package_version
+    from .. import __version__
 
     if not directories:
         raise ValueError("no directory was given; a report is about at least one")
@@ -41,7 +41,7 @@ def report(directories: Sequence[str | Path]) -> dict[str, Any]:
     for item, name in zip(found, distinct_names([Path(directory) for directory in directories])):
         item["name"] = name
     return {
-        "kompakt": package_version(),
+        "kompakt": __version__,
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "directories": found,
         "comparisons": {"quality": quality_groups(found), "speed": speed_groups(found)},

@@ -95,7 +95,10 @@ def file_inside(directory: Path, name: Any, *, where: str) -> Path:
 def check_entry(entry: Path) -> None:
     """ValueError unless an entry of a directory is a file or folder inside it, or in the hub's own cache."""
     root, real = entry.parent.resolve(), entry.resolve()
-    allowed = [root, *([root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [])]
+    allowed = [root]
+    if root.parent.name == "snapshots" and root.parents[1].name.startswith("models--"):
+        # CACHE/models--ORG--NAME/snapshots/REVISION links to the blobs of the repository, they to those of the cache.
+        allowed += [root.parents[1] / "blobs", root.parents[2] / "blobs"]
     if not any(real.is_relative_to(folder) for folder in allowed):
         raise ValueError(f"{entry} is a link to {real}, outside the directory; it is not followed")
     if not real.is_file() and not real.is_dir():

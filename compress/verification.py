@@ -13,8 +13,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from ..quant.method import AttentionPolicy, CachePolicy, WeightScheme
 from .artifact import SIDECAR, SIDECAR_TENSORS, read_cache, read_policies, read_sidecar, sha256
 from .assess import default_device_map
@@ -25,6 +23,7 @@ from .hf_quantizer import KompaktConfig
 from .hf_stored import check_factors, check_stored
 from .recipe import Recipe, read_yaml
 from .untrusted import StoredTensor, file_inside, header, weight_files
+from .verification_tensors import line_problems, tensor_problem
 
 Progress = Callable[[str, int, int, str], None]
 Status = Literal["passed", "failed", "skipped"]
@@ -40,9 +39,6 @@ CHECKS = {
     "logits": "the model is loaded, and its logits are those of the compression",
 }
 """What is checked, in this order."""
-DTYPES = {"int4": ("weight_packed", "I32"), "fp8": ("weight", "F8_E4M3")}
-"""Storage → (tensor of the codes, dtype)."""
-FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
@@ -210,7 +206,7 @@ def check_coverage(subject: Subject) -> str:
     lines = subject.sidecar.get("coverage", [])
     if not lines:
         raise ValueError(f"{SIDECAR} has no coverage table")
-    problems = [problem for line in lines for problem in _line_problems(line, subject)]
+    problems = [problem for line in lines for problem in line_problems(line, subject.stored, subject.scheme)]
     covered = {line["name"] for line in lines}
     for name in subject.stored:
         if name.rpartition(".")[0] not in covered:
@@ -218,34 +214,6 @@ def check_coverage(subject: Subject) -> str:
     _refuse(problems)
     quantized = sum(line["status"] == "quantized" for line in lines)
     return f"{quantized} modules quantized, {len(lines) - quantized} kept"
-
-
-def _line_problems(line: dict[str, Any], subject: Subject) -> list[str]:
-    """What is wrong with the tensors of one module."""
-    name, stored, scheme = line["name"], subject.stored, subject.scheme
-    if line["status"] == "kept":
-        if f"{name}.weight_packed" in stored:
-            return [f"{name} is packed, and the coverage table says that it was kept"]
-        kept = stored.get(f"{name}.weight")
-        if kept is not None and (kept.dtype not in FLOATS or list(kept.shape) != line["shape"]):
-            return [f"{name}.weight is {kept.dtype} {list(kept.shape)}, not a float of {line['shape']}"]
-        return []
-    if scheme is None or len(line["shape"]) != 2:
-        return [f"{name} is said to be quantized, and config.json says that weights are floats"]
-    rows, columns = line["shape"]
-    codes, dtype = DTYPES[scheme.weights]
-    width = -(-columns // 8) if scheme.weights == "int4" else columns
-    wanted = {codes: (dtype, (rows, width)), "weight_scale": (None, (rows, scheme.groups(columns)))}
-    if scheme.weights == "int4":
-        wanted["weight_shape"] = ("I64", (2,))
-    problems = []
-    for key, (kind, shape) in wanted.items():
-        tensor = stored.get(f"{name}.{key}")
-        if tensor is None:
-            problems.append(f"{name}.{key} is in no file")
-        elif tensor.shape != shape or (tensor.dtype != kind if kind else tensor.dtype not in FLOATS):
-            problems.append(f"{name}.{key} is {tensor.dtype} {tensor.shape}, not {kind or 'a float of'} {shape}")
-    return problems
 
 
 def check_numbers(subject: Subject) -> str:
@@ -262,25 +230,6 @@ def check_numbers(subject: Subject) -> str:
             problems.append(f"{tensor.name} {found}")
     _refuse(problems)
     return f"{len(tensors)} tensors"
-
-
-def tensor_problem(values: torch.Tensor, key: str, shape: list[int] | None) -> str:
-    """What is wrong with the numbers of one tensor, empty if nothing is. key: its name within its module; shape: of the
-    weight, if that is quantized.
-    """
-    if values.is_floating_point():
-        as_float = values.float() if values.element_size() == 1 else values
-        if not bool(as_float.isfinite().all()):
-            return "holds NaN or infinite numbers"
-        if key == "weight_scale" and not bool(values.ne(0).all()):
-            return "holds scales of zero"
-    if key == "weight_shape" and shape is not None and values.tolist() != shape:
-        return f"is {values.tolist()}, and the weight has the shape {shape}"
-    if shape is not None and key in ("weight_packed", "weight") and values.numel() > 1:
-        flat = values.contiguous().flatten().view(torch.uint8 if values.element_size() == 1 else values.dtype)
-        if bool(flat.eq(flat[0]).all()):
-            return "holds codes that are all alike"
-    return ""
 
 
 def check_policies(subject: Subject) -> str:

@@ -18,7 +18,8 @@ from kompakt.compress.artifact import read_cache, read_policies
 from kompakt.compress.fingerprint import compare_fingerprint, nudged
 from kompakt.compress.hf import load_written
 from kompakt.compress.recipe import EvaluationOptions
-from kompakt.compress.verification import CHECKS, tensor_problem
+from kompakt.compress.verification import CHECKS
+from kompakt.compress.verification_tensors import tensor_problem
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 RECIPES = {
@@ -259,15 +260,18 @@ def test_nothing_leads_out_of_the_directory(name, copied):
     assert any(says in check.detail for check in failed(copied).values())
 
 
-def test_links_of_the_hubs_own_cache_are_followed(made, tmp_path):
-    snapshot = tmp_path / "models--a--b" / "snapshots" / "0123"
-    blobs = tmp_path / "models--a--b" / "blobs"
-    snapshot.mkdir(parents=True)
-    blobs.mkdir()
-    for file in (made / "fp8").iterdir():
-        shutil.copyfile(file, blobs / f"blob-{file.name}")
-        (snapshot / file.name).symlink_to(f"../../blobs/blob-{file.name}")
+def test_links_of_the_hubs_own_cache_are_followed_and_no_others(made, tmp_path):
+    repository, shared = tmp_path / "models--a--b", tmp_path / "blobs" / "ab"
+    snapshot, blobs = repository / "snapshots" / "0123", repository / "blobs"
+    for folder in (snapshot, blobs, shared):
+        folder.mkdir(parents=True)
+    for index, file in enumerate((made / "fp8").iterdir()):
+        shutil.copyfile(file, shared / f"{index}")
+        (blobs / f"blob-{index}").symlink_to(f"../../blobs/ab/{index}")
+        (snapshot / file.name).symlink_to(f"../../blobs/blob-{index}")
     assert verify(snapshot).passed
+    repository.rename(tmp_path / "elsewhere")
+    assert "outside the directory" in verify(tmp_path / "elsewhere" / "snapshots" / "0123").checks[0].detail
 
 
 @pytest.mark.parametrize(
