@@ -25,6 +25,8 @@ from .calibration import CalibrationOptions
 
 RECIPE_VERSION = 1
 YAML_BYTES = 2**20
+SHOWN = 200
+"""Characters of a wrong value that a message repeats."""
 METHODS = {"weights": weight_methods, "attention": attention_methods, "kv_cache": kv_cache_methods}
 """Slot → its methods by key."""
 SLOTS = (*METHODS, "sparsity")
@@ -114,7 +116,7 @@ class Recipe(BaseModel):
         data = {key: value for key, value in data.items() if key not in SLOTS}
         if not isinstance(data.get("version", 1), int) or data.get("version", 1) > RECIPE_VERSION:
             raise ValueError(
-                f"{label}: recipe version {data.get('version')!r} is not supported; this kompakt reads version 1"
+                f"{label}: recipe version {shown(data.get('version'))} is not supported; this kompakt reads version 1"
             )
         if not slots:
             raise ValueError(f"{label}: the recipe fills no slot; fill one of {', '.join(SLOTS)}")
@@ -141,9 +143,15 @@ def recipe_names() -> list[str]:
     )
 
 
+def shown(value: Any) -> str:
+    """A value for a message, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
+
+
 def nearest(word: str, known: list[str]) -> str:
     """``"; did you mean 'x'?"`` and the list of what exists."""
-    close = difflib.get_close_matches(str(word), known, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(str(word)[:SHOWN], known, n=1, cutoff=0.5)
     hint = f"; did you mean {close[0]!r}?" if close else ""
     return f"{hint} (known: {', '.join(known)})"
 
@@ -213,7 +221,7 @@ def _method(slot: str, content: Any, label: str) -> Any:
         raise ValueError(f"{label}: {slot} needs a `method` (known: {', '.join(methods)})")
     key = content["method"]
     if not isinstance(key, str) or key not in methods:
-        raise ValueError(f"{label}: unknown method {key!r} in slot {slot}{nearest(key, list(methods))}")
+        raise ValueError(f"{label}: unknown method {shown(key)} in slot {slot}{nearest(key, list(methods))}")
     options = {name: value for name, value in content.items() if name != "method"}
     try:
         return TypeAdapter(methods[key]).validate_python(options)
@@ -232,8 +240,8 @@ def explain(error: ValidationError, label: str, owner: type) -> str:
         for parent in parents:
             owner = owner.model_fields[parent].annotation  # pyright: ignore
         known = list(getattr(owner, "model_fields", None) or owner.__dataclass_fields__)  # pyright: ignore
-        return f"{label}: unknown key {place!r}{nearest(key, known)}"
+        return f"{label}: unknown key {shown(place)}{nearest(key, known)}"
     rule = first["msg"].removeprefix("Value error, ")
     if not place:
         return f"{label}: {rule}"
-    return f"{label}: {place} = {first['input']!r} is not valid: {rule[:1].lower()}{rule[1:]}"
+    return f"{label}: {place[:SHOWN]} = {shown(first['input'])} is not valid: {rule[:1].lower()}{rule[1:]}"

@@ -23,7 +23,7 @@ from .hf_quantizer import KompaktConfig
 from .hf_stored import check_factors, check_stored
 from .recipe import Recipe, read_yaml
 from .untrusted import StoredTensor, file_inside, header, weight_files
-from .verification_tensors import line_problems, tensor_problem
+from .verification_tensors import line_problems, tensor_problem, unknown_tensors
 
 Progress = Callable[[str, int, int, str], None]
 Status = Literal["passed", "failed", "skipped"]
@@ -207,13 +207,12 @@ def check_coverage(subject: Subject) -> str:
     if not lines:
         raise ValueError(f"{SIDECAR} has no coverage table")
     problems = [problem for line in lines for problem in line_problems(line, subject.stored, subject.scheme)]
-    covered = {line["name"] for line in lines}
-    for name in subject.stored:
-        if name.rpartition(".")[0] not in covered:
-            problems.append(f"{name[:120]} is stored and belongs to no module of the coverage table")
+    unknown, renamed = unknown_tensors(lines, subject.stored)
+    problems += [f"{name[:120]} is stored and belongs to no module of the coverage table" for name in unknown]
     _refuse(problems)
     quantized = sum(line["status"] == "quantized" for line in lines)
-    return f"{quantized} modules quantized, {len(lines) - quantized} kept"
+    under = f", {renamed} of them stored under another name" if renamed else ""
+    return f"{quantized} modules quantized, {len(lines) - quantized} kept{under}"
 
 
 def check_numbers(subject: Subject) -> str:

@@ -42,6 +42,27 @@ def line_problems(line: dict[str, Any], stored: dict[str, StoredTensor], scheme:
     return problems
 
 
+def unknown_tensors(lines: list[dict[str, Any]], stored: dict[str, StoredTensor]) -> tuple[list[str], int]:
+    """Stored tensors that belong to no module of the coverage table, and how many are taken for renamed ones.
+
+    transformers stores some modules under the names of the original checkpoint (`embed_out` for the head of gpt_neox):
+    a tensor of the shape of a kept module that has none under its own name is taken for that module's.
+    """
+    names = {line["name"] for line in lines}
+    owners = {name.rpartition(".")[0] for name in stored}
+    free = [line["shape"] for line in lines if line["name"] not in owners and line["parameters"]]
+    unknown, renamed = [], 0
+    for name, tensor in stored.items():
+        if name.rpartition(".")[0] in names:
+            continue
+        if list(tensor.shape) in free and tensor.dtype in FLOATS:
+            free.remove(list(tensor.shape))
+            renamed += 1
+        else:
+            unknown.append(name)
+    return unknown, renamed
+
+
 def tensor_problem(values: torch.Tensor, key: str, shape: list[int] | None) -> str:
     """What is wrong with the numbers of one tensor, empty if nothing is. key: its name within its module; shape: of the
     weight, if that is quantized.

@@ -11,6 +11,7 @@ import torch
 from damage import EVERYTHING, forge, forget_peak, peak_bytes
 from safetensors.torch import load_file, save_file
 from tiny import tiny_directory
+from transformers import AutoModelForCausalLM, GPTNeoXConfig
 
 from kompakt.cli.main import main
 from kompakt.compress import compress, evaluate, load, verify
@@ -18,8 +19,9 @@ from kompakt.compress.artifact import read_cache, read_policies
 from kompakt.compress.fingerprint import compare_fingerprint, nudged
 from kompakt.compress.hf import load_written
 from kompakt.compress.recipe import EvaluationOptions
+from kompakt.compress.untrusted import StoredTensor
 from kompakt.compress.verification import CHECKS
-from kompakt.compress.verification_tensors import tensor_problem
+from kompakt.compress.verification_tensors import tensor_problem, unknown_tensors
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 RECIPES = {
@@ -314,6 +316,19 @@ def test_other_roundings_are_tolerated_and_other_models_are_not(made):
         assert all("mean |Δ log p|" in words for _, _, words in results)
     model.get_submodule(UP).weight_scale.data.mul_(3)
     assert [agrees for _, agrees, _ in compare_fingerprint(model, recorded, policies, cache)] == [False, False]
+
+
+def test_a_head_that_transformers_stores_under_another_name(tmp_path):
+    settings = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(GPTNeoXConfig(**settings, num_attention_heads=4)).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "base")
+    recipe = {"weights": {"method": "rtn", "group_size": 16, "activations": "none"}, "evaluation": {"windows": 0}}
+    compress(tmp_path / "base", recipe, tmp_path / "out")
+    assert verify(tmp_path / "out").passed
+    line = {"name": "lm_head", "shape": [8, 4], "parameters": 32}
+    tensors = {f"{name}.weight": StoredTensor(tmp_path, name, "BF16", (8, 4)) for name in ("embed_out", "other")}
+    assert unknown_tensors([line], tensors) == (["other.weight"], 1)
 
 
 def test_numbers_of_one_tensor():
