@@ -58,6 +58,25 @@ class Speed(_Part):
     decode_tokens_per_second: Annotated[Finite, Field(gt=0)]
 
 
+class AttentionUse(_Part):
+    """See `hf_attention.attention_in_use`."""
+
+    ran: str
+    layers: Count
+    calls: dict[str, Count]
+    min_tokens: Count
+    window: Count
+
+
+class CacheUse(_Part):
+    """See `cache_evaluation.cache_in_use`."""
+
+    chunk: Count
+    positions: Count
+    reading_codes: Count
+    bits_per_element: Finite | None
+
+
 class Evaluation(_Part):
     """A file that `compress` or `evaluate` wrote."""
 
@@ -68,8 +87,8 @@ class Evaluation(_Part):
     speed: dict[str, Speed] | None = None
     choices: dict[str, Any] | None = None
     last_word: dict[str, Any] | None = None
-    attention: dict[str, Any] | None = None
-    kv_cache: dict[str, Any] | None = None
+    attention: AttentionUse | None = None
+    kv_cache: CacheUse | None = None
 
 
 def read_evaluations(directory: Path) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from .artifact import SIDECAR_TENSORS, read_cache, read_policies, read_sidecar, weight_bytes
+from .artifact import SIDECAR_TENSORS, read_cache, read_policies, read_sidecar, weight_bytes, write_cache
 from .card import cache_sentence, coverage_rows, judged_sentence
 from .recipe import Recipe
 from .report_evaluations import read_evaluations
@@ -76,7 +76,7 @@ def describe(directory: Path) -> dict[str, Any]:
         "layers": layer_rows(sidecar),
         "attention": attention_rows(policies),
         "attention_judged": judged_sentence(policies) if policies else "",
-        "kv_cache": cache_sentence(sidecar.get("kv_cache"), measured) if cache is not None else "",
+        "kv_cache": cache_sentence(write_cache(cache), measured) if cache is not None else "",
         "evaluations": evaluations,
     }
     return {**described, "warnings": warnings(described, sidecar, recipe)}

@@ -19,6 +19,7 @@ from kompakt.cli.main import main
 from kompakt.compress import compress, report
 from kompakt.compress.report_charts import Axis, Point, bars_chart, pareto, points_chart, stack_chart, tick_label, ticks
 from kompakt.compress.report_page import page
+from kompakt.compress.reporting import quality_groups
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 EVIL = '"><script>alert(1)</script><img src=x onerror=alert(1)>&'
@@ -169,10 +170,15 @@ def test_only_like_conditions_are_drawn_together(found):
     assert len(title) == 1 and "2 directories" in title[0] and "fp8" not in title[0]
 
 
+def test_windows_of_another_length_are_another_condition(found):
+    changed = copy.deepcopy(found["directories"])
+    same = changed[0]["evaluations"][0]["comparison"]["base"]["perplexity"]
+    changed[2]["evaluations"][0]["comparison"]["base"]["perplexity"] = same
+    assert [len(group["members"]) for group in quality_groups(changed)] == [2, 1]
+
+
 def test_one_text_name_for_two_texts_is_noticed(found):
     changed = copy.deepcopy(found)
-    from kompakt.compress.reporting import quality_groups
-
     for item in changed["directories"]:
         for evaluation in item["evaluations"]:
             evaluation["text"]["window"] = evaluation["text"]["stride"] = 32
@@ -283,6 +289,7 @@ def test_front_is_what_no_other_beats():
     assert pareto(points) == [0, 2, 4]
     assert pareto(points, larger_x=True) == [4]
     assert pareto([(1.0, 1.0), (2.0, 2.0)], larger_x=True) == [0, 1]
+    assert pareto([(1.0, 1.0), (2.0, 1.0), (3.0, 1.0)]) == [0]
 
 
 def test_charts_place_values_on_their_axes():
