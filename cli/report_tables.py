@@ -34,8 +34,8 @@ def reported(content: dict[str, Any]) -> Shown:
     rows = table("", "directory", "recipe", "on disk", "times smaller", "bits per weight", "")
     for item in content["directories"]:
         sizes = item["sizes"]
-        smaller = f"{sizes['base_bytes'] / sizes['compressed_bytes']:.2f}" if sizes.get("base_bytes") else ""
-        bits = f"{sizes['bits_per_weight']:.3f}" if sizes.get("bits_per_weight") else ""
+        smaller = f"{sizes['base_bytes'] / sizes['compressed_bytes']:.2f}" if sizes["base_bytes"] else ""
+        bits = f"{sizes['bits_per_weight']:.3f}" if sizes["bits_per_weight"] else ""
         rows.add_row(
             Text(item["name"]), Text(item["recipe"]["name"]), size(sizes["compressed_bytes"]), smaller, bits, ""
         )

@@ -179,7 +179,7 @@ def sizes_chart(item: dict[str, Any]) -> Markup | None:
     named = [row for row in kept[: PARTS - 2] if row["bytes"] > SMALL * total]
     rest = sum(row["bytes"] for row in kept) - sum(row["bytes"] for row in named)
     values = [("quantized", quantized), *((row["part"], row["bytes"]) for row in named), ("other", rest)]
-    base = item["sizes"].get("base_bytes")
+    base = item["sizes"]["base_bytes"]
     unit, scale = unit_of(max(base or 0, sum(value for _, value in values)))
     compressed = [value / scale for _, value in values if value]
     series = [name for name, value in values if value]

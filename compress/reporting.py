@@ -70,7 +70,10 @@ def describe(directory: Path) -> dict[str, Any]:
         "recipe": {"name": recipe.name, "description": recipe.description, "slots": slots(recipe)},
         **{key: sidecar.get(key) for key in ("kompakt", "base_model", "command", "environment", "calibration")},
         "seconds": sidecar.get("seconds"),
-        "sizes": {**(sidecar.get("sizes") or {}), "compressed_bytes": weight_bytes(directory)},
+        "sizes": {
+            **{key: (sidecar.get("sizes") or {}).get(key) for key in ("base_bytes", "bits_per_weight")},
+            "compressed_bytes": weight_bytes(directory),
+        },
         "parts": parts(directory, sidecar.get("coverage", [])),
         "coverage": coverage_rows(sidecar.get("coverage", [])),
         "layers": layer_rows(sidecar),
@@ -224,7 +227,7 @@ def quality_groups(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
                     {
                         "name": item["name"],
                         "bytes": item["sizes"]["compressed_bytes"],
-                        "base_bytes": item["sizes"].get("base_bytes"),
+                        "base_bytes": item["sizes"]["base_bytes"],
                         **{
                             key: row["comparison"][key]
                             for key in (

@@ -204,6 +204,16 @@ def test_a_number_without_conditions_is_left_out(made, tmp_path):
     assert "Not measured." in text and "Quality against the base model was not measured." in text
 
 
+def test_what_is_not_recorded_is_left_out(made, tmp_path):
+    shutil.copytree(made / "all", tmp_path / "all")
+    content = json.loads((tmp_path / "all" / "kompakt.json").read_text("utf-8"))
+    kept = {"version", "recipe", "checksums", "kv_cache"}
+    (tmp_path / "all" / "kompakt.json").write_text(json.dumps({key: content[key] for key in kept}), "utf-8")
+    (tmp_path / "all" / "evaluation.json").unlink()
+    text = Outline(page(report([tmp_path / "all", made / "rtn"]))).text
+    assert "no command was recorded" in text and "The calibration text was not recorded." in text
+
+
 def test_speed_and_tasks_of_an_evaluation_beside(made, tmp_path):
     speed = {"device": "cpu (test)", "prompt_tokens": 128, "new_tokens": 32, "repeats": 3}
     speed |= {"prefill_seconds": 1.0, "decode_seconds": 1.0, "prefill_tokens_per_second": 128.0}
