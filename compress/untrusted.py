@@ -48,13 +48,17 @@ class StoredTensor:
             return handle.get_tensor(self.name)
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file. ValueError, in one sentence, for anything else."""
+def read_json(file: Path, *, infinite: bool = False) -> dict[str, Any]:
+    """The object in a JSON file. ValueError, in one sentence, for anything else.
+
+    infinite: let NaN and Infinity pass, which some configs of transformers hold (a `time_step_limit` without an end).
+    """
     try:
         size = file.stat().st_size
         if size > JSON_BYTES:
             raise ValueError(f"it has {size:,} bytes, at most {JSON_BYTES:,} are read")
-        content = json.loads(file.read_bytes().decode("utf-8"), parse_constant=_no_constant, parse_float=_finite)
+        strict: dict[str, Any] = {} if infinite else {"parse_constant": _no_constant, "parse_float": _finite}
+        content = json.loads(file.read_bytes().decode("utf-8"), **strict)
     except RecursionError as error:
         raise ValueError(f"{file} is damaged: it is nested too deeply") from error
     except (ValueError, OSError) as error:

@@ -49,7 +49,7 @@ def whole(tmp_path_factory):
 
 # Mutations
 
-HUGE = [2**31, 2**40, 2**62, 2**63, 10**30, -1, -(2**40), 0, 1]
+HUGE = [10**1000, 2**31, 2**40, 2**62, 2**63, 10**30, -1, -(2**40), 0, 1]
 VALUES = st.one_of(
     st.sampled_from(
         [

@@ -298,6 +298,15 @@ def test_sizes_are_checked_before_anything_is_allocated(values, copied):
     assert peak_bytes() - held < 2**25
 
 
+def test_a_config_may_hold_infinity_and_the_sidecar_may_not(copied):
+    settings(time_step_limit=[0.0, float("inf")])(copied)
+    assert "Infinity" in (copied / "config.json").read_text("utf-8")
+    load(copied)
+    edit_json(copied / "kompakt.json", lambda content: content["sizes"].update(bits_per_weight=float("inf")))
+    with pytest.raises(ValueError, match="Infinity is no number"):
+        load(copied)
+
+
 # The fingerprint
 
 
