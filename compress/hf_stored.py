@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,27 +37,30 @@ def check_config(path: Path, *, trust_remote_code: bool = False) -> None:
     if "transformers_weights" in content:
         raise ValueError(f"{file} names a weight file of its own; kompakt writes none")
     tensors = len(stored_tensors(path))
-    for place, value in _items(content):
-        key = place.rpartition(".")[2]
-        if key.lstrip("_") in ("attn_implementation", "experts_implementation") and not trust_remote_code:
-            raise ValueError(f"{file} asks for {place} {str(value)[:80]!r}; what runs is not up to the directory")
+    for place, value in _numbers_and_words(content):
+        key, where = place[-1], ".".join(place)[:120]
+        asks = {part.lstrip("_") for part in place} & {"attn_implementation", "experts_implementation"}
+        if asks and value is not None and not trust_remote_code:
+            raise ValueError(f"{file} asks for {where} {str(value)[:80]!r}; what runs is not up to the directory")
         if type(value) is not int:
             continue
-        limit = max(FEW, tensors) if key in LAYER_KEYS else MAX_COUNT if COUNTED.match(key) else 2**40
+        few = key in LAYER_KEYS or (key.startswith(("num_", "n_")) and "expert" in key)
+        limit = max(FEW, tensors) if few else MAX_COUNT if COUNTED.match(key) else 2**40
         if abs(value) > limit:
-            raise ValueError(f"{file} has {place} = {str(value)[:30]}; the files hold {tensors} tensors")
+            raise ValueError(f"{file} has {where} = {str(value)[:30]}; the files hold {tensors} tensors")
 
 
-def _items(content: Any, place: str = "") -> list[tuple[str, Any]]:
-    """(dotted place, value) of everything in nested objects and lists that is neither."""
-    if isinstance(content, dict):
-        pairs = list(content.items())
-    elif isinstance(content, list):
-        pairs = list(enumerate(content))
-    else:
-        return [(place, content)]
-    found = [(f"{place}.{key}" if place else str(key), value) for key, value in pairs]
-    return [item for name, value in found for item in _items(value, name)]
+def _numbers_and_words(content: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """(keys that lead there, value) of everything in nested objects and lists that is neither, however deep it is."""
+    waiting: list[tuple[tuple[str, ...], Any]] = [((), content)]
+    while waiting:
+        place, value = waiting.pop()
+        if isinstance(value, dict):
+            waiting += [((*place, key), item) for key, item in value.items()]
+        elif isinstance(value, list):
+            waiting += [((*place, str(index)), item) for index, item in enumerate(value)]
+        else:
+            yield place, value
 
 
 def check_stored(path: Path, config: Any, build: Callable[[Any], nn.Module]) -> dict[str, StoredTensor]:

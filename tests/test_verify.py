@@ -236,6 +236,13 @@ def in_checksums(name):
     return lambda d: edit_json(d / "kompakt.json", lambda content: content["checksums"].update({name: "0" * 64}))
 
 
+def nested(depth):
+    value = 0
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
 ESCAPES = {
     "index up": (in_index("../secret.safetensors"), "is not the plain name of a file"),
     "index absolute": (in_index("/etc/hosts"), "is not the plain name of a file"),
@@ -245,6 +252,7 @@ ESCAPES = {
     "link": (link_outside, "outside the directory; it is not followed"),
     "pipe": (pipe, "is neither a file nor a folder"),
     "attention from the hub": (settings(attn_implementation="some/repo"), "what runs is not up to the directory"),
+    "part of attention from the hub": (settings(attn_implementation={"": "some/repo"}), "what runs is not up to"),
     "another weight file": (settings(transformers_weights="../secret.safetensors"), "names a weight file of its own"),
 }
 
@@ -274,6 +282,15 @@ def test_links_of_the_hubs_own_cache_are_followed_and_no_others(made, tmp_path):
     assert verify(snapshot).passed
     repository.rename(tmp_path / "elsewhere")
     assert "outside the directory" in verify(tmp_path / "elsewhere" / "snapshots" / "0123").checks[0].detail
+
+
+@pytest.mark.parametrize("depth", [200, 900])
+def test_deep_nesting_is_no_traceback(depth, copied):
+    settings(deep=nested(depth))(copied)
+    try:
+        load(copied)
+    except ValueError as error:
+        assert depth == 900 and "\n" not in str(error)
 
 
 @pytest.mark.parametrize(
