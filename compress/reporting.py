@@ -49,13 +49,13 @@ def report(directories: Sequence[str | Path]) -> dict[str, Any]:
 
 
 def distinct_names(paths: list[Path]) -> list[str]:
-    """Short names: the last part of each path, or more where that is the same."""
+    """Short names: the last part of each path, or more where that is the same; numbered if paths are the same."""
     parts = [path.absolute().parts for path in paths]
     for length in range(1, max(map(len, parts)) + 1):
         names = ["/".join(part[-length:]) for part in parts]
         if len(set(names)) == len(names):
             return names
-    return [f"{name} ({index + 1})" for index, name in enumerate(names)]
+    return [f"{path.name} ({index + 1})" for index, path in enumerate(paths)]
 
 
 def describe(directory: Path) -> dict[str, Any]:

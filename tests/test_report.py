@@ -19,7 +19,7 @@ from kompakt.cli.main import main
 from kompakt.compress import compress, report
 from kompakt.compress.report_charts import Axis, Point, bars_chart, pareto, points_chart, stack_chart, tick_label, ticks
 from kompakt.compress.report_page import page
-from kompakt.compress.reporting import quality_groups
+from kompakt.compress.reporting import distinct_names, quality_groups
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 EVIL = '"><script>alert(1)</script><img src=x onerror=alert(1)>&'
@@ -338,3 +338,9 @@ def test_page_in_a_browser(found, tmp_path):
         assert struct.unpack(">II", data[16:24]) == (900, 900)
         shots[scheme] = data
     assert shots["0"] != shots["1"], "dark and light look the same"
+
+
+def test_names_are_as_long_as_it_takes_to_tell_them_apart(tmp_path):
+    assert distinct_names([tmp_path / "a" / "x", tmp_path / "b" / "y"]) == ["x", "y"]
+    assert distinct_names([tmp_path / "a" / "x", tmp_path / "b" / "x"]) == ["a/x", "b/x"]
+    assert distinct_names([tmp_path / "x", tmp_path / "x"]) == ["x (1)", "x (2)"]
