@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from .hf_quantizer import KompaktConfig, swap_linears
 from .untrusted import StoredTensor, file_inside, read_json, stored_tensors
@@ -101,18 +101,18 @@ def expected_model(config: Any, build: Callable[[Any], nn.Module]) -> nn.Module:
     return skeleton
 
 
-def check_factors(model: Any, layers: dict[str, dict[str, Any]]) -> None:
-    """ValueError unless static factors of a cache are finite and fit the model's keys and values.
+def check_statics(model: Any, layers: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """ValueError unless the static tensors of a cache are finite and fit the model's keys and values.
 
-    layers: attention module → factors, (num_kv_heads, head_dim) each.
+    layers: attention module → tensors, each a single number or (num_kv_heads, head_dim, …).
     """
     text = model.config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    for name, factors in layers.items():
-        for key, tensor in factors.items():
-            usable = tensor.is_floating_point() and bool(tensor.isfinite().all())
-            if tensor.ndim != 2 or tensor.shape[0] != heads or not usable:
+    for name, tensors in layers.items():
+        for key, tensor in tensors.items():
+            shaped = tensor.ndim == 0 or (tensor.ndim >= 2 and tensor.shape[0] == heads)
+            if not shaped or not bool(tensor.float().isfinite().all()):
                 raise ValueError(
-                    f"{name[:120]}.{key[:40]} has shape {tuple(tensor.shape)} and dtype {tensor.dtype}; factors of the "
-                    f"cache are finite numbers for {heads} heads"
+                    f"{name[:120]}.{key[:40]} has shape {tuple(tensor.shape)}; what a cache keeps is finite numbers "
+                    f"for each of {heads} heads"
                 )

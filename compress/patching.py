@@ -18,7 +18,7 @@ from .hf_attention import is_attached
 from .hf_cache_hooks import run_as_before, run_by
 from .hf_decoder import decoder_layers
 from .hf_quantizer import KompaktConfig, mark_quantized, unmark_quantized
-from .hf_stored import check_factors
+from .hf_stored import check_statics
 from .linear import CompressedLinear, keep_group_scales_exact
 from .pipeline import (
     Progress,
@@ -57,7 +57,7 @@ def load(
     model: Any = load_written(path, device_map=device_map, trust_remote_code=trust_remote_code)
     check_kernels(Recipe.load(sidecar["recipe"]), model.get_input_embeddings().weight.device, strict, policies)
     keep_group_scales_exact(model, exact)
-    check_factors(model, {} if cache is None else cache.layers)
+    check_statics(model, {} if cache is None else cache.layers)
     run_by(model, policies, cache)
     return model
 
@@ -146,7 +146,7 @@ def _patch_from_recipe(
 def _patch_from_directory(model: Any, directory: Path, undo: Undo) -> Patch:
     sidecar = read_sidecar(directory)
     policies, cache = read_policies(sidecar), read_cache(sidecar, directory)
-    check_factors(model, {} if cache is None else cache.layers)
+    check_statics(model, {} if cache is None else cache.layers)
     stored_config = read_written_config(directory)
     if getattr(stored_config, "quantization_config", None) is None:
         _check_weights(model, directory)

@@ -20,7 +20,7 @@ from .fingerprint import check_fingerprint, compare_fingerprint
 from .hf import PICKLES, load_written, meta_model, read_written_config
 from .hf_cache_hooks import running
 from .hf_quantizer import KompaktConfig
-from .hf_stored import check_factors, check_stored
+from .hf_stored import check_statics, check_stored
 from .recipe import Recipe, read_yaml
 from .untrusted import StoredTensor, file_inside, header, weight_files
 from .verification_tensors import line_problems, tensor_problem, unknown_tensors
@@ -250,7 +250,7 @@ def check_logits(subject: Subject) -> str:
     place = default_device_map() if subject.device_map is None else subject.device_map
     model: Any = load_written(subject.path, device_map=place, trust_remote_code=subject.trust_remote_code)
     if subject.cache is not None:
-        check_factors(model, subject.cache.layers)
+        check_statics(model, subject.cache.layers)
     with running(model, subject.policies, subject.cache):  # refuses modules that the model does not have
         pass
     if recorded is None:
