@@ -110,7 +110,7 @@ def check_statics(model: Any, layers: Mapping[str, Mapping[str, Tensor]]) -> Non
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     for name, tensors in layers.items():
         for key, tensor in tensors.items():
-            shaped = tensor.ndim == 0 or (tensor.ndim >= 2 and tensor.shape[0] == heads)
+            shaped = tensor.numel() == 1 or (tensor.ndim >= 2 and tensor.shape[0] == heads)
             if not shaped or not bool(tensor.float().isfinite().all()):
                 raise ValueError(
                     f"{name[:120]}.{key[:40]} has shape {tuple(tensor.shape)}; what a cache keeps is finite numbers "
