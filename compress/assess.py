@@ -18,7 +18,7 @@ from .evaluation_tasks import flips, last_word, multiple_choice
 from .hf import load_base, load_tokenizer, load_written, resolve_model
 from .hf_attention import at_least, attention_in_use
 from .hf_cache_hooks import cache_maker, run_by
-from .hf_stored import check_statics
+from .hf_stored import check_cache, check_statics
 from .recipe import EvaluationOptions
 
 Progress = Callable[[str, int, int, str], None]
@@ -36,6 +36,7 @@ def open_model(path: Path, *, device_map: Any = None, verify: bool = True, trust
     model = load_written(path, device_map=device_map, trust_remote_code=trust_remote_code)
     check_statics(model, {} if cache is None else cache.layers)
     run_by(model, policies, cache)
+    check_cache(model)
     return model
 
 

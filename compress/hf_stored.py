@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .hf_cache_hooks import cache_maker
 from .hf_quantizer import KompaktConfig, swap_linears
 from .untrusted import StoredTensor, file_inside, read_json, stored_tensors
 
@@ -108,11 +109,26 @@ def check_statics(model: Any, layers: Mapping[str, Mapping[str, Tensor]]) -> Non
     """
     text = model.config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    modules = dict(model.named_modules())
     for name, tensors in layers.items():
+        width = getattr(modules.get(name), "head_dim", None)
         for key, tensor in tensors.items():
             shaped = tensor.numel() == 1 or (tensor.ndim >= 2 and tensor.shape[0] == heads)
-            if not shaped or not bool(tensor.float().isfinite().all()):
+            fits = width is None or tensor.numel() == 1 or (shaped and tensor.shape[1] == width)
+            if not shaped or not fits or not bool(tensor.float().isfinite().all()):
                 raise ValueError(
                     f"{name[:120]}.{key[:40]} has shape {tuple(tensor.shape)}; what a cache keeps is finite numbers "
-                    f"for each of {heads} heads"
+                    f"for each of {heads} heads{'' if width is None else f' of {width} channels'}"
                 )
+
+
+def check_cache(model: Any) -> None:
+    """ValueError unless a patched model's cache can be made of what was stored; nothing to do for one without."""
+    maker = cache_maker(model)
+    if maker is None:
+        return
+    try:
+        maker.make()
+    except (KeyError, IndexError, TypeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"no cache can be made of the tensors that are stored for it: {reason}") from error

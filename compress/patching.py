@@ -18,7 +18,7 @@ from .hf_attention import is_attached
 from .hf_cache_hooks import run_as_before, run_by
 from .hf_decoder import decoder_layers
 from .hf_quantizer import KompaktConfig, mark_quantized, unmark_quantized
-from .hf_stored import check_statics
+from .hf_stored import check_cache, check_statics
 from .linear import CompressedLinear, keep_group_scales_exact
 from .pipeline import (
     Progress,
@@ -59,6 +59,7 @@ def load(
     keep_group_scales_exact(model, exact)
     check_statics(model, {} if cache is None else cache.layers)
     run_by(model, policies, cache)
+    check_cache(model)
     return model
 
 
@@ -151,6 +152,7 @@ def _patch_from_directory(model: Any, directory: Path, undo: Undo) -> Patch:
     if getattr(stored_config, "quantization_config", None) is None:
         _check_weights(model, directory)
         run_by(model, policies, cache)
+        check_cache(model)
         return Patch(model, undo, None, policies, cache)
     config = KompaktConfig.from_compressed_tensors(stored_config.quantization_config)
     tensors = stored_tensors(directory)
@@ -188,6 +190,7 @@ def _patch_from_directory(model: Any, directory: Path, undo: Undo) -> Patch:
     undo.folded = bool(undo.parameters)
     mark_quantized(model, config.scheme, config.ignore)
     run_by(model, policies, cache)
+    check_cache(model)
     return Patch(model, undo, None, policies, cache)
 
 

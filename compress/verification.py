@@ -20,7 +20,7 @@ from .fingerprint import check_fingerprint, compare_fingerprint
 from .hf import PICKLES, load_written, meta_model, read_written_config
 from .hf_cache_hooks import running
 from .hf_quantizer import KompaktConfig
-from .hf_stored import check_statics, check_stored
+from .hf_stored import check_cache, check_statics, check_stored
 from .recipe import Recipe, read_yaml
 from .untrusted import StoredTensor, file_inside, header, weight_files
 from .verification_tensors import line_problems, tensor_problem, unknown_tensors
@@ -252,7 +252,7 @@ def check_logits(subject: Subject) -> str:
     if subject.cache is not None:
         check_statics(model, subject.cache.layers)
     with running(model, subject.policies, subject.cache):  # refuses modules that the model does not have
-        pass
+        check_cache(model)
     if recorded is None:
         return "loaded; none were recorded at compression, so none were compared"
     check_fingerprint(recorded, model.config.get_text_config().vocab_size)

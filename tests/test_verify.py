@@ -18,6 +18,8 @@ from kompakt.compress import compress, evaluate, load, verify
 from kompakt.compress.artifact import read_cache, read_policies
 from kompakt.compress.fingerprint import compare_fingerprint, nudged
 from kompakt.compress.hf import load_written
+from kompakt.compress.hf_cache_hooks import CacheMaker
+from kompakt.compress.hf_stored import check_statics
 from kompakt.compress.recipe import EvaluationOptions
 from kompakt.compress.untrusted import StoredTensor
 from kompakt.compress.verification import CHECKS
@@ -355,6 +357,24 @@ def test_a_head_that_transformers_stores_under_another_name(tmp_path):
     line = {"name": "lm_head", "shape": [8, 4], "parameters": 32}
     tensors = {f"{name}.weight": StoredTensor(tmp_path, name, "BF16", (8, 4)) for name in ("embed_out", "other")}
     assert unknown_tensors([line], tensors) == (["other.weight"], 1)
+
+
+def test_static_tensors_of_a_cache_fit_the_model(made):
+    model = load_written(made / "cache")
+    name = "model.layers.1.self_attn"
+    check_statics(model, {name: {"key_factors": torch.ones(2, 16), "flag": torch.ones(1, dtype=torch.uint8)}})
+    for wrong in (torch.ones(3, 16), torch.ones(2, 8), torch.ones(2), torch.full((2, 16), float("nan"))):
+        with pytest.raises(ValueError, match="for each of 2 heads of 16 channels"):
+            check_statics(model, {name: {"key_factors": wrong}})
+
+
+def test_a_cache_that_cannot_be_made_is_one_sentence(made, monkeypatch):
+    def make(maker, *arguments):
+        raise KeyError("key_mean")
+
+    monkeypatch.setattr(CacheMaker, "make", make)
+    with pytest.raises(ValueError, match="no cache can be made of the tensors that are stored for it: 'key_mean'"):
+        load(made / "cache")
 
 
 def test_numbers_of_one_tensor():
