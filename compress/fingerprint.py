@@ -19,8 +19,9 @@ than their references, which can amount to what the arithmetic itself changes. S
 tensor, a kernel that is wrong; a flipped bit is what checksums are for.
 
 On SmolLM2-135M the noise is 0.09 nats with W4A16 and 0.18 with W4A8, where one step of bf16 flips FP8 codes. The same
-weights run in float32, with eager attention, or with norms in float32 are 0.05 to 0.07 and 0.16 away on a CPU; a rotary
-base ten times too small is 0.5 away, which is found, and 0.36, which is not: the changed config.json fails its checksum.
+weights run in float32, with eager attention, or with norms in float32 are 0.05 to 0.07 and 0.16 away on a CPU. A
+rotary base ten times too small is 0.5 away, which is found, and 0.36, which is not: only the checksum of config.json
+tells.
 """
 
 from __future__ import annotations
