@@ -34,6 +34,7 @@ demo: $(INSTALLED) demo/base
 	$(KOMPAKT) compress demo/base --recipe w4a8-fireq -o demo/compressed --overwrite \
 		--num-calibration-samples 16 --max-seq-length 512 --evaluation-window 512 --evaluation-windows 8
 	$(KOMPAKT) evaluate demo/compressed --against demo/base --window 1024 --windows 6
+	$(KOMPAKT) report demo/compressed -o demo/report.html
 
 lint: $(INSTALLED)
 	.venv/bin/ruff check -q

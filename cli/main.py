@@ -258,6 +258,55 @@ def generation_options(window: int, text: str | None, prompts: int | None, token
     return GenerationOptions.in_window(window, text=text, **given)
 
 
+@app.command()
+def verify(
+    context: typer.Context,
+    directory: o.Artifact,
+    no_logits: o.NoLogits = False,
+    device_map: o.DeviceMap = None,
+    trust_remote_code: o.TrustRemoteCode = False,
+    as_json: o.Json = False,
+) -> None:
+    """Check DIR, wherever it comes from: checksums, names, shapes, numbers, logits; exit code 1 if wrong."""
+    from ..compress import verify as library
+    from .progress import Bar
+    from .report_tables import verified
+
+    session: Session = context.obj
+    with session.working(), Bar(session.stderr, "reading") as bar:
+        result = library(
+            directory,
+            logits=not no_logits,
+            device_map=device_map,
+            trust_remote_code=trust_remote_code,
+            progress=bar,
+        )
+    session.show(result.as_dict(), verified, as_json)
+    if not result.passed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def report(
+    context: typer.Context,
+    directories: o.Artifacts,
+    output: o.Page = None,
+    as_json: o.Json = False,
+) -> None:
+    """Write what is known about one or more DIRs as a web page: recipe, sizes, coverage, quality, layers, warnings."""
+    from ..compress import report as library
+    from ..compress.report_page import write_page
+    from .report_tables import reported
+
+    content = library(directories)
+    page = Path("report.html") if output is None and not as_json else output
+    if page is not None:
+        write_page(content, page)
+    context.obj.show(content, reported, as_json)
+    if not as_json:
+        context.obj.print(f"written to {page}")
+
+
 def local_base(directory: Path) -> str | None:
     """Where the base model of a compressed directory is, if that is here."""
     from ..compress.artifact import SIDECAR

@@ -12,6 +12,14 @@ RETRIEVAL = "Long contexts"
 
 Model = Annotated[str, typer.Argument(help="Directory or hub id of a float model in safetensors.", metavar="MODEL")]
 Directory = Annotated[str, typer.Argument(help="A directory that `compress` wrote, or any model.", metavar="DIR")]
+Artifact = Annotated[Path, typer.Argument(help="A directory that `compress` wrote.", metavar="DIR")]
+Artifacts = Annotated[list[Path], typer.Argument(help="Directories that `compress` wrote.", metavar="DIR...")]
+Page = Annotated[
+    Path | None,
+    typer.Option(
+        "--output", "-o", help="The page; default report.html, with --json none.", metavar="FILE", show_default=False
+    ),
+]
 Recipe = Annotated[str, typer.Option("--recipe", "-r", help="A name from `kompakt list`, or a YAML file.")]
 Set = Annotated[
     list[str] | None,
@@ -174,6 +182,7 @@ GenerationTokens = Annotated[
     typer.Option(help="Tokens of a window that are generated; default: 64.", min=1, rich_help_panel=RETRIEVAL),
 ]
 NoSpeed = Annotated[bool, typer.Option("--no-speed", help="Do not measure tokens per second.")]
+NoLogits = Annotated[bool, typer.Option("--no-logits", help="Do not load and run the model.")]
 OutputFile = Annotated[
     Path | None, typer.Option("--output", "-o", help="Also write the result as JSON.", metavar="FILE")
 ]

@@ -20,6 +20,8 @@ LABELS = {
     "generation": "generating",
     "linear": "timing linear layers",
     "quantization": "timing quantization",
+    "verify": "checking",
+    "numbers": "checking numbers",
 }
 FOLLOWED_BY = {"layers": "writing and reading back"}
 """What happens after the last step of a stage, where that takes a while and reports nothing."""

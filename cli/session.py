@@ -1,7 +1,7 @@
 """What surrounds every command: warnings and errors as one line each on stderr, exit codes, signals, a clean stdout.
 
-0 done    1 the reloaded model differs, or a failure of the machine (out of memory)    2 bad input or usage
-3 a limit of the recipe is exceeded    130 interrupted    143 terminated
+0 done    1 the reloaded model differs, a check of `verify` failed, or the machine did (out of memory)
+2 bad input or usage    3 a limit of the recipe is exceeded    130 interrupted    143 terminated
 """
 
 from __future__ import annotations

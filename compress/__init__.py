@@ -16,8 +16,10 @@ if TYPE_CHECKING:
     from .pipeline import CompressionResult, compress
     from .planning import Plan, plan
     from .recipe import Recipe
+    from .reporting import report
     from .restore import LimitExceeded
     from .retrieval_cases import RetrievalOptions
+    from .verification import Verification, verify
 
 _HOMES = {
     "CompressedCache": "hf_cache",
@@ -28,6 +30,7 @@ _HOMES = {
     "Plan": "planning",
     "Recipe": "recipe",
     "RetrievalOptions": "retrieval_cases",
+    "Verification": "verification",
     "build_demo_model": "demo",
     "captured": "hf_capture",
     "compress": "pipeline",
@@ -35,6 +38,8 @@ _HOMES = {
     "load": "patching",
     "patch": "patching",
     "plan": "planning",
+    "report": "reporting",
+    "verify": "verification",
 }
 __all__ = [
     "CompressedCache",
@@ -45,6 +50,7 @@ __all__ = [
     "Plan",
     "Recipe",
     "RetrievalOptions",
+    "Verification",
     "build_demo_model",
     "captured",
     "compress",
@@ -52,6 +58,8 @@ __all__ = [
     "load",
     "patch",
     "plan",
+    "report",
+    "verify",
 ]
 
 

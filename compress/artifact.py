@@ -20,14 +20,18 @@ from typing import Any
 
 import torch
 from pydantic import TypeAdapter, ValidationError
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from ..quant.method import AttentionPolicy, CachePolicy, kv_cache_methods
+from .sidecar import check_sidecar, first_error
+from .untrusted import check_entry, file_inside, header, read_json, weight_files
 
 SIDECAR_VERSION = 1
 SIDECAR = "kompakt.json"
 SIDECAR_TENSORS = "kompakt.safetensors"
+EDITABLE = (SIDECAR, "README.md")
+"""Files that have no checksum: this one itself, and the card, which may be rewritten by hand."""
 STAGING = ".{name}.kompakt-{pid}"
 
 
@@ -137,11 +141,17 @@ def write_tensors(directory: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def write_sidecar(directory: Path, content: dict[str, Any]) -> None:
-    """Writes `kompakt.json` with checksums of every safetensors file, so it comes last."""
+    """Writes `kompakt.json` with checksums of every safetensors file, which are compared whenever the directory is
+    loaded, and of the files beside them, which `verify` compares; so it comes last.
+    """
+    others = (
+        file for file in sorted(directory.iterdir()) if file.suffix != ".safetensors" and file.name not in EDITABLE
+    )
     content = {
         "version": SIDECAR_VERSION,
         **content,
         "checksums": {file.name: sha256(file) for file in sorted(directory.glob("*.safetensors"))},
+        "companions": {file.name: sha256(file) for file in others if file.is_file()},
     }
     (directory / SIDECAR).write_text(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n", "utf-8")
 
@@ -158,7 +168,14 @@ def read_policies(sidecar: dict[str, Any]) -> dict[str, AttentionPolicy]:
         return {}
     if not isinstance(content, dict) or not isinstance(content.get("layers"), dict):
         raise ValueError(f"{SIDECAR} is damaged: its attention holds no layers")
-    return {name: AttentionPolicy.from_dict(policy) for name, policy in content["layers"].items()}
+    found = {}
+    for name, policy in content["layers"].items():
+        found[name] = AttentionPolicy.from_dict(policy)
+        try:
+            TypeAdapter(AttentionPolicy).validate_json(json.dumps(policy), strict=True)
+        except ValidationError as error:
+            raise ValueError(f"{SIDECAR} is damaged: attention of {name[:120]}: {first_error(error)}") from error
+    return found
 
 
 def write_cache(policy: CachePolicy) -> dict[str, Any]:
@@ -182,24 +199,26 @@ def read_cache(sidecar: dict[str, Any], directory: Path) -> CachePolicy | None:
         raise ValueError(f"{SIDECAR} is damaged: its kv_cache holds no layers")
     options = {name: value for name, value in content.items() if name not in ("method", "layers")}
     methods = kv_cache_methods()
-    if content.get("method") not in methods:
+    if not isinstance(content.get("method"), str) or content["method"] not in methods:
         raise ValueError(
-            f"kv_cache method {content.get('method')!r} is unknown to this kompakt; known: {', '.join(methods)}"
+            f"kv_cache method {str(content.get('method'))[:80]!r} is unknown to this kompakt; "
+            f"known: {', '.join(methods)}"
         )
     try:
         method = TypeAdapter(methods[content["method"]]).validate_python(options)
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise ValueError(f"{SIDECAR} is damaged: kv_cache {place}: {first['msg']}") from error
+        raise ValueError(f"{SIDECAR} is damaged: kv_cache {first_error(error)}") from error
+    for name, keys in content["layers"].items():
+        if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
+            raise ValueError(f"{SIDECAR} is damaged: kv_cache of {name[:120]} is no list of tensors")
     wanted = [f"{name}.{key}" for name, keys in content["layers"].items() for key in keys]
     stored: dict[str, torch.Tensor] = {}
     if wanted:
-        with safe_open(directory / SIDECAR_TENSORS, framework="pt") as handle:
-            missing = sorted(set(wanted) - set(handle.keys()))
-            if missing:
-                raise ValueError(f"{SIDECAR_TENSORS} lacks {missing[0]}, which {SIDECAR} names")
-            stored = {name: handle.get_tensor(name) for name in wanted}
+        tensors = header(file_inside(directory, SIDECAR_TENSORS, where=SIDECAR))
+        missing = sorted(set(wanted) - set(tensors))
+        if missing:
+            raise ValueError(f"{SIDECAR_TENSORS} lacks {missing[0]}, which {SIDECAR} names")
+        stored = {name: tensors[name].read() for name in wanted}
     return CachePolicy(
         method, {name: {key: stored[f"{name}.{key}"] for key in keys} for name, keys in content["layers"].items()}
     )
@@ -215,18 +234,21 @@ def read_sidecar(directory: Path, *, verify: bool = True) -> dict[str, Any]:
         raise ValueError(f"{directory} is not a directory")
     if not file.is_file():
         raise ValueError(f"{directory} holds no {SIDECAR}; it was not written by kompakt")
-    try:
-        content = json.loads(file.read_text("utf-8"))
-        version, checksums = content["version"], content["checksums"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} is damaged: {error}") from error
-    if not isinstance(version, int) or version > SIDECAR_VERSION:
-        raise ValueError(f"{file} has version {version}, this kompakt reads up to {SIDECAR_VERSION}; upgrade kompakt")
-    for name, expected in checksums.items():
-        if not (directory / name).is_file():
-            raise ValueError(f"{directory} lacks {name}")
-        if verify and sha256(directory / name) != expected:
-            raise ValueError(f"{directory / name} is truncated or was changed after it was written (checksum differs)")
+    for entry in sorted(directory.iterdir()):
+        check_entry(entry)
+    content = read_json(file_inside(directory, SIDECAR, where="the directory"))
+    version = content.get("version")
+    if not isinstance(version, int) or not 1 <= version <= SIDECAR_VERSION:
+        raise ValueError(
+            f"{file} has version {str(version)[:40]}, this kompakt reads up to {SIDECAR_VERSION}; upgrade kompakt"
+        )
+    check_sidecar(content, str(file))
+    if unlisted := sorted(file.name for file in weight_files(directory) if file.name not in content["checksums"]):
+        raise ValueError(f"{file} has no checksum of {unlisted[0]}")
+    for name, expected in content["checksums"].items():
+        stored = file_inside(directory, name, where=SIDECAR)
+        if verify and sha256(stored) != expected:
+            raise ValueError(f"{stored} is truncated or was changed after it was written (checksum differs)")
     return content
 
 

@@ -29,6 +29,7 @@ from .evaluation_tasks import flips, last_word, multiple_choice
 from .hf import load_base, load_tokenizer, load_written, resolve_model
 from .hf_attention import at_least, attention_in_use
 from .hf_cache_hooks import cache_maker, run_by
+from .hf_stored import check_cache, check_statics
 from .recipe import EvaluationOptions
 from .retrieval_cases import Case, RetrievalOptions, retrieval_cases
 
@@ -43,8 +44,11 @@ def open_model(path: Path, *, device_map: Any = None, verify: bool = True, trust
     if not (path / SIDECAR).is_file():
         return load_base(path, device_map=device_map, trust_remote_code=trust_remote_code)
     sidecar = read_sidecar(path, verify=verify)
+    policies, cache = read_policies(sidecar), read_cache(sidecar, path)
     model = load_written(path, device_map=device_map, trust_remote_code=trust_remote_code)
-    run_by(model, read_policies(sidecar), read_cache(sidecar, path))
+    check_statics(model, {} if cache is None else cache.layers)
+    run_by(model, policies, cache)
+    check_cache(model)
     return model
 
 

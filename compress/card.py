@@ -30,16 +30,17 @@ TEMPLATE = """\
 | bits per quantized weight, scales included | | {{ "%.3f"|format(sizes.bits_per_weight) }} |
 {%- endif %}
 {%- if comparison %}
-| perplexity | {{ "%.3f"|format(comparison.base.perplexity) }} | {{ "%.3f"|format(comparison.model.perplexity) }} |
-| perplexity increase | | {{ "%+.2f"|format(100 * comparison.perplexity_increase) }} % |
-| mean KL to the base, nats per token | | {{ "%.4f"|format(comparison.kl) }} |
-| same most likely token | | {{ "%.2f"|format(100 * comparison.top1_agreement) }} % |
+| perplexity | {{ spread(comparison.base.perplexity, comparison.base.perplexity_stderr, ".3f") }} | \
+{{ spread(comparison.model.perplexity, comparison.model.perplexity_stderr, ".3f") }} |
+| perplexity increase | | {{ percent(comparison.perplexity_increase, comparison.perplexity_increase_stderr, "+.2f") }} |
+| mean KL to the base, nats per token | | {{ spread(comparison.kl, comparison.kl_stderr, ".4f") }} |
+| same most likely token | | {{ percent(comparison.top1_agreement, comparison.top1_agreement_stderr, ".2f") }} |
 
 Measured on {{ evaluation.text.source }}, {{ evaluation.text.windows }} windows of {{ evaluation.text.window }} tokens,
 stride {{ evaluation.text.stride }}
 {%- if evaluation.text.prompt_tokens is defined -%}
 , scored behind the first {{ evaluation.text.prompt_tokens }} of each
-{%- endif %}.
+{%- endif %}; ± is the standard error, of the increase that of the paired difference.
 {%- if evaluation_sentence %} {{ evaluation_sentence }}{% endif %}
 {%- if cache_evaluation %} {{ cache_evaluation }}{% endif %}
 {%- endif %}
@@ -47,6 +48,15 @@ stride {{ evaluation.text.stride }}
 {%- set calibration = report.calibration %}
 Calibrated on {{ calibration.samples }} × {{ calibration.length }} tokens of {{ calibration.source }}.
 {% endif %}
+{%- if report.layers %}
+{%- set worst = report.layers|sort(attribute="error")|last %}
+The layer whose output changed most is `{{ worst.name }}`, by a relative error of {{ "%.3g"|format(worst.error) }} on \
+{% if report.calibration %}calibration text{% else %}random tokens{% endif %}.
+{% endif %}
+Written on {{ report.environment.device }} with torch {{ report.environment.torch }} and transformers \
+{{ report.environment.transformers }}. `kompakt verify PATH` checks these files, `kompakt report PATH` \
+shows all that is known about them.
+
 ## Use
 With kompakt, {{ use }}:
 ```python
@@ -120,9 +130,21 @@ def write_card(
         evaluation=evaluation,
         comparison=(evaluation or {}).get("comparison"),
         coverage=coverage_rows(report["coverage"]),
+        spread=spread,
+        percent=percent,
         megabytes=lambda count: f"{count / 1e6:,.1f} MB",
     )
     (staging / "README.md").write_text(text, "utf-8")
+
+
+def spread(value: float, stderr: float | None, form: str) -> str:
+    """``value ± standard error``."""
+    return f"{value:{form}}" if stderr is None else f"{value:{form}} ± {stderr:{form.removeprefix('+')}}"
+
+
+def percent(value: float, stderr: float | None, form: str) -> str:
+    """A share as ``x ± y %``."""
+    return f"{spread(100 * value, None if stderr is None else 100 * stderr, form)} %"
 
 
 def in_use(recipe: Recipe) -> str:

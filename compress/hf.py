@@ -13,6 +13,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .hf_quantizer import KompaktConfig, mark_quantized
+from .hf_stored import check_config, check_stored
 
 COMPANIONS = (
     "tokenizer*",
@@ -70,7 +71,7 @@ def read_config(path: Path, *, trust_remote_code: bool = False) -> Any:
     """The model's config. ValueError with one sentence if it cannot be read or its architecture is unknown."""
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (ValueError, OSError, KeyError) as error:
+    except Exception as error:  # a config is data: whatever transformers stumbles over is its fault
         raise ValueError(f"{path}/config.json cannot be used: {_first_sentence(error)}") from error
 
 
@@ -126,11 +127,18 @@ def load_compressed(
     return _from_pretrained(path, config=config, trust_remote_code=trust_remote_code, **options)
 
 
+def read_written_config(path: Path, *, trust_remote_code: bool = False) -> Any:
+    """The config of a directory that kompakt wrote, or says so. ValueError if it cannot be used or must not be."""
+    check_config(path, trust_remote_code=trust_remote_code)
+    return read_config(path, trust_remote_code=trust_remote_code)
+
+
 def load_written(path: Path, *, device_map: Any = None, trust_remote_code: bool = False) -> PreTrainedModel:
     """The model of a directory that kompakt wrote, whether its weights are packed or float; attention as transformers
     has it.
     """
-    config = read_config(path, trust_remote_code=trust_remote_code)
+    config = read_written_config(path, trust_remote_code=trust_remote_code)
+    check_stored(path, config, lambda plain: meta_model(plain, trust_remote_code=trust_remote_code))
     read = load_base if getattr(config, "quantization_config", None) is None else load_compressed
     return read(path, device_map=device_map, trust_remote_code=trust_remote_code)
 
@@ -139,7 +147,7 @@ def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> PreTrained
     """The tokenizer beside a model. ValueError if there is none."""
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
+    except Exception as error:  # its files are data, and the library behind it raises plain Exceptions
         raise ValueError(f"{path} holds no usable tokenizer: {_first_sentence(error)}") from error
 
 
@@ -177,7 +185,7 @@ def meta_model(config: Any, *, trust_remote_code: bool = False) -> PreTrainedMod
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except ValueError as error:
+    except Exception as error:  # nothing is allocated on the meta device: the config is at fault
         raise ValueError(f"config.json describes no causal language model: {_first_sentence(error)}") from error
 
 

@@ -49,18 +49,29 @@ class KompaktConfig(QuantizationConfigMixin):
     @classmethod
     def from_compressed_tensors(cls, config: dict[str, Any]) -> Any:
         """Reads what `compressed_tensors_config` wrote. ValueError for a layout that kompakt does not run."""
-        groups = config.get("config_groups", {})
-        if config.get("quant_method") != "compressed-tensors" or len(groups) != 1:
+        groups = config.get("config_groups")
+        if config.get("quant_method") != "compressed-tensors" or not isinstance(groups, dict) or len(groups) != 1:
             raise ValueError(
                 "quantization_config is not a compressed-tensors config with one group, as kompakt writes it"
             )
         group = next(iter(groups.values()))
-        weights, inputs = group["weights"], group.get("input_activations")
-        kind: Any = {("int", 4): "int4", ("float", 8): "fp8"}.get((weights["type"], weights["num_bits"]))
-        if kind is None or not weights["symmetric"] or inputs not in (None, FP8_INPUTS):
-            raise ValueError(f"quantization_config stores {weights} with inputs {inputs}, which kompakt does not run")
-        scheme = WeightScheme(kind, weights.get("group_size"), "none" if inputs is None else "fp8")
-        return cls(scheme, list(config.get("ignore", [])))
+        weights = group.get("weights") if isinstance(group, dict) else None
+        inputs = group.get("input_activations") if isinstance(group, dict) else None
+        if not isinstance(weights, dict):
+            raise ValueError("quantization_config has a group that does not describe weights")
+        ignore = config.get("ignore", [])
+        if not isinstance(ignore, list) or not all(isinstance(name, str) for name in ignore):
+            raise ValueError("quantization_config has an ignore that is no list of names")
+        if any(name.startswith("re:") for name in ignore):
+            raise ValueError("quantization_config ignores by patterns; kompakt writes the names of Linears")
+        kinds: list[tuple[tuple[str, int], Any]] = [(("int", 4), "int4"), (("float", 8), "fp8")]
+        kind = next((kind for form, kind in kinds if form == (weights.get("type"), weights.get("num_bits"))), None)
+        size = weights.get("group_size")
+        sized = size is None or (kind == "int4" and type(size) is int and size >= 1)
+        if kind is None or not sized or weights.get("symmetric") is not True or inputs not in (None, FP8_INPUTS):
+            described = f"quantization_config stores {weights} with inputs {inputs}"
+            raise ValueError(f"{described[:400]}, which kompakt does not run")
+        return cls(WeightScheme(kind, size, "none" if inputs is None else "fp8"), list(ignore))
 
 
 def compressed_tensors_config(scheme: WeightScheme, ignore: list[str]) -> dict[str, Any]:
@@ -88,6 +99,22 @@ def compressed_tensors_config(scheme: WeightScheme, ignore: list[str]) -> dict[s
     }
 
 
+def swap_linears(model: nn.Module, scheme: WeightScheme, ignore: list[str]) -> None:
+    """Puts an empty `CompressedLinear` on the meta device in the place of every Linear that `ignore` does not name.
+
+    ValueError for a Linear that the scheme's groups do not divide.
+    """
+    for name, module in list(model.named_modules()):
+        if not isinstance(module, nn.Linear) or is_ignored(name, ignore):
+            continue
+        if scheme.group_size is not None and module.in_features % scheme.group_size:
+            raise ValueError(
+                f"quantization_config has group_size {scheme.group_size}, which does not divide the "
+                f"{module.in_features} inputs of {name}"
+            )
+        model.set_submodule(name, CompressedLinear.instead_of(module, scheme, torch.device("meta")))
+
+
 class KompaktQuantizer(HfQuantizer):
     """Puts `CompressedLinear` where the checkpoint holds packed weights; transformers' loader then fills them."""
 
@@ -98,9 +125,7 @@ class KompaktQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         config: Any = self.quantization_config
-        for name, module in list(model.named_modules()):
-            if isinstance(module, nn.Linear) and not is_ignored(name, config.ignore):
-                model.set_submodule(name, CompressedLinear.instead_of(module, config.scheme, torch.device("meta")))
+        swap_linears(model, config.scheme, config.ignore)
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:

@@ -8,17 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
 
 from ..quant.method import AttentionPolicy, CachePolicy
-from .artifact import SIDECAR, SIDECAR_TENSORS, read_cache, read_policies, read_sidecar
+from .artifact import SIDECAR, read_cache, read_policies, read_sidecar
 from .coverage import Coverage
-from .hf import load_tokenizer, load_written, read_config, resolve_model
+from .hf import load_tokenizer, load_written, read_written_config, resolve_model
 from .hf_attention import is_attached
 from .hf_cache_hooks import run_as_before, run_by
 from .hf_decoder import decoder_layers
 from .hf_quantizer import KompaktConfig, mark_quantized, unmark_quantized
+from .hf_stored import check_cache, check_statics
 from .linear import CompressedLinear, keep_group_scales_exact
 from .pipeline import (
     Progress,
@@ -31,6 +31,7 @@ from .pipeline import (
     walked,
 )
 from .recipe import Recipe
+from .untrusted import stored_tensors
 from .walk import Undo
 
 
@@ -52,11 +53,13 @@ def load(
     """
     path = resolve_model(directory)
     sidecar = read_sidecar(path, verify=verify)
-    policies = read_policies(sidecar)
+    policies, cache = read_policies(sidecar), read_cache(sidecar, path)
     model: Any = load_written(path, device_map=device_map, trust_remote_code=trust_remote_code)
     check_kernels(Recipe.load(sidecar["recipe"]), model.get_input_embeddings().weight.device, strict, policies)
     keep_group_scales_exact(model, exact)
-    run_by(model, policies, read_cache(sidecar, path))
+    check_statics(model, {} if cache is None else cache.layers)
+    run_by(model, policies, cache)
+    check_cache(model)
     return model
 
 
@@ -144,19 +147,24 @@ def _patch_from_recipe(
 def _patch_from_directory(model: Any, directory: Path, undo: Undo) -> Patch:
     sidecar = read_sidecar(directory)
     policies, cache = read_policies(sidecar), read_cache(sidecar, directory)
-    if getattr(read_config(directory), "quantization_config", None) is None:
+    check_statics(model, {} if cache is None else cache.layers)
+    stored_config = read_written_config(directory)
+    if getattr(stored_config, "quantization_config", None) is None:
         _check_weights(model, directory)
         run_by(model, policies, cache)
+        check_cache(model)
         return Patch(model, undo, None, policies, cache)
-    config = KompaktConfig.from_compressed_tensors(read_config(directory).quantization_config)
-    tensors = _open_tensors(directory)
+    config = KompaktConfig.from_compressed_tensors(stored_config.quantization_config)
+    tensors = stored_tensors(directory)
     known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     packed = {name.rpartition(".")[0] for name in tensors if name.endswith((".weight_packed", ".weight_scale"))}
     for name in packed:
         linear = _linear(model, name, directory)
         swapped = CompressedLinear.instead_of(linear, config.scheme, linear.weight.device)
         for key, parameter in swapped.named_parameters():
-            stored = tensors[f"{name}.{key}"].get()
+            if f"{name}.{key}" not in tensors:
+                raise ValueError(f"{directory} lacks {name}.{key}")
+            stored = tensors[f"{name}.{key}"].read()
             if stored.shape != parameter.shape:
                 raise ValueError(
                     f"{name}.{key} has shape {tuple(stored.shape)} in {directory}, "
@@ -171,7 +179,7 @@ def _patch_from_directory(model: Any, directory: Path, undo: Undo) -> Patch:
         if name not in known:
             raise ValueError(f"{directory} holds {name}, which the model does not have; it was made from another model")
         parameter = model.get_parameter(name)
-        stored = entry.get().to(parameter.device)
+        stored = entry.read().to(parameter.device)
         if stored.shape != parameter.shape:
             raise ValueError(
                 f"{name} has shape {tuple(stored.shape)} in {directory} and {tuple(parameter.shape)} in the model"
@@ -182,39 +190,20 @@ def _patch_from_directory(model: Any, directory: Path, undo: Undo) -> Patch:
     undo.folded = bool(undo.parameters)
     mark_quantized(model, config.scheme, config.ignore)
     run_by(model, policies, cache)
+    check_cache(model)
     return Patch(model, undo, None, policies, cache)
 
 
 def _check_weights(model: Any, directory: Path) -> None:
     """ValueError unless the model has the float weights that a directory's attention and cache were chosen for."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    for name, entry in _open_tensors(directory).items():
+    for name, entry in stored_tensors(directory).items():
         parameter = parameters.get(name)
         if parameter is None:
             raise ValueError(f"{directory} holds {name}, which the model does not have; it was made from another model")
-        stored = entry.get()
+        stored = entry.read()
         if stored.shape != parameter.shape or not torch.equal(stored.to(parameter), parameter.data):
             raise ValueError(f"{name} differs from that in {directory}; it was made from another model")
-
-
-class _Entry:
-    """One tensor of a checkpoint, read when asked for."""
-
-    def __init__(self, file: Path, name: str):
-        self.file, self.name = file, name
-
-    def get(self) -> torch.Tensor:
-        with safe_open(self.file, framework="pt") as handle:
-            return handle.get_tensor(self.name)
-
-
-def _open_tensors(directory: Path) -> dict[str, _Entry]:
-    entries = {}
-    for file in sorted(directory.glob("*.safetensors")):
-        if file.name != SIDECAR_TENSORS:
-            with safe_open(file, framework="pt") as handle:
-                entries |= {name: _Entry(file, name) for name in handle.keys()}  # noqa: SIM118
-    return entries
 
 
 def _linear(model: Any, name: str, directory: Path) -> nn.Linear:

@@ -39,6 +39,7 @@ from .calibration import CalibrationSet, calibration_tokens
 from .card import write_card
 from .coverage import Coverage, cover, resolve_group_size
 from .evaluation import text_windows
+from .fingerprint import take_fingerprint
 from .hf import load_base, load_tokenizer, load_written, resolve_model, save_weights, transformers_version
 from .hf_attention import at_least, check_attention
 from .hf_cache_hooks import cacheable_modules, running
@@ -161,6 +162,7 @@ def compress(
             "seconds": round(time.perf_counter() - started, 1),
             "layers": [layer.as_dict() for layer in walk.reports],
             "coverage": [line.as_dict() for line in coverage],
+            "fingerprint": take_fingerprint(base, probe, place, policies, cache),
             **({"attention": write_policies(policies)} if policies else {}),
             **({} if cache is None else {"kv_cache": write_cache(cache)}),
         }

@@ -33,6 +33,9 @@ from ..quant.method import (
 from .calibration import CalibrationOptions
 
 RECIPE_VERSION = 1
+YAML_BYTES = 2**20
+SHOWN = 200
+"""Characters of a wrong value that a message repeats."""
 METHODS = {"weights": weight_methods, "attention": attention_methods, "kv_cache": kv_cache_methods}
 """Slot → its methods by key."""
 SLOTS = (*METHODS, "sparsity")
@@ -160,7 +163,7 @@ class Recipe(BaseModel):
         data = {key: value for key, value in data.items() if key not in SLOTS}
         if not isinstance(data.get("version", 1), int) or data.get("version", 1) > RECIPE_VERSION:
             raise ValueError(
-                f"{label}: recipe version {data.get('version')!r} is not supported; this kompakt reads version 1"
+                f"{label}: recipe version {shown(data.get('version'))} is not supported; this kompakt reads version 1"
             )
         if not slots:
             raise ValueError(f"{label}: the recipe fills no slot; fill one of {', '.join(SLOTS)}")
@@ -187,9 +190,15 @@ def recipe_names() -> list[str]:
     )
 
 
+def shown(value: Any) -> str:
+    """A value for a message, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
+
+
 def nearest(word: str, known: list[str]) -> str:
     """``"; did you mean 'x'?"`` and the list of what exists."""
-    close = difflib.get_close_matches(str(word), known, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(str(word)[:SHOWN], known, n=1, cutoff=0.5)
     hint = f"; did you mean {close[0]!r}?" if close else ""
     return f"{hint} (known: {', '.join(known)})"
 
@@ -197,20 +206,43 @@ def nearest(word: str, known: list[str]) -> str:
 def _read(source: str | Path) -> tuple[dict, str]:
     path = Path(source)
     if str(source) in recipe_names():
-        text, label = (resources.files("kompakt.recipes") / f"{source}.yaml").read_text("utf-8"), str(source)
-    elif path.suffix in (".yaml", ".yml") or path.is_file():
-        if not path.is_file():
-            raise ValueError(f"recipe file {path} does not exist")
-        text, label = path.read_text("utf-8"), str(path)
-    else:
+        return _mapping((resources.files("kompakt.recipes") / f"{source}.yaml").read_text("utf-8"), source), str(source)
+    if path.suffix not in (".yaml", ".yml") and not path.is_file():
         raise ValueError(f"unknown recipe {str(source)!r}{nearest(str(source), recipe_names())}")
+    if not path.is_file():
+        raise ValueError(f"recipe file {path} does not exist")
+    return read_yaml(path), str(path)
+
+
+def read_yaml(path: Path) -> dict:
+    """The mapping in a recipe file. ValueError, in one sentence, for anything else."""
+    if path.stat().st_size > YAML_BYTES:
+        raise ValueError(f"{path} has {path.stat().st_size:,} bytes, a recipe at most {YAML_BYTES:,}")
     try:
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{label} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(data, dict):
+        return _mapping(path.read_text("utf-8"), path)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text") from error
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without anchors: a few lines of them unfold to gigabytes as soon as they are written out."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases are not read in a recipe")
+        return super().compose_node(parent, index)
+
+
+def _mapping(text: str, label: str | Path) -> dict:
+    try:
+        data = yaml.load(text, _Loader)
+    except RecursionError as error:
+        raise ValueError(f"{label} is not valid YAML: it is nested too deeply") from error
+    except (yaml.YAMLError, ValueError, TypeError) as error:
+        raise ValueError(f"{label} is not valid YAML: {' '.join(str(error).split())[:300]}") from error
+    if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
         raise ValueError(f"{label} does not hold a mapping of recipe keys")
-    return data, label
+    return data
 
 
 def _overridden(data: dict, overrides: dict[str, Any]) -> dict:
@@ -236,7 +268,7 @@ def _method(slot: str, content: Any, label: str) -> Any:
         raise ValueError(f"{label}: {slot} needs a `method` (known: {', '.join(methods)})")
     key = content["method"]
     if not isinstance(key, str) or key not in methods:
-        raise ValueError(f"{label}: unknown method {key!r} in slot {slot}{nearest(key, list(methods))}")
+        raise ValueError(f"{label}: unknown method {shown(key)} in slot {slot}{nearest(key, list(methods))}")
     options = {name: value for name, value in content.items() if name != "method"}
     try:
         return TypeAdapter(methods[key]).validate_python(options)
@@ -255,8 +287,8 @@ def explain(error: ValidationError, label: str, owner: type) -> str:
         for parent in parents:
             owner = owner.model_fields[parent].annotation  # pyright: ignore
         known = list(getattr(owner, "model_fields", None) or owner.__dataclass_fields__)  # pyright: ignore
-        return f"{label}: unknown key {place!r}{nearest(key, known)}"
+        return f"{label}: unknown key {shown(place)}{nearest(key, known)}"
     rule = first["msg"].removeprefix("Value error, ")
     if not place:
         return f"{label}: {rule}"
-    return f"{label}: {place} = {first['input']!r} is not valid: {rule[:1].lower()}{rule[1:]}"
+    return f"{label}: {place[:SHOWN]} = {shown(first['input'])} is not valid: {rule[:1].lower()}{rule[1:]}"

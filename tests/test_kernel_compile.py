@@ -1,16 +1,10 @@
-"""Every Triton kernel compiles for the GPUs it is meant for. Compile only: nothing is run, no GPU is needed.
-
-A launcher is called on meta tensors with a recorder in the kernel's place, so that what is compiled has the types, the
-constants and the options of a real launch.
-"""
+"""Every Triton kernel of weights and attention compiles for the GPUs it is meant for. Compile only: nothing is run, no
+GPU is needed; see `compile_cases.py`."""
 
 import ast
 import re
-import subprocess
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -19,110 +13,37 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from decode_cases import METHODS, statics_of
+from compile_cases import (
+    E4M3,
+    GFX942,
+    SM80,
+    SM89,
+    SM90,
+    Recorder,
+    compile_launch,
+    fits,
+    machine_code,
+    meta,
+    short_id,
+    stack_bytes,
+)
 from kernel_cases import BF16, FP16, FP32
 from torch import Tensor
-from triton import knobs
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from triton.compiler import compile as triton_compile
 
-from kompakt.compress.cache import TokenStore
 from kompakt.kernels import (
     activations_triton,
     attention_quant_triton,
     attention_triton,
-    decode_attention_triton,
     int4_expand_triton,
     int4_linear_triton,
-    kv_append_triton,
-    kv_pages_triton,
     planes_triton,
 )
 from kompakt.kernels.attention import MODES, Call
 from kompakt.kernels.attention_hopper import attention_hopper
 from kompakt.kernels.attention_quant import quantize_keys_ref, quantize_values_ref
-from kompakt.kernels.decode_attention import Reading
-from kompakt.kernels.kv_append import LENGTHS, Appendable
-from kompakt.kernels.kv_codes import KeyMap
-from kompakt.kernels.kv_pages import PageLayout, Pages
 from kompakt.kernels.planes import DIGIT_SUMS, empty_planes
 from kompakt.kernels.w4a8_hopper import w4a8_hopper
-
-E4M3 = torch.float8_e4m3fn
-SM80, SM89, SM90 = (GPUTarget("cuda", capability, 32) for capability in (80, 89, 90))
-GFX942 = GPUTarget("hip", "gfx942", 64)
-# Shared memory that one program may use: sm_80 163 KB, sm_89 99 KB, sm_90 227 KB, gfx942 64 KB.
-SHARED_MEMORY = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, "gfx942": 64 << 10}
-POINTERS = {
-    E4M3: "fp8e4nv",
-    torch.bfloat16: "bf16",
-    torch.float16: "fp16",
-    torch.float32: "fp32",
-    torch.int16: "i16",
-    torch.int32: "i32",
-    torch.int64: "i64",
-    torch.int8: "i8",
-    torch.uint8: "u8",
-}
-
-
-class Recorder:
-    """Stands where a kernel stood; keeps the grid and the arguments of a launch."""
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        def launch(*values: Any, **named: Any) -> None:
-            self.grid, self.values, self.named = grid, values, named
-
-        return launch
-
-
-def signature_of(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"*{POINTERS[value.dtype]}"
-    if isinstance(value, int):
-        return "i32"
-    if isinstance(value, float):
-        return "fp32"
-    return f"tensordesc<{POINTERS[value.base.dtype]}{list(value.block_shape)},{value.layout!r}>"
-
-
-def compile_launch(module: ModuleType, kernel_name: str, call: Callable[[], Any], target: GPUTarget, **change: Any):
-    """Compile what `call` launches; `change` replaces constants and options."""
-    kernel, recorder = getattr(module, kernel_name), Recorder()
-    with (
-        mock.patch.object(module, kernel_name, recorder),
-        mock.patch("torch.cuda.get_device_properties", return_value=SimpleNamespace(multi_processor_count=132)),
-    ):
-        call()
-    given = dict(zip(kernel.arg_names, recorder.values)) | recorder.named | change
-    options = {name: given.pop(name) for name in set(given) - set(kernel.arg_names)}
-    constant = {parameter.name for parameter in kernel.params if parameter.is_constexpr}
-    constants = {name: value for name, value in given.items() if name in constant or value is None}
-    signature = {name: "constexpr" if name in constants else signature_of(given[name]) for name in kernel.arg_names}
-    # What the launcher finds: torch aligns its tensors, and integers are looked at one by one where that is asked for.
-    plain = {parameter.name for parameter in kernel.params if parameter.do_not_specialize}
-    aligned = [
-        name
-        for name, value in given.items()
-        if name not in constants.keys() | plain
-        and (isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0))
-    ]
-    attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
-    source = source_class(module)(kernel, signature, constants, attributes)
-    return triton_compile(source, target=target, options=options)
-
-
-def source_class(module: ModuleType) -> type:
-    if not hasattr(module, "gluon"):
-        return ASTSource
-    from triton.experimental.gluon._runtime import GluonASTSource
-
-    return GluonASTSource
-
-
-def meta(*shape: int, dtype: torch.dtype) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def compile_int4(target: GPUTarget, dtype: torch.dtype, tokens: int, group: int, *, bias: bool = True):
@@ -224,70 +145,6 @@ def compile_attention(
         mock.patch.object(attention_triton, "quantize_keys_values", quantized),
     ):
         return compile_launch(module, name, lambda: run(query, key, key, call, None, None), target)
-
-
-def compile_decode(target: GPUTarget, kernel: str, kind: str, head_dim: int, **changes: Any):
-    """One query of 32 heads over 8 and 4,097 tokens, bf16."""
-    statics = statics_of(8, head_dim) if kind == "int4" else {}
-    store = TokenStore(METHODS[kind](), statics=statics, window=changes.get("window"))
-    x = meta(1, 8, 4096, head_dim, dtype=BF16)
-    store.append(x, x)
-    store.append(x[:, :, :1], x[:, :, :1])
-    call = Reading(head_dim**-0.5, changes.get("window"), changes.get("softcap"))
-    module = decode_attention_triton
-    others = {"prepare_kernel", "decode_kernel", "merge_kernel"} - {kernel}
-    with mock.patch.multiple(module, **{name: Recorder() for name in others}):
-        query = meta(1, 32, 1, head_dim, dtype=BF16)
-        return compile_launch(
-            module, kernel, lambda: module.decode_triton(query, store.read(None, 1), call, None, None), target
-        )
-
-
-def compile_pages(target: GPUTarget, kernel: str, kind: str, head_dim: int):
-    """Tokens of 8 heads, bf16; keys of INT4 mapped."""
-    x, layout = meta(1, 8, 512, head_dim, dtype=BF16), PageLayout(kind, head_dim, head_dim)  # pyright: ignore
-    channels = meta(8, head_dim, dtype=FP32)
-    key_map = KeyMap(channels, channels, rotated=True) if kind == "int4" else None
-    pages = Pages(layout, {}, lambda: meta(4, dtype=torch.int64), key_map)
-    starts, lengths = meta(1, dtype=torch.int64), meta(LENGTHS, dtype=torch.int32)
-    calls = {
-        "write_kernel": lambda: kv_pages_triton.write_triton(x, x, (0, 512), pages, ring=False),
-        "read_kernel": lambda: kv_pages_triton.read_triton(x, x, (0, 512), pages),
-        "append_kernel": lambda: kv_append_triton.append_triton(
-            x[:, :, :1], x[:, :, :1], Appendable(lengths, (x, x), (x, x), starts, pages, 128)
-        ),
-    }
-    return compile_launch(
-        kv_append_triton if kernel == "append_kernel" else kv_pages_triton, kernel, calls[kernel], target
-    )
-
-
-def machine_code(compiled: Any) -> str:
-    """SASS of a compiled kernel."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        command = [knobs.nvidia.nvdisasm.path, "-c", file.name]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-
-def stack_bytes(compiled: Any) -> int:
-    """Bytes per thread in local memory: spilled registers."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    (found,) = re.findall(r"STACK:(\d+)", usage)
-    return int(found)
-
-
-def short_id(value: object) -> str:
-    return str(getattr(value, "arch", value)).removeprefix("torch.")
-
-
-def fits(compiled: Any, target: GPUTarget) -> bool:
-    return compiled.metadata.shared <= SHARED_MEMORY[target.arch]
 
 
 @pytest.mark.parametrize(
@@ -413,43 +270,6 @@ def test_attention_hopper(mode, head_dim, window):
     assert stack_bytes(compiled) <= (0 if head_dim == 64 else 400)
 
 
-@pytest.mark.parametrize(("kind", "head_dim"), [("int4", 128), ("int4", 96), ("fp8", 64), ("bf16", 256)])
-@pytest.mark.parametrize("kernel", ["write_kernel", "read_kernel", "append_kernel"])
-def test_pages(kernel, kind, head_dim):
-    assert fits(compile_pages(SM90, kernel, kind, head_dim), SM90)
-    if head_dim == 128:
-        assert fits(compile_pages(SM89, kernel, kind, head_dim), SM89)
-        assert compile_pages(GFX942, kernel, kind, head_dim).asm
-
-
-@pytest.mark.parametrize("kernel", ["prepare_kernel", "merge_kernel"])
-@pytest.mark.parametrize("target", [SM90, SM89, GFX942], ids=short_id)
-def test_ends_of_decode_attention(target, kernel):
-    assert fits(compile_decode(target, kernel, "int4", 128), target)
-
-
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
-@pytest.mark.parametrize("kind", list(METHODS))
-def test_decode_attention(kind, head_dim):
-    compiled = compile_decode(SM90, "decode_kernel", kind, head_dim)
-    # Room for as many programs as `launch_config` counts on.
-    programs = {64: 3, 128: 3 if kind == "int4" else 2, 256: 1}[head_dim]
-    assert programs * (compiled.metadata.shared + 1024) <= SHARED_MEMORY[90]
-    ptx = compiled.asm["ptx"]
-    assert ".e4m3.e4m3" in ptx or kind == "bf16"
-    # Codes come 16 bytes at a time, and those of INT4 as the left operand, in registers.
-    assert "cp.async.cg.shared.global" in ptx
-    assert (re.search(r"m64n16k32\.f32\.e4m3\.e4m3 \{[^}]*\}, \{", ptx) is not None) == (kind == "int4")
-    assert stack_bytes(compiled) <= (0 if head_dim < 256 else 200)
-
-
-@pytest.mark.parametrize("target", [SM89, GFX942], ids=short_id)
-def test_decode_attention_elsewhere(target):
-    """GFX942 only without Hopper's assembly for INT4."""
-    kind = "int4" if target == SM89 else "fp8"
-    assert compile_decode(target, "decode_kernel", kind, 64, window=300, softcap=5.0).asm
-
-
 @pytest.mark.parametrize(
     "build",
     [
@@ -458,9 +278,8 @@ def test_decode_attention_elsewhere(target):
         lambda: compile_planes(SM80, BF16, 16, 4096, 0),
         lambda: compile_expand(SM80, E4M3, 1),
         lambda: compile_attention(SM80, "int8_fp8", 64),
-        lambda: compile_decode(SM80, "decode_kernel", "fp8", 64),
     ],
-    ids=["w4a8", "quantize", "planes", "expand", "attention", "decode"],
+    ids=["w4a8", "quantize", "planes", "expand", "attention"],
 )
 def test_sm80_has_no_e4m3(build: Callable[[], Any]):
     """Why dispatch asks for compute capability 8.9: were this to pass, the demand could be lowered."""

@@ -1,0 +1,289 @@
+"""Charts of a report as inline SVG: pure functions from numbers to text, no script, colours left to the page's style.
+
+Every chart has axes with units, a title and a description for those who do not see it. Shapes differ where colours do.
+Text from outside is escaped by `Markup.format`, so the result is safe to put into a page as it is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup
+
+WIDTH, HEIGHT = 420, 270
+LEFT, RIGHT, TOP, BOTTOM = 72, 14, 16, 46
+SHAPES = ("circle", "square", "diamond", "triangle")
+
+
+@dataclass(frozen=True)
+class Axis:
+    """What an axis shows: its label, unit included, and the range of values."""
+
+    label: str
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Point:
+    """One mark: position, half length of its error bar (None: none is known), label, series (colour and shape)."""
+
+    x: float
+    y: float
+    error: float | None = None
+    label: str = ""
+    series: int = 0
+
+
+def ticks(low: float, high: float, count: int = 5) -> list[float]:
+    """About `count` round numbers that lie between `low` and `high`."""
+    span = high - low
+    if not span > 0:
+        return [low]
+    step = 10.0 ** math.floor(math.log10(span / count))
+    step *= next(factor for factor in (1, 2, 5, 10) if span / (step * factor) <= count)
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [index * step for index in range(first, last + 1)]
+
+
+def tick_label(value: float, all_ticks: Sequence[float]) -> str:
+    """A tick with as many decimals as the step between ticks needs."""
+    step = abs(all_ticks[1] - all_ticks[0]) if len(all_ticks) > 1 else abs(value) or 1
+    if max(abs(tick) for tick in all_ticks) >= 1e6 or step < 1e-5:
+        return f"{value:.2g}"
+    return f"{value:,.{max(0, -math.floor(math.log10(step) + 1e-9))}f}"
+
+
+def padded(values: Sequence[float], *, share: float = 0.12, floor: float | None = None) -> tuple[float, float]:
+    """A range around `values` with room at both ends; not below `floor`."""
+    low, high = min(values), max(values)
+    room = (high - low) * share or abs(high) * share or 1.0
+    return (low - room if floor is None else max(floor, low - room)), high + room
+
+
+def points_chart(
+    title: str,
+    description: str,
+    points: Sequence[Point],
+    x: Axis,
+    y: Axis,
+    *,
+    series: Sequence[str] = (),
+    front: Sequence[tuple[float, float]] = (),
+    line: tuple[float, str] | None = None,
+) -> Markup:
+    """Marks in two dimensions. series: names for a legend. front: corners of a dashed line. line: (y, label) of a
+    horizontal one.
+    """
+    frame = _Frame(x, y)
+    parts = [frame.axes()]
+    if front:
+        corners = " ".join(f"{frame.x(a):.1f},{frame.y(b):.1f}" for a, b in front)
+        parts.append(Markup('<polyline class="front" points="{}"/>').format(corners))
+    if line is not None:
+        height = frame.y(line[0])
+        parts.append(
+            Markup('<line class="front" x1="{}" x2="{}" y1="{:.1f}" y2="{:.1f}"/>').format(
+                LEFT, WIDTH - RIGHT, height, height
+            )
+        )
+        parts.append(
+            Markup('<text class="small" x="{}" y="{:.1f}" text-anchor="end">{}</text>').format(
+                WIDTH - RIGHT, height - 4, line[1]
+            )
+        )
+    taken: list[tuple[float, float, float]] = []
+    for point in points:
+        across, up = frame.x(point.x), frame.y(point.y)
+        if point.error is not None:
+            ends = frame.y(point.y - point.error), frame.y(point.y + point.error)
+            parts.append(_error_bar(across, *ends, point.series))
+        parts.append(_mark(across, up, point))
+    for point in sorted(points, key=lambda point: -point.y):
+        if point.label:
+            parts.append(_label(frame.x(point.x), frame.y(point.y), point.label, taken))
+    if len(series) > 1:
+        parts.append(_legend(series))
+    return _svg(title, description, parts, legend=len(series) > 1)
+
+
+def bars_chart(
+    title: str, description: str, values: Sequence[float], marked: Sequence[bool], x: Axis, y: Axis
+) -> Markup:
+    """One bar for every value, at x = 0, 1, 2 …. marked: those to be drawn in the second colour."""
+    frame = _Frame(x, y)
+    width = max(1.5, 0.72 * (frame.x(1) - frame.x(0)))
+    parts = [frame.axes()]
+    for index, (value, second) in enumerate(zip(values, marked, strict=True)):
+        top = frame.y(value)
+        height = max(0.5, frame.y(y.low) - top)
+        hint = f"{index}: {value:.3g}"
+        parts.append(_box(f"s{int(second)}", frame.x(index) - width / 2, top, width, height, hint))
+    return _svg(title, description, parts)
+
+
+def stack_chart(
+    title: str,
+    description: str,
+    rows: Sequence[tuple[str, Sequence[float]]],
+    series: Sequence[str],
+    colours: Sequence[str],
+    unit: str,
+) -> Markup:
+    """Horizontal bars made of parts that add up. rows: (label, one value for each of `series`).
+    colours: classes of the page's style, one for each of `series`."""
+    longest = max(sum(values) for _, values in rows)
+    x, band = Axis(unit, 0.0, longest * 1.04), 34
+    frame = _Frame(x, Axis("", 0.0, 1.0), height=TOP + BOTTOM + band * len(rows), left=92)
+    parts = [frame.axes(vertical=False)]
+    for index, (label, values) in enumerate(rows):
+        top, start = TOP + band * index + 5, 0.0
+        parts.append(Markup('<text x="86" y="{}" text-anchor="end">{}</text>').format(top + 16, label))
+        for name, colour, value in zip(series, colours, values):
+            width = frame.x(start + value) - frame.x(start)
+            hint = f"{name}: {value:,.4g} {unit}"
+            parts.append(_box(colour, frame.x(start), top, width, 24, hint))
+            start += value
+    parts.append(_legend(series, colours))
+    return _svg(title, description, parts, height=frame.height, legend=True)
+
+
+class _Frame:
+    """Axes of a chart: values to coordinates."""
+
+    def __init__(self, x: Axis, y: Axis, height: int = HEIGHT, left: int = LEFT):
+        self.axis_x, self.axis_y, self.height, self.left = x, y, height, left
+
+    def x(self, value: float) -> float:
+        share = (value - self.axis_x.low) / ((self.axis_x.high - self.axis_x.low) or 1.0)
+        return self.left + share * (WIDTH - RIGHT - self.left)
+
+    def y(self, value: float) -> float:
+        share = (value - self.axis_y.low) / ((self.axis_y.high - self.axis_y.low) or 1.0)
+        return self.height - BOTTOM - share * (self.height - BOTTOM - TOP)
+
+    def axes(self, *, vertical: bool = True) -> Markup:
+        """Lines, ticks and labels of both axes; or of the horizontal one alone."""
+        bottom, right = self.height - BOTTOM, WIDTH - RIGHT
+        parts = []
+        if vertical:
+            found = ticks(self.axis_y.low, self.axis_y.high)
+            for value in found:
+                parts.append(
+                    Markup(
+                        '<line class="grid" x1="{}" x2="{}" y1="{:.1f}" y2="{:.1f}"/>'
+                        '<text x="{}" y="{:.1f}" text-anchor="end">{}</text>'
+                    ).format(
+                        self.left,
+                        right,
+                        self.y(value),
+                        self.y(value),
+                        self.left - 6,
+                        self.y(value) + 4,
+                        tick_label(value, found),
+                    )
+                )
+            middle = (TOP + bottom) / 2
+            parts.append(
+                Markup('<text x="12" y="{0}" text-anchor="middle" transform="rotate(-90 12 {0})">{1}</text>').format(
+                    middle, self.axis_y.label
+                )
+            )
+        found = ticks(self.axis_x.low, self.axis_x.high)
+        for value in found:
+            parts.append(
+                Markup(
+                    '<line class="axis" x1="{0:.1f}" x2="{0:.1f}" y1="{1}" y2="{2}"/>'
+                    '<text x="{0:.1f}" y="{3}" text-anchor="middle">{4}</text>'
+                ).format(self.x(value), bottom, bottom + 4, bottom + 17, tick_label(value, found))
+            )
+        parts.append(
+            Markup('<text x="{}" y="{}" text-anchor="middle">{}</text>').format(
+                (self.left + right) / 2, bottom + 35, self.axis_x.label
+            )
+        )
+        parts.append(Markup('<path class="axis" d="M{0} {1}V{2}H{3}"/>').format(self.left, TOP, bottom, right))
+        return Markup("").join(parts)
+
+
+def _mark(x: float, y: float, point: Point) -> Markup:
+    kind, series = SHAPES[point.series % 4], point.series % 4
+    hint = Markup("<title>{}</title>").format(point.label) if point.label else Markup("")
+    if kind == "circle":
+        return Markup('<circle class="fill s{}" cx="{:.1f}" cy="{:.1f}" r="4.5">{}</circle>').format(series, x, y, hint)
+    corners = {
+        "square": [(-4, -4), (4, -4), (4, 4), (-4, 4)],
+        "diamond": [(0, -5.5), (5.5, 0), (0, 5.5), (-5.5, 0)],
+        "triangle": [(0, -5.5), (5, 4), (-5, 4)],
+    }[kind]
+    shape = " ".join(f"{x + a:.1f},{y + b:.1f}" for a, b in corners)
+    return Markup('<polygon class="fill s{}" points="{}">{}</polygon>').format(series, shape, hint)
+
+
+def _error_bar(x: float, low: float, high: float, series: int) -> Markup:
+    return Markup('<path class="error s{}" d="M{:.1f} {:.1f}V{:.1f}M{:.1f} {:.1f}h8M{:.1f} {:.1f}h8"/>').format(
+        series % 4, x, low, high, x - 4, low, x - 4, high
+    )
+
+
+def _label(x: float, y: float, text: str, taken: list[tuple[float, float, float]]) -> Markup:
+    """Text beside a mark, moved down while another text is there; to the left where the right has no room."""
+    shown = text if len(text) <= 28 else f"{text[:27]}…"
+    width = 6.6 * len(shown)
+    anchor, start = ("start", x + 8) if x + 8 + width < WIDTH - 2 else ("end", x - 8)
+    left = start if anchor == "start" else start - width
+    height = y - 8
+    while any(
+        abs(height - other) < 13 and left < right and other_left < left + width for other_left, right, other in taken
+    ):
+        height += 13
+    taken.append((left, left + width, height))
+    return Markup('<text class="small" x="{:.1f}" y="{:.1f}" text-anchor="{}">{}</text>').format(
+        start, height + 3, anchor, shown
+    )
+
+
+def _box(colour: str, x: float, y: float, width: float, height: float, hint: str) -> Markup:
+    return Markup(
+        '<rect class="fill {}" x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}"><title>{}</title></rect>'
+    ).format(colour, x, y, width, height, hint)
+
+
+def _legend(series: Sequence[str], colours: Sequence[str] | None = None) -> Markup:
+    """Names above a chart, in as many lines as they need. colours: classes of boxes; without them, marks of points."""
+    parts, left, line = [], 4.0, 0
+    for index, name in enumerate(series):
+        width = 32 + 7.2 * len(name)
+        if left > 4 and left + width > WIDTH:
+            left, line = 4.0, line + 1
+        height = -11 - 17 * line
+        mark = _mark(left + 5, height, Point(0, 0, series=index))
+        if colours is not None:
+            mark = _box(colours[index], left, height - 5, 11, 11, name)
+        parts.append(mark + Markup('<text x="{:.1f}" y="{}">{}</text>').format(left + 16, height + 4, name))
+        left += width
+    return Markup("<g>") + Markup("").join(parts) + Markup("</g>")
+
+
+def _svg(
+    title: str, description: str, parts: Sequence[Markup], *, height: int = HEIGHT, legend: bool = False
+) -> Markup:
+    above = 0 if not legend else 41
+    return Markup(
+        '<svg class="chart" role="img" aria-label="{}" viewBox="0 {} {} {}" xmlns="http://www.w3.org/2000/svg">'
+        "<title>{}</title><desc>{}</desc>{}</svg>"
+    ).format(title, -above, WIDTH, height + above, title, description, Markup("").join(parts))
+
+
+def pareto(points: Sequence[tuple[float, float]], *, larger_x: bool = False) -> list[int]:
+    """Indices of the points that no other beats: less y, and less x (more, with `larger_x`); in order of x."""
+    sign = -1 if larger_x else 1
+    order = sorted(range(len(points)), key=lambda index: (sign * points[index][0], points[index][1]))
+    best, found = math.inf, []
+    for index in order:
+        if points[index][1] < best:
+            best = points[index][1]
+            found.append(index)
+    return sorted(found, key=lambda index: points[index][0])
