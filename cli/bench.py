@@ -321,11 +321,19 @@ def renderer(result: dict[str, Any]) -> Callable[[dict[str, Any]], str]:
     """What makes the Markdown table of a result of any `bench` command."""
     from ..compress.attention_accuracy import accuracy_table
     from ..compress.attention_speed_table import attention_table
+    from ..compress.decode_speed_table import decode_table
+    from ..compress.generation_bench_table import generation_table
     from ..compress.linear_speed_table import speed_table
     from ..compress.sensitivity import part_table
     from ..compress.sweep import markdown_table
 
-    known = {"linear": speed_table, "attention": attention_table, "attention-accuracy": accuracy_table}
+    known = {
+        "linear": speed_table,
+        "attention": attention_table,
+        "attention-accuracy": accuracy_table,
+        "decode": decode_table,
+        "generate": generation_table,
+    }
     if result.get("bench") in known:
         return known[result["bench"]]
     return part_table if "part" in result["rows"][0] else markdown_table
