@@ -37,7 +37,7 @@ from ..kernels.decode_attention import MAX_ROWS, CompressedKV, decode_attention
 from ..kernels.kv_codes import Kind, check_kind
 from ..kernels.kv_pages import PAGE
 from ..quant.method import AttentionInputs, KVCacheMethod
-from .attention_cases import Case, Layout, draw
+from .attention_cases import OUTLIER_STEP, Case, Layout, draw
 from .attention_contenders import Contender, Problem, check_cuda, flash_from_the_end, grouped_or_repeated, sdpa
 from .cache import TokenStore
 from .device_speed import Machine, copies
@@ -48,7 +48,7 @@ MIN_LENGTH = 512
 """Of shorter caches most is dense."""
 STATIC_TOKENS = 2048
 """Tokens of the first sequence from which means and factors of keys are taken."""
-NEEDLE = 2.0
+NEEDLE = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,16 +165,17 @@ def decode_calls(query: Tensor, stores: Sequence[TokenStore], problem: Problem) 
 def needles(problem: Problem) -> Tensor:
     """Queries that each look for one token: they are `NEEDLE` times its key without the mean.
 
-    The tokens are spread evenly over the cache, another one for each sequence, head and query, so that a page that is
-    skipped or taken for another one shows in the result, which it does not where attention is flat.
+    The tokens are some of the larger ones, which no other token's key comes near, spread evenly over the cache: another
+    one for each sequence, head and query. A page that is skipped or taken for another one so shows in the result, which
+    it does not where attention is flat.
     """
     batch, heads, queries, _ = problem.query.shape
-    past = problem.layout.keys - queries
-    token = torch.arange(batch * heads * queries, device=problem.key.device) * past // (batch * heads * queries)
-    token = token.view(batch, heads, queries)
+    large = torch.arange(OUTLIER_STEP // 2, problem.layout.keys - queries, OUTLIER_STEP, device=problem.key.device)
+    count = batch * heads * queries
+    token = large[torch.arange(count, device=large.device) * len(large) // count].view(batch, heads, queries)
     mean = problem.key.mean(dim=2, dtype=torch.float32).repeat_interleave(problem.groups, dim=1)
-    head = torch.arange(heads, device=token.device)[:, None] // problem.groups
-    row = torch.arange(batch, device=token.device)[:, None, None]
+    head = torch.arange(heads, device=large.device)[:, None] // problem.groups
+    row = torch.arange(batch, device=large.device)[:, None, None]
     return (NEEDLE * (problem.key[row, head, token].float() - mean[:, :, None])).to(problem.query.dtype)
 
 

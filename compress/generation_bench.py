@@ -120,7 +120,9 @@ def generation_bench(
     for index, way in enumerate(ways):
         if model is None or way.recipe is not None:
             progress("timing generation", index * len(shapes), len(ways) * len(shapes), f"{way.name}: making the model")
-            model = None  # before the next one needs the room
+            if model is not None:
+                forget_compiled(model)  # graphs hold on to the model
+            model = None
             release(device)
             model = source.open(device)
             if way.recipe is not None:
@@ -194,14 +196,13 @@ def release(device: torch.device) -> None:
 
 
 def row_of(model: Any, way: Way, shape: Shape, repeats: int, device: torch.device) -> dict[str, Any]:
-    """One row: `measured`, or `absent` with the reason, and what a step has to read."""
-    row = {"way": way.name, **asdict(shape), "recipe": None}
-    method = None
+    """One row: `measured`, or `absent` with the reason; `recipe`: the slots that ran; what a step has to read."""
+    slots = {"weights", "attention", "kv_cache"}
+    ran, method = None, None
     if way.recipe is not None:
-        row["recipe"] = way.recipe.model_dump(
-            mode="json", exclude_none=True, include={"weights", "attention", "kv_cache"}
-        )
+        ran = uncalibrated(way.recipe).model_dump(mode="json", exclude_none=True, include=slots)
         method = way.recipe.kv_cache
+    row: dict[str, Any] = {"way": way.name, **asdict(shape), "recipe": ran}
     row["weight_bytes"] = step_weight_bytes(model)
     row["cache_bytes"] = shape.batch * sequence_bytes(model, method, shape.context)
     forget_compiled(model)

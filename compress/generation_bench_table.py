@@ -70,12 +70,13 @@ def meaning(result: dict[str, Any]) -> list[str]:
     new_tokens = ", ".join(f"{count:,}" for count in dict.fromkeys(row["new_tokens"] for row in result["rows"]))
     sentences = [
         f"{result['model']} with {weights}; random prompts, {new_tokens} tokens generated greedily, medians over "
-        f"{result['repeats']} runs after one to warm up."
+        f"{result['repeats']} {'run' if result['repeats'] == 1 else 'runs'} after one to warm up."
     ]
-    if any(row["recipe"] for row in result["rows"]):
-        sentences.append(
-            "Recipes' INT4 weights are rounded to nearest, which takes the bytes and kernels of any method."
-        )
+    slots = [row["recipe"] or {} for row in result["rows"]]
+    if any(recipe.get("weights", {}).get("method") == "rtn" for recipe in slots):
+        sentences.append("Recipes' INT4 weights are rounded to nearest: the bytes and kernels of any method.")
+    if any("attention" in recipe for recipe in slots):
+        sentences.append("Arithmetics of attention are chosen on random tokens.")
     if bandwidth is not None:
         sentences.append(
             f"The floor reads the weights once and the cache at the prompt's length at {bandwidth / 1e3:.2f} TB/s, "

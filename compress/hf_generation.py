@@ -6,6 +6,7 @@ Nothing else can be said about such a model.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,8 @@ class ModelSource:
             return load_base(self.path, device_map=None if device.type == "cpu" else {"": str(device)})
         torch.manual_seed(0)
         with torch.device(device):
-            model = AutoModelForCausalLM.from_config(self.config, dtype=torch.bfloat16)
+            # A model that is patched changes its config.
+            model = AutoModelForCausalLM.from_config(copy.deepcopy(self.config), dtype=torch.bfloat16)
         return model.eval().requires_grad_(False)
 
 
@@ -130,9 +132,10 @@ def cache_facts(cache: Any) -> dict[str, Any]:
 
 
 def forget_compiled(model: Any) -> None:
-    """Drops compiled graphs, and the length that transformers keeps for the next static cache of the model."""
-    torch.compiler.reset()
-    for name in ("_compiled_call", "_last_compile_config", "_previous_max_cache_length"):
+    """Drops compiled graphs, if there are any, and what transformers keeps for the next static cache."""
+    if is_compiled(model):
+        torch.compiler.reset()
+    for name in ("_compiled_call", "_last_compile_config", "_previous_max_cache_length", "_cache"):
         vars(model).pop(name, None)
 
 
