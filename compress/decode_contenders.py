@@ -126,15 +126,13 @@ def method_of(kind: Kind) -> KVCacheMethod:
 
 
 def fill(kind: Kind, problem: Problem) -> TokenStore:
-    """One cache: a prompt, then the queries' own tokens, as a model appends them."""
-    method, past = method_of(kind), problem.layout.keys - problem.layout.queries
-    statics = None
+    """One cache of all tokens, the queries' own among the recent ones."""
+    method, statics = method_of(kind), None
     if method.needs_data:
         inputs = AttentionInputs(problem.query[:1], problem.key[:1, :, :STATIC_TOKENS], problem.value[:1], {})
         statics = method.statics(inputs)
     store = TokenStore(method, statics=statics)
-    for start, stop in ((0, past), (past, problem.layout.keys)):
-        store.append(problem.key[:, :, start:stop], problem.value[:, :, start:stop])
+    store.append(problem.key, problem.value)
     return store
 
 

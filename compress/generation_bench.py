@@ -254,8 +254,8 @@ def with_floor(row: dict[str, Any], bandwidth: float | None) -> dict[str, Any]:
     floor = 1e3 * (row["weight_bytes"] + row["cache_bytes"]) / bandwidth
     return {
         **row,
-        "floor_ms": round(floor, 4),
-        "share": round(floor / row["token_ms"], 4) if "token_ms" in row else None,
+        "floor_ms": round(floor, 6),
+        "share": round(floor / row["token_ms"], 6) if "token_ms" in row else None,
     }
 
 

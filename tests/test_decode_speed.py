@@ -86,13 +86,19 @@ def test_bad_options_are_named(call, says):
         call()
 
 
-def test_caches_are_those_of_the_recipes():
+def test_caches_are_those_of_the_recipes(tmp_path, monkeypatch):
     for kind, name in (("int4", "kv-int4"), ("fp8", "kv-fp8")):
         recipe, method = Recipe.load(name).kv_cache, method_of(kind)
         assert type(recipe) is type(method) and recipe.kind == method.kind == kind
         assert (recipe.sink_tokens, recipe.recent_tokens) == (method.sink_tokens, method.recent_tokens)
-    assert method_of("bf16").kind == "bf16" and method_of("bf16").recent_tokens == method_of("fp8").recent_tokens
+    file = tmp_path / "other.yaml"
+    file.write_text("version: 1\nkv_cache: {method: kv_fp8, sink_tokens: 5, recent_tokens: 64}\n")
+    monkeypatch.setitem(decode_contenders.RECIPES, "fp8", str(file))
+    assert (method_of("bf16").kind, method_of("bf16").sink_tokens, method_of("bf16").recent_tokens) == ("bf16", 5, 64)
     problem = CASE.draw(CPU)
+    # As transformers' caches keep them, and queries as a model gives them.
+    assert problem.key.is_contiguous() and problem.value.is_contiguous()
+    assert replace(CASE, queries=2).draw(CPU).query.transpose(1, 2).is_contiguous()
     key_map = fill("int4", problem).key_map
     assert key_map.rotated and key_map.mean.shape == key_map.factors.shape == (3, 16)
     # Keys have offsets of 4 per channel, which the mean takes off.
@@ -180,7 +186,7 @@ def test_peers_of_several_queries_are_causal(machine):
     assert all(peer["error"] < 0.01 for peer in row["peers"].values()), row["peers"]
 
 
-@pytest.mark.parametrize("broken", ["head", "nan", "raises", "long", "coding"])
+@pytest.mark.parametrize("broken", ["head", "nan", "raises", "long", "long nan", "coding"])
 def test_a_wrong_result_has_no_time(machine, monkeypatch, broken):
     def wrong(query, kv):
         if broken == "long" and kv.tokens == 600 and kv.pages.layout.kind == "int4":
@@ -192,7 +198,7 @@ def test_a_wrong_result_has_no_time(machine, monkeypatch, broken):
                 raise RuntimeError("no such tile\nmore")
             if broken == "head":
                 out[1, 4] = out[1, 5]
-            elif broken == "nan":
+            elif broken == "nan" or (broken == "long nan" and kv.tokens == 600):
                 out[0, 0, 0, 3] = math.nan
         return out, lse
 
@@ -212,6 +218,7 @@ def test_a_wrong_result_has_no_time(machine, monkeypatch, broken):
     says = {
         "raises": "no such tile",
         "long": "at this length",
+        "long nan": "error None at this length",
         "nan": f"error None on {CHECK_LENGTH} tokens",
         "coding": "coding: 1 of its pages differ",
     }
@@ -220,6 +227,11 @@ def test_a_wrong_result_has_no_time(machine, monkeypatch, broken):
     with pytest.raises(RuntimeError, match=says.get(broken, f"on {CHECK_LENGTH} tokens")):
         check_decode_speeds(result)
     assert "| 2 × 600, 9/3 heads of 16 | int4 | wrong | – |" in decode_table(result)
+
+
+def test_needles_are_what_a_length_is_checked_with(machine, monkeypatch):
+    monkeypatch.setattr(decode_speed, "needles", lambda problem: 1 / 0)
+    assert measure(machine, kinds=["fp8"], peers=[])["rows"][0]["reason"].startswith("ZeroDivisionError")
 
 
 def test_a_wrong_peer_is_absent(machine, monkeypatch):
