@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from . import tables
+from .retrieval_tables import generated, retrieved
 from .tables import Shown, size, table
 
 
@@ -40,7 +41,14 @@ def compression(report: dict[str, Any]) -> Shown:
 
 def evaluation(content: dict[str, Any]) -> Shown:
     """The result of `evaluate`."""
-    return [*tables.evaluation(content), *ran(content), *cached({}, content)]
+    return [
+        *tables.evaluation(content),
+        *ran(content),
+        *cached({}, content),
+        *tasks_cached(content),
+        *retrieved(content),
+        *generated(content),
+    ]
 
 
 def planned(content: dict[str, Any]) -> Shown:
@@ -71,6 +79,14 @@ def cached(report: dict[str, Any], evaluation: dict[str, Any] | None) -> list[st
     measured = (evaluation or {}).get("kv_cache")
     sentences = (cache_sentence(report.get("kv_cache"), measured), cache_evaluation_sentence(measured))
     return [text.replace("`", "") for text in sentences if text]
+
+
+def tasks_cached(content: dict[str, Any]) -> list[str]:
+    """How each task read the cache."""
+    from ..compress.card import cache_evaluation_sentence
+
+    found = [content[task] for task in ("choices", "last_word") if "kv_cache" in content.get(task, {})]
+    return [f"{task['file']}: {cache_evaluation_sentence(task['kv_cache'])}" for task in found]
 
 
 def cache_plan(content: dict[str, Any]) -> list[str]:

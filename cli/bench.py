@@ -317,10 +317,60 @@ def save(result: dict[str, Any], output: Path) -> None:
     save_json(result, output)
 
 
+@bench.command()
+def cache(
+    context: typer.Context,
+    model: o.Model,
+    methods: Methods = "kv_fp8,kv_int4",
+    set_: Options = None,
+    label: Label = None,
+    dataset: o.Dataset = "builtin",
+    samples: o.Samples = 8,
+    length: o.Length = 2048,
+    batch_size: o.BatchSize = 8,
+    seed: o.Seed = 0,
+    text: o.Text = "builtin",
+    window: o.Window = 4096,
+    windows: o.Windows = 8,
+    retrieval: o.Retrieval = None,
+    retrieval_length: o.RetrievalLengths = None,
+    retrieval_tests: o.RetrievalTests = "copy_words,needle",
+    retrieval_samples: o.RetrievalSamples = None,
+    note: Note = "",
+    append: Append = False,
+    output: o.OutputFile = None,
+    as_json: o.Json = False,
+) -> None:
+    """What compressed key-value caches cost: perplexity read from codes, and what is found again (--windows 0: all)."""
+    from ..compress.cache_sweep import cache_sweep, cache_table
+    from ..compress.recipe import EvaluationOptions
+    from .main import retrieval_options, settings
+    from .progress import Bar
+
+    session: Session = context.obj
+    options = {**settings(set_), **({"label": label} if label else {})}
+    tests = retrieval_tests if retrieval else None
+    with session.working(), Bar(session.stderr, "loading the model") as bar:
+        result = cache_sweep(
+            model,
+            methods=[{"method": method, **options} for method in methods.split(",")],
+            calibration=calibration_options(dataset, samples, length, batch_size, seed),
+            evaluation=EvaluationOptions(text=text, window=window, windows=windows),
+            retrieval=retrieval_options(window, retrieval, retrieval_length, tests, retrieval_samples),
+            note=note,
+            onto=output if append else None,
+            progress=bar,
+        )
+        if output is not None:
+            save(result, output)
+    session.show(result, lambda content: [cache_table(content)], as_json)
+
+
 def renderer(result: dict[str, Any]) -> Callable[[dict[str, Any]], str]:
     """What makes the Markdown table of a result of any `bench` command."""
     from ..compress.attention_accuracy import accuracy_table
     from ..compress.attention_speed_table import attention_table
+    from ..compress.cache_sweep import cache_table
     from ..compress.decode_speed_table import decode_table
     from ..compress.generation_bench_table import generation_table
     from ..compress.linear_speed_table import speed_table
@@ -331,6 +381,7 @@ def renderer(result: dict[str, Any]) -> Callable[[dict[str, Any]], str]:
         "linear": speed_table,
         "attention": attention_table,
         "attention-accuracy": accuracy_table,
+        "cache": cache_table,
         "decode": decode_table,
         "generate": generation_table,
     }

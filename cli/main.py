@@ -172,25 +172,46 @@ def evaluate(
     choices: o.Choices = None,
     last_word: o.LastWord = None,
     limit: o.Limit = None,
+    cache_protocol: o.CacheProtocol = "chunks",
+    prompt_tokens: o.PromptTokens = None,
+    retrieval: o.Retrieval = None,
+    retrieval_length: o.RetrievalLengths = None,
+    retrieval_tests: o.RetrievalTests = None,
+    retrieval_samples: o.RetrievalSamples = None,
+    generation: o.Generation = None,
+    generation_prompts: o.GenerationPrompts = None,
+    generation_tokens: o.GenerationTokens = None,
     no_speed: o.NoSpeed = False,
     device_map: o.DeviceMap = None,
     trust_remote_code: o.TrustRemoteCode = False,
     output: o.OutputFile = None,
     as_json: o.Json = False,
 ) -> None:
-    """Measure DIR: perplexity, size, speed and tasks, and what it lost against its base model."""
+    """Measure DIR: perplexity, size, speed, tasks and long contexts, and what it lost against its base model."""
     from ..compress import evaluate as library
     from ..compress.assess import save_json
-    from ..compress.recipe import EvaluationOptions
+    from ..compress.recipe import evaluation_options
     from .attention_tables import evaluation
     from .progress import Bar
 
     session: Session = context.obj
+    options = evaluation_options(
+        text=text,
+        window=window,
+        stride=stride,
+        windows=windows,
+        cache_protocol=cache_protocol,
+        prompt_tokens=prompt_tokens,
+    )
+    retrieved = retrieval_options(window, retrieval, retrieval_length, retrieval_tests, retrieval_samples)
+    generated = generation_options(window, generation, generation_prompts, generation_tokens)
     with session.working(), Bar(session.stderr, "loading the model") as bar:
         result = library(
             directory,
             against=against,
-            options=EvaluationOptions(text=text, window=window, stride=stride, windows=windows),
+            options=options,
+            retrieval=retrieved,
+            generation=generated,
             choices=choices,
             last_word=last_word,
             limit=limit,
@@ -204,6 +225,37 @@ def evaluate(
     session.show(result, evaluation, as_json)
     if against is None and not as_json and (base := local_base(Path(directory))):
         session.print(f"Its base model is at {base}: --against {shlex.quote(base)} adds KL, agreement and differences.")
+
+
+def retrieval_options(
+    window: int, text: str | None, lengths: str | None, tests: str | None, samples: int | None
+) -> Any:
+    """What `--retrieval` and the options beside it ask for; None without it."""
+    given = {
+        "lengths": None if lengths is None else o.numbers(lengths, "--retrieval-length"),
+        "tests": None if tests is None else tuple(test.strip() for test in tests.split(",")),
+        "samples": samples,
+    }
+    given = {key: value for key, value in given.items() if value is not None}
+    if text is None:
+        if given:
+            raise typer.BadParameter("--retrieval-length, -tests and -samples need --retrieval, the text to ask about")
+        return None
+    from ..compress import RetrievalOptions
+
+    return RetrievalOptions(**{"text": text, "lengths": (window,), **given})
+
+
+def generation_options(window: int, text: str | None, prompts: int | None, tokens: int | None) -> Any:
+    """What `--generation` and the options beside it ask for; None without it."""
+    given = {key: value for key, value in (("prompts", prompts), ("new_tokens", tokens)) if value is not None}
+    if text is None:
+        if given:
+            raise typer.BadParameter("--generation-prompts and -tokens need --generation, the text to continue")
+        return None
+    from ..compress import GenerationOptions
+
+    return GenerationOptions.in_window(window, text=text, **given)
 
 
 def local_base(directory: Path) -> str | None:

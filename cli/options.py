@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 RUN, CALIBRATION, EVALUATION = "Where and how", "Calibration", "Evaluation"
+RETRIEVAL = "Long contexts"
 
 Model = Annotated[str, typer.Argument(help="Directory or hub id of a float model in safetensors.", metavar="MODEL")]
 Directory = Annotated[str, typer.Argument(help="A directory that `compress` wrote, or any model.", metavar="DIR")]
@@ -40,6 +41,14 @@ GroupSize = Annotated[
 def size(text: str | None) -> Any:
     """A group size as a recipe has it: a number, or a word."""
     return int(text) if text and text.isdigit() else text
+
+
+def numbers(text: str, option: str) -> tuple[int, ...]:
+    """Comma-separated numbers. A usage error names the option."""
+    items = [item.strip() for item in text.split(",")]
+    if not all(item.isdecimal() for item in items):
+        raise typer.BadParameter(f"{option} {text} is not a list of numbers such as 1024,4096")
+    return tuple(map(int, items))
 
 
 Activations = Annotated[str | None, typer.Option(help="What inputs of Linears are rounded to.", metavar="fp8|none")]
@@ -107,6 +116,63 @@ Windows = Annotated[int, typer.Option(help="How many windows; 0 skips the text."
 Choices = Annotated[str | None, typer.Option(help="Multiple-choice questions, JSONL.", metavar="FILE")]
 LastWord = Annotated[str | None, typer.Option(help="Texts whose last word is to be guessed, JSONL.", metavar="FILE")]
 Limit = Annotated[int | None, typer.Option(help="Rows of each task file.", min=1)]
+CacheProtocol = Annotated[
+    str,
+    typer.Option(
+        help="How text goes through a compressed cache: chunks reads codes from the start; decode takes a prompt "
+        "exactly, then scores the rest.",
+        metavar="chunks|decode",
+    ),
+]
+PromptTokens = Annotated[
+    int | None, typer.Option(help="With decode: tokens of a window that are the prompt; default: half.", min=1)
+]
+Retrieval = Annotated[
+    str | None,
+    typer.Option(
+        help="Ask for what stands early in long contexts of this text: copies, needles, keys.",
+        metavar="FILE|builtin",
+        rich_help_panel=RETRIEVAL,
+    ),
+]
+RetrievalLengths = Annotated[
+    str | None,
+    typer.Option(
+        "--retrieval-length",
+        help="Tokens of a case, comma-separated; default: the window.",
+        metavar="N,N",
+        rich_help_panel=RETRIEVAL,
+    ),
+]
+RetrievalTests = Annotated[
+    str | None,
+    typer.Option(
+        help="copy_text, copy_words, needle, key_value, comma-separated; default: all.",
+        metavar="A,B",
+        rich_help_panel=RETRIEVAL,
+    ),
+]
+RetrievalSamples = Annotated[
+    int | None,
+    typer.Option(
+        help="Cases of each test, length and depth; default: 4, at 5 depths.", min=1, rich_help_panel=RETRIEVAL
+    ),
+]
+Generation = Annotated[
+    str | None,
+    typer.Option(
+        help="Continue prompts of this text greedily, beside the base model.",
+        metavar="FILE|builtin",
+        rich_help_panel=RETRIEVAL,
+    ),
+]
+GenerationPrompts = Annotated[
+    int | None, typer.Option(help="How many prompts; default: 16.", min=1, rich_help_panel=RETRIEVAL)
+]
+GenerationTokens = Annotated[
+    int | None,
+    typer.Option(help="Tokens of a window that are generated; default: 64.", min=1, rich_help_panel=RETRIEVAL),
+]
 NoSpeed = Annotated[bool, typer.Option("--no-speed", help="Do not measure tokens per second.")]
 OutputFile = Annotated[
     Path | None, typer.Option("--output", "-o", help="Also write the result as JSON.", metavar="FILE")

@@ -13,6 +13,11 @@ LABELS = {
     "evaluate": "evaluating",
     "choices": "multiple choice",
     "last_word": "last word",
+    "copy_text": "copying text",
+    "copy_words": "copying words",
+    "needle": "finding needles",
+    "key_value": "looking up keys",
+    "generation": "generating",
     "linear": "timing linear layers",
     "quantization": "timing quantization",
 }

@@ -86,7 +86,9 @@ def calibration_line(facts: dict[str, Any]) -> str:
 
 def text_line(text: dict[str, Any]) -> str:
     """What the evaluation text was."""
-    return f"evaluated on {text['windows']} × {text['window']} tokens, stride {text['stride']}, of {text['source']}"
+    scored = f", scored behind the first {text['prompt_tokens']} of each" if "prompt_tokens" in text else ""
+    windows = f"{text['windows']} × {text['window']} tokens"
+    return f"evaluated on {windows}, stride {text['stride']}, of {text['source']}{scored}"
 
 
 def compare_rows(rows: Table, comparison: dict[str, Any]) -> None:

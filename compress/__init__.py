@@ -9,21 +9,27 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .assess import evaluate
     from .demo import build_demo_model
+    from .evaluation_generation import GenerationOptions
     from .hf_cache import CompressedCache
+    from .hf_capture import captured
     from .patching import Patch, load, patch
     from .pipeline import CompressionResult, compress
     from .planning import Plan, plan
     from .recipe import Recipe
     from .restore import LimitExceeded
+    from .retrieval_cases import RetrievalOptions
 
 _HOMES = {
     "CompressedCache": "hf_cache",
     "CompressionResult": "pipeline",
+    "GenerationOptions": "evaluation_generation",
     "LimitExceeded": "restore",
     "Patch": "patching",
     "Plan": "planning",
     "Recipe": "recipe",
+    "RetrievalOptions": "retrieval_cases",
     "build_demo_model": "demo",
+    "captured": "hf_capture",
     "compress": "pipeline",
     "evaluate": "assess",
     "load": "patching",
@@ -33,11 +39,14 @@ _HOMES = {
 __all__ = [
     "CompressedCache",
     "CompressionResult",
+    "GenerationOptions",
     "LimitExceeded",
     "Patch",
     "Plan",
     "Recipe",
+    "RetrievalOptions",
     "build_demo_model",
+    "captured",
     "compress",
     "evaluate",
     "load",

@@ -1,24 +1,36 @@
-"""`evaluate`: a directory measured on text and tasks, alone or against its base model, as one JSON-able dict."""
+"""`evaluate`: a directory measured on text, tasks, retrieval and generation, alone or against its base model, as one
+JSON-able dict.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from .artifact import SIDECAR, read_cache, read_policies, read_sidecar, weight_bytes
-from .cache_evaluation import CHUNK, cache_in_use
+from .cache_evaluation import CHUNK, cache_in_use, count_anew
 from .calibration import builtin_text
 from .evaluation import compare, generation_speed, input_device, perplexity, text_windows, windows_per_pass
+from .evaluation_generation import (
+    GenerationOptions,
+    check_prompts,
+    end_tokens,
+    generation_agreement,
+    generation_prompts,
+)
+from .evaluation_retrieval import check_lengths, describe_retrieval, in_use, measure_test
 from .evaluation_tasks import flips, last_word, multiple_choice
 from .hf import load_base, load_tokenizer, load_written, resolve_model
 from .hf_attention import at_least, attention_in_use
 from .hf_cache_hooks import cache_maker, run_by
 from .recipe import EvaluationOptions
+from .retrieval_cases import Case, RetrievalOptions, retrieval_cases
 
 Progress = Callable[[str, int, int, str], None]
 TASKS = {"choices": multiple_choice, "last_word": last_word}
@@ -55,7 +67,8 @@ def read_text(text: str) -> tuple[str, str]:
 def describe_text(options: EvaluationOptions, source: str, windows: torch.Tensor) -> dict[str, Any]:
     """What a perplexity was measured on, JSON-able. windows: (n, window)."""
     stride = options.stride or options.window
-    return {"source": source, "window": options.window, "stride": stride, "windows": len(windows)}
+    prompt = {"prompt_tokens": options.prompt} if options.prompt else {}
+    return {"source": source, "window": options.window, "stride": stride, "windows": len(windows), **prompt}
 
 
 def evaluate(
@@ -66,6 +79,8 @@ def evaluate(
     choices: str | Path | None = None,
     last_word: str | Path | None = None,
     limit: int | None = None,
+    retrieval: RetrievalOptions | None = None,
+    generation: GenerationOptions | None = None,
     speed: bool = True,
     device_map: Any = None,
     trust_remote_code: bool = False,
@@ -74,8 +89,12 @@ def evaluate(
     """Perplexity with its standard error, size and tokens per second; KL, agreement and paired differences with a base.
 
     model, against: directories or hub ids, compressed or not. options: text, window, stride, number of windows
-    (0 skips the text). choices, last_word: JSONL task files; limit: rows of each. Raises ValueError for bad input.
+    (0 skips the text), and how a compressed cache is fed. choices, last_word: JSONL task files; limit: rows of each.
+    retrieval: what has to be found again in long contexts. generation: prompts that model and base continue; it needs
+    `against`. Raises ValueError for bad input.
     """
+    if generation is not None and against is None:
+        raise ValueError("generation is compared with a base model's; name one as `against`")
     options = options or EvaluationOptions()
     path = resolve_model(model)
     base_path = None if against is None else resolve_model(against, what="base model")
@@ -87,16 +106,20 @@ def evaluate(
         text, description = read_text(options.text)
         windows = text_windows(tokenizer, text, window=options.window, stride=options.stride, limit=options.windows)
         result["text"] = describe_text(options, description, windows)
+    asked = Asked.read(tokenizer, retrieval, generation)
     subject = open_model(path, device_map=device_map, trust_remote_code=trust_remote_code)
     base = (
         None if base_path is None else open_model(base_path, device_map=device_map, trust_remote_code=trust_remote_code)
     )
+    check_protocol(options, subject, base)
+    asked.check(subject, base)
     result["bytes"] = {"model": weight_bytes(path), "base": None if base_path is None else weight_bytes(base_path)}
     if windows is not None:
-        result |= measure_text(subject, base, windows, options.stride, progress)
+        result |= measure_text(subject, base, windows, options, progress)
     for name, file in (("choices", choices), ("last_word", last_word)):
         if file is not None:
-            result[name] = _measure_task(name, file, subject, base, tokenizer, limit, progress)
+            result[name] = _measure_task(name, file, subject, base, tokenizer, limit, bool(options.prompt), progress)
+    result |= asked.measure(subject, base, tokenizer, progress)
     if speed:
         result["speed"] = {"model": generation_speed(subject, tokenizer).as_dict()}
         if base is not None:
@@ -104,13 +127,24 @@ def evaluate(
     return result
 
 
+def check_protocol(options: EvaluationOptions, subject: Any, base: Any) -> None:
+    """ValueError if `options` say how to feed a compressed cache and no model has one."""
+    if options.prompt and all(model is None or cache_maker(model) is None for model in (subject, base)):
+        raise ValueError(
+            f"cache_protocol {options.cache_protocol} is a way to read a compressed cache, and no model here has one; "
+            "leave it out"
+        )
+
+
 def measure_text(
-    subject: Any, base: Any, windows: torch.Tensor, stride: int | None, progress: Progress
+    subject: Any, base: Any, windows: torch.Tensor, options: EvaluationOptions, progress: Progress
 ) -> dict[str, Any]:
     """``{"perplexity": …}`` of one model, ``{"comparison": …}`` when there is a base, ``{"attention": …}`` how the
     attention of a patched model ran: windows count as long enough, however short they are; and ``{"kv_cache": …}`` how
-    its compressed cache was read (`cache_evaluation.py`).
+    its compressed cache was read (`cache_evaluation.py`). options: stride and cache_protocol count. ValueError if the
+    latter cannot be followed.
     """
+    check_protocol(options, subject, base)
 
     def report(done: int, total: int) -> None:
         progress("evaluate", done, total, "windows")
@@ -118,35 +152,105 @@ def measure_text(
     vocabulary = subject.config.get_text_config().vocab_size
     size = windows_per_pass(input_device(subject), subject.dtype, windows.shape[1], vocabulary)
     length = windows.shape[1]
-    prefill = length if cache_maker(subject) is None else min(length, CHUNK)
+    prefill = length if cache_maker(subject) is None else options.prompt or min(length, CHUNK)
+    how = {"stride": options.stride, "prompt": options.prompt, "batch_size": size, "progress": report}
+    count_anew(subject)
     with at_least(subject, prefill), nullcontext() if base is None else at_least(base, length):
         if base is None:
-            found = perplexity(subject, windows, stride=stride, batch_size=size, progress=report).as_dict()
+            found = perplexity(subject, windows, **how).as_dict()
             result: dict[str, Any] = {"perplexity": found}
         else:
-            compared = compare(subject, base, windows, stride=stride, batch_size=size, progress=report).as_dict()
+            compared = compare(subject, base, windows, **how).as_dict()
             result = {"perplexity": compared["model"], "comparison": compared}
     if (used := attention_in_use(subject)) is not None:
         result["attention"] = {**used, "window": length}
-    if (cache := cache_in_use(subject)) is not None:
+    if (cache := cache_in_use(subject, prompt=options.prompt)) is not None:
         result["kv_cache"] = cache
     return result
 
 
 def _measure_task(
-    name: str, file: str | Path, subject: Any, base: Any, tokenizer: Any, limit: int | None, progress: Progress
+    name: str,
+    file: str | Path,
+    subject: Any,
+    base: Any,
+    tokenizer: Any,
+    limit: int | None,
+    dense_prompt: bool,
+    progress: Progress,
 ) -> dict[str, Any]:
     def report(done: int, total: int) -> None:
         progress(name, done, total, Path(file).name)
 
-    result = TASKS[name](subject, tokenizer, file, limit=limit, progress=report)
+    count_anew(subject)
+    result = TASKS[name](subject, tokenizer, file, limit=limit, dense_prompt=dense_prompt, progress=report)
     content: dict[str, Any] = {"file": Path(file).name, "model": result.as_dict()}
+    if (cache := cache_in_use(subject, prompt=None if dense_prompt else 0)) is not None:
+        content["kv_cache"] = cache
     if base is not None:
-        other = TASKS[name](base, tokenizer, file, limit=limit, progress=report)
+        other = TASKS[name](base, tokenizer, file, limit=limit, dense_prompt=dense_prompt, progress=report)
         content["base"] = other.as_dict()
         key = "correct_norm" if name == "choices" else "correct"
         content["flips"] = flips(getattr(other, key), getattr(result, key)).as_dict()
     return content
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Retrieval and generation of one evaluation, made from texts before models are loaded, so that a bad text fails
+    early.
+    """
+
+    retrieval: RetrievalOptions | None
+    cases: dict[str, list[Case]]
+    generation: GenerationOptions | None
+    prompts: torch.Tensor | None
+    sources: dict[str, str]
+
+    @classmethod
+    def read(cls, tokenizer: Any, retrieval: RetrievalOptions | None, generation: GenerationOptions | None) -> Asked:
+        """Cases and prompts. ValueError for a text that cannot be read or is too short."""
+        cases, prompts, sources = {}, None, {}
+        if retrieval is not None:
+            text, sources["retrieval"] = read_text(retrieval.text)
+            cases = retrieval_cases(tokenizer, text, retrieval)
+        if generation is not None:
+            text, sources["generation"] = read_text(generation.text)
+            prompts = generation_prompts(tokenizer, text, generation)
+        return cls(retrieval, cases, generation, prompts, sources)
+
+    def check(self, *models: Any) -> None:
+        """ValueError if something does not fit into the positions of a model."""
+        for model in models:
+            if model is not None and self.cases:
+                check_lengths(model, [case for cases in self.cases.values() for case in cases])
+            if model is not None and self.generation is not None and self.prompts is not None:
+                check_prompts(model, self.prompts, self.generation.new_tokens)
+
+    def measure(self, subject: Any, base: Any, tokenizer: Any, progress: Progress) -> dict[str, Any]:
+        """``{"retrieval": …, "generation": …}``, as far as they are asked for."""
+        result: dict[str, Any] = {}
+        if self.retrieval is not None:
+            sides = {"model": subject, "base": base}
+            result["retrieval"] = described = describe_retrieval(self.retrieval, self.sources["retrieval"], sides)
+            described["results"] = {
+                test: measure_test(
+                    subject, base, cases, progress=lambda done, total, test=test: progress(test, done, total, "")
+                )
+                for test, cases in self.cases.items()
+            }
+        if self.generation is not None and self.prompts is not None:
+            found = generation_agreement(
+                subject,
+                base,
+                self.prompts,
+                new_tokens=self.generation.new_tokens,
+                end=end_tokens(base, tokenizer),
+                progress=lambda done, total: progress("generation", done, total, ""),
+            )
+            used = in_use(subject, self.prompts.shape[1])
+            result["generation"] = {"source": self.sources["generation"], **found.as_dict(), **used}
+        return result
 
 
 def save_json(content: dict[str, Any], file: Path) -> None:

@@ -157,9 +157,7 @@ def patched_figures(
     recipe = Recipe.load({"name": f"attention {mode}", "attention": slot})
     row: dict[str, Any] = {}
     with patch(bench.subject, recipe, tokenizer=bench.tokenizer) as patched:
-        row["perplexity"] = measure_text(patched, bench.base, bench.windows, bench.evaluation.stride, progress)[
-            "comparison"
-        ]
+        row["perplexity"] = measure_text(patched, bench.base, bench.windows, bench.evaluation, progress)["comparison"]
         if before is not None and choices is not None:
             after = answers(patched, bench, choices, limit, progress)
             changed = flips(before.correct_norm, after.correct_norm).as_dict()

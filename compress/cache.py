@@ -21,12 +21,15 @@ import torch
 from torch import Tensor
 
 from ..kernels.decode_attention import CompressedKV
+from ..kernels.kv_append import Appendable, append_token
 from ..kernels.kv_pages import PAGE, Page, PageLayout, Pages, write_tokens
 from ..quant.method import KVCacheMethod
 from .page_pool import PagePool, Slot
 
 CODED_AT_ONCE = 32
 """Pages that a long prompt codes at a time, which bounds the float32 copies."""
+ROOM = 4096
+"""Tokens that a table of pages has room for, beyond those that are there, before it has to move."""
 
 
 @dataclass(frozen=True)
@@ -68,22 +71,34 @@ class TokenStore:
         self.starts = None if starts is None else list(starts)
         self.recording = False
         self.version = 0
+        self.following: Tensor | None = None
         self.key: Tensor | None = None
         self.forget()
 
     def forget(self) -> None:
         """Drops all tokens and all storage. Starts belong to the tokens and go with them."""
+        self.following = None
         if self.key is not None:
             self.starts = None
         self.pool: PagePool | None = None
         self.pages: dict[int, Page] = {}
         self.slots: dict[int, Slot] = {}
         self.addresses: Tensor | None = None
+        self.located: Pages | None = None
         self.tokens = self.coded = 0
         self.kept_from = self.pages_from = 0
         self.skipped = (0, 0)
         self.key = self.value = self.sink_key = self.sink_value = self.sink_starts = None
         self.version += 1
+
+    def __getstate__(self) -> dict[str, object]:
+        """For a copy, whose pages lie elsewhere."""
+        return {**vars(self), "pages": {}, "addresses": None, "located": None, "following": None}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        vars(self).update(state)
+        if self.pool is not None:
+            self.pages = {number: self.pool.page(slot) for number, slot in self.slots.items()}
 
     @property
     def recent(self) -> int:
@@ -97,13 +112,9 @@ class TokenStore:
 
     def check(self, key: Tensor, value: Tensor) -> None:
         """ValueError, with the store as it was, if new tokens do not fit to those that are there, or are too many."""
-        limit, length = self.method.max_tokens, self.tokens + key.shape[2]
         if key.dim() != 4 or key.shape[:3] != value.shape[:3]:
             raise ValueError(f"keys {tuple(key.shape)} and values {tuple(value.shape)} are not of the same tokens")
-        if limit is not None and length > limit:
-            raise ValueError(
-                f"{length} tokens exceed the cache's max_tokens of {limit}; raise kv_cache.max_tokens or generate fewer"
-            )
+        self.check_room(key.shape[2])
         batch, heads, _, head_dim = key.shape
         if self.starts is not None and len(self.starts) != batch:
             raise ValueError(f"the cache was made for a batch of {len(self.starts)}, and {batch} rows come")
@@ -118,6 +129,14 @@ class TokenStore:
             raise ValueError(
                 f"the cache holds {held[0]} rows of {held[1]} KV heads with {held[2]} and {held[3]} channels in "
                 f"{held[4]} on {held[5]}; keys {tuple(key.shape)} {key.dtype} on {key.device} do not go with them"
+            )
+
+    def check_room(self, count: int = 1) -> None:
+        """ValueError if so many tokens are too many."""
+        limit, length = self.method.max_tokens, self.tokens + count
+        if limit is not None and length > limit:
+            raise ValueError(
+                f"{length} tokens exceed the cache's max_tokens of {limit}; raise kv_cache.max_tokens or generate fewer"
             )
 
     def allocate(self, key: Tensor, value: Tensor) -> None:
@@ -140,6 +159,12 @@ class TokenStore:
         key, value = key.detach(), value.detach()
         if self.key is None:
             self.allocate(key, value)
+        if self.following is not None and key.shape[2] == 1:
+            self.make_room()
+            append_token(key, value, self.appendable())
+            self.advance()
+            return
+        self.following = None
         self.version += 1
         self.keep_sinks(key, value)
         count, taken = key.shape[2], 0
@@ -174,6 +199,43 @@ class TokenStore:
         """Dense keys and values of columns [start, stop), views, in order."""
         assert self.key is not None and self.value is not None
         return [(self.key[:, :, place], self.value[:, :, place]) for place, _ in self.places(start, stop)]
+
+    def follow(self, lengths: Tensor) -> None:
+        """From now on single tokens are appended with the lengths on the device, (kv_append.LENGTHS,) int32 with zeros
+        behind the first two, so that a captured launch can do it again; `advance` is then the host's part. Ends with
+        whatever else changes the tokens. The table of pages gets room to stay where it is.
+        """
+        lengths[:2] = torch.tensor([self.tokens, self.coded], dtype=lengths.dtype)
+        self.following = lengths
+        self.make_room()
+        if self.addresses is None or len(self.addresses) * PAGE < self.tokens + ROOM:
+            self.addresses = None
+            self.table()
+
+    def make_room(self) -> None:
+        """Storage for the page that is coded next."""
+        if self.coded // PAGE not in self.pages:
+            self.add_page(self.coded // PAGE)
+
+    def advance(self) -> None:
+        """One token has been appended on the device."""
+        assert self.key is not None
+        self.version += 1
+        self.drop_pages(self.unseen(self.tokens))
+        self.tokens += 1
+        self.kept_from = max(self.kept_from, self.unseen(self.tokens))
+        end = self.coded // PAGE * PAGE + PAGE
+        if self.tokens - end >= self.method.recent_tokens:
+            self.coded = end
+
+    def appendable(self) -> Appendable:
+        """What a token is appended to on the device."""
+        assert self.key is not None and self.value is not None and self.following is not None
+        assert self.sink_key is not None and self.sink_value is not None and self.sink_starts is not None
+        ring, sinks = (self.key, self.value), (self.sink_key, self.sink_value)
+        return Appendable(
+            self.following, ring, sinks, self.sink_starts, self.where(), recent_tokens=self.method.recent_tokens
+        )
 
     def keep_sinks(self, key: Tensor, value: Tensor) -> None:
         """Copies those of the new tokens that are sinks of their row."""
@@ -230,7 +292,11 @@ class TokenStore:
         assert self.pool is not None
         self.slots[number] = self.pool.take()
         self.pages[number] = self.pool.page(self.slots[number])
-        self.addresses = None
+        self.located = None
+        if self.following is not None and self.addresses is not None and number < len(self.addresses):
+            self.addresses[number] = self.pool.address(self.slots[number])
+        else:
+            self.addresses = None
 
     def remove_pages(self, numbers: list[int]) -> None:
         """Gives storage of pages back."""
@@ -239,18 +305,24 @@ class TokenStore:
             self.pool.give_back(self.slots.pop(number))  # pyright: ignore[reportOptionalMemberAccess]
             del self.pages[number]
         if numbers:
+            self.located = None
+        if numbers and self.following is None:
+            # Else nobody reads the addresses that are left behind.
             self.addresses = None
 
     def where(self) -> Pages:
-        """All pages."""
-        assert self.pool is not None
-        return Pages(self.pool.layout, self.pages, self.table, self.key_map)
+        """All pages; one object until a page comes or goes."""
+        if self.located is None:
+            assert self.pool is not None
+            self.located = Pages(self.pool.layout, self.pages, self.table, self.key_map)
+        return self.located
 
     def table(self) -> Tensor:
         """Addresses of pages by their number, int64 on the device, 0 for those that are not there."""
         if self.addresses is None:
             assert self.pool is not None
-            addresses = [0] * (max(self.slots, default=-1) + 1)
+            count = max(self.slots, default=-1) + 1
+            addresses = [0] * (count if self.following is None else count + -(-ROOM // PAGE))
             for number, slot in self.slots.items():
                 addresses[number] = self.pool.address(slot)
             self.addresses = torch.tensor(addresses, dtype=torch.int64, device=self.pool.device)
@@ -262,7 +334,9 @@ class TokenStore:
 
     def drop_pages(self, unseen: int) -> None:
         """Gives up pages that end at or before column `unseen`."""
-        self.pages_from = max(self.pages_from, unseen)
+        if unseen <= self.pages_from:
+            return
+        self.pages_from = unseen
         self.remove_pages([number for number in self.pages if (number + 1) * PAGE <= self.pages_from])
 
     def read(self, new: tuple[Tensor, Tensor] | None, queries: int) -> CompressedKV:
@@ -284,6 +358,7 @@ class TokenStore:
             sink_key=self.sink_key,
             sink_value=self.sink_value,
             sink_starts=self.sink_starts,
+            lengths=self.following if new is None else None,
         )
 
     def crop(self, count: int) -> None:
@@ -297,6 +372,7 @@ class TokenStore:
                 f"{self.tokens} tokens are taken away; call activate_past_recording before"
             )
         self.version += 1
+        self.following = None
         self.tokens = length
         self.coded = min(self.coded, length)
         self.remove_pages([number for number in self.pages if number * PAGE >= self.coded])
@@ -310,12 +386,13 @@ class TokenStore:
         if self.starts is not None:
             self.starts = [self.starts[row] for row in rows]
         self.version += 1
+        self.following = None
         if self.key is None:
             return
         assert self.pool is not None
         self.pool.map_rows(change, len(rows))
         self.pages = {number: self.pool.page(slot) for number, slot in self.slots.items()}
-        self.addresses = None
+        self.addresses = self.located = None
         for name in ("key", "value", "sink_key", "sink_value", "sink_starts"):
             setattr(self, name, change(getattr(self, name)))
 

@@ -1,15 +1,19 @@
-"""Logits of a model with a compressed cache: a text goes in some tokens at a time, so that what is measured has read
-codes.
+"""Logits of text that goes in some tokens at a time, so that what is measured has read the cache a model has.
 
-One pass over a whole text is a prefill, which attends to dense keys and values and would measure the dense cache. Here
-a text is fed in chunks of `CHUNK` tokens: every chunk attends to the compressed past, its own tokens dense. Which share
-of the positions had coded tokens to read is counted and reported, since sinks and recent tokens stay dense.
+One pass over a whole text is a prefill, which attends to dense keys and values and would measure the dense cache. Two
+protocols read codes instead. "chunks": a text is fed `CHUNK` tokens at a time; every chunk attends to the compressed
+past, its own tokens dense, so that the past itself was computed from codes. "decode": the first tokens of a text go in
+as one prompt, attended to exactly and then coded, as `generate()` does it; the rest follows in chunks, and it alone is
+scored. Which share of the positions had coded tokens to read is counted and reported, since sinks and recent tokens
+stay dense.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -17,8 +21,8 @@ from torch import Tensor
 
 from ..kernels.decode_attention import PAGE
 from ..quant.method import AttentionPolicy, CachePolicy
-from .hf_attention import at_least
-from .hf_cache import CACHE
+from .hf_attention import at_least, attached_layers
+from .hf_cache import CACHE, former_cache, holds_attention_alone
 from .hf_cache_hooks import cache_maker, running
 
 CHUNK = PAGE
@@ -33,31 +37,82 @@ def input_device(model: Any) -> torch.device:
     return torch.device("cpu") if device.type == "meta" else device
 
 
+class Reader:
+    """Feeds one batch to a model, some tokens at a time, through the cache it has: compressed, or of transformers.
+
+    mask: (batch, tokens) of all that will go in, 0 for padding; or None. ValueError from `feed` for a model that keeps
+    no cache of transformers.
+    """
+
+    def __init__(self, model: Any, mask: Tensor | None = None):
+        self.model, self.mask, self.maker, self.fed = model, mask, cache_maker(model), 0
+        self.cache: Any = former_cache(model.config) if self.maker is None else self.maker.make(mask)
+
+    def feed(self, ids: Tensor, *, keep: int | None = None) -> Tensor:
+        """Logits of the last `keep` of the next tokens: ids (batch, tokens) → (batch, keep, vocabulary), default all.
+
+        With a compressed cache, these positions count as scored.
+        """
+        start, self.fed = self.fed, self.fed + ids.shape[1]
+        keep = ids.shape[1] if keep is None else keep
+        options: dict[str, Any] = {} if self.mask is None else {"attention_mask": self.mask[:, : self.fed]}
+        if keep < ids.shape[1] and "logits_to_keep" in inspect.signature(self.model.forward).parameters:
+            options["logits_to_keep"] = max(1, keep)
+        logits = self.model(input_ids=ids, use_cache=True, **{CACHE: self.cache}, **options).logits
+        if self.maker is not None:
+            seen, count = self.maker.seen, ids.shape[0] * keep
+            seen["positions"] += count
+            if self.cache.reads_codes(start, self.fed):
+                seen["reading_codes"] += count
+            if self.cache.coded_tokens:
+                seen["bits"] = self.cache.bits_per_element
+        elif self.cache.get_seq_length() != self.fed:
+            raise ValueError(
+                f"{type(self.model).__name__} keeps no cache of transformers, so it cannot be fed in pieces"
+            )
+        return logits[:, logits.shape[1] - keep :]
+
+    def holds_codes(self, start: int, stop: int) -> bool:
+        """Whether the columns [start, stop) are all in codes, in the layer that has most; sinks stay dense."""
+        if self.maker is None:
+            return False
+        return self.cache.method.sink_tokens <= start and stop <= self.cache.coded_tokens
+
+
 def cached_logits(
-    model: Any, ids: Tensor, *, mask: Tensor | None = None, keep: int | None = None, chunk: int = CHUNK
+    model: Any, ids: Tensor, *, mask: Tensor | None = None, keep: int | None = None, chunk: int = CHUNK, prompt: int = 0
 ) -> Tensor:
     """Logits for ids, (batch, tokens) → (batch, keep, vocabulary), of a model that `hf_cache_hooks.run_by` patched.
 
     mask: (batch, tokens), 0 for padding. keep: last positions whose logits are wanted, default all. chunk: tokens that
-    go in at a time.
+    go in at a time. prompt: tokens that go in before, at once.
     """
-    maker = cache_maker(model)
-    assert maker is not None
-    cache, count = maker.make(mask), ids.shape[1]
+    assert cache_maker(model) is not None
+    reader, count = Reader(model, mask), ids.shape[1]
     first = 0 if keep is None else count - keep
     parts = []
-    for start in range(0, count, chunk):
-        stop = min(start + chunk, count)
-        options = {} if mask is None else {"attention_mask": mask[:, :stop]}
-        logits = model(input_ids=ids[:, start:stop], use_cache=True, **{CACHE: cache}, **options).logits
+    stops = [*range(prompt, count, chunk), count]
+    for start, stop in pairwise([0, *stops] if prompt else stops):
+        logits = reader.feed(ids[:, start:stop], keep=min(stop - start, max(0, stop - first)))
         if stop > first:
-            parts.append(logits[:, max(0, first - start) :])
-        maker.seen["positions"] += stop - start
-        if cache.reads_codes(start, stop):
-            maker.seen["reading_codes"] += stop - start
-    if cache.coded_tokens:
-        maker.seen["bits"] = cache.bits_per_element  # pyright: ignore[reportArgumentType]
+            parts.append(logits)
     return torch.cat(parts, dim=1)
+
+
+def fits_in_pieces(model: Any) -> bool:
+    """Whether a text may go into a model in pieces of any length: its cache is compressed, or of attention alone.
+
+    A recurrent state is continued by several tokens at a time in some versions of transformers only.
+    """
+    return cache_maker(model) is not None or holds_attention_alone(former_cache(model.config))
+
+
+def count_anew(model: Any) -> None:
+    """Forgets what was counted of the cache and of attention, so that the next figures are of what comes next."""
+    if (maker := cache_maker(model)) is not None:
+        maker.seen.clear()
+    for layer in attached_layers(model).values():
+        layer.ran.clear()
 
 
 @torch.no_grad()
@@ -73,19 +128,22 @@ def probe_logits(model: Any, attention: Mapping[str, AttentionPolicy], cache: Ca
         return cached_logits(model, ids.to(input_device(model)), chunk=PROBE_CHUNK)
 
 
-def cache_in_use(model: Any) -> dict[str, Any] | None:
+def cache_in_use(model: Any, *, prompt: int | None = 0) -> dict[str, Any] | None:
     """How an evaluation went through the compressed cache, JSON-able; None for a model without one.
 
-    protocol: "chunks", see the module, or "not read". positions: that were fed; reading_codes: of them, had coded
-    tokens to attend to. bits_per_element: of codes and scales as allocated, None where nothing was coded.
+    protocol: "chunks", "decode" (see the module), or "not read". prompt: tokens that went in before, at once; None
+    where that differs from item to item. positions: that were scored; reading_codes: of them, had coded tokens to
+    attend to. bits_per_element: of codes and scales as allocated, None where nothing was coded.
     """
     maker = cache_maker(model)
     if maker is None:
         return None
     seen = maker.seen
+    protocol = "not read" if not seen["positions"] else "chunks" if prompt == 0 else "decode"
     return {
-        "protocol": "chunks" if seen["positions"] else "not read",
+        "protocol": protocol,
         "chunk": CHUNK,
+        **({"prompt_tokens": prompt} if protocol == "decode" else {}),
         "positions": seen["positions"],
         "reading_codes": seen["reading_codes"],
         "bits_per_element": seen.get("bits"),

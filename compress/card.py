@@ -36,7 +36,10 @@ TEMPLATE = """\
 | same most likely token | | {{ "%.2f"|format(100 * comparison.top1_agreement) }} % |
 
 Measured on {{ evaluation.text.source }}, {{ evaluation.text.windows }} windows of {{ evaluation.text.window }} tokens,
-stride {{ evaluation.text.stride }}.
+stride {{ evaluation.text.stride }}
+{%- if evaluation.text.prompt_tokens is defined -%}
+, scored behind the first {{ evaluation.text.prompt_tokens }} of each
+{%- endif %}.
 {%- if evaluation_sentence %} {{ evaluation_sentence }}{% endif %}
 {%- if cache_evaluation %} {{ cache_evaluation }}{% endif %}
 {%- endif %}
@@ -199,7 +202,15 @@ def cache_evaluation_sentence(measured: dict[str, Any] | None) -> str:
         return ""
     if not measured["positions"]:
         return "The compressed cache was not read in this evaluation."
-    text = f"Text went through the compressed cache {measured['chunk']} tokens at a time; "
+    if measured["protocol"] == "chunks":
+        text = f"Text went through the compressed cache {measured['chunk']} tokens at a time; "
+    else:
+        prompt = measured["prompt_tokens"]
+        first = "What comes before" if prompt is None else f"The first {prompt:,} tokens of a window"
+        text = (
+            f"{first} went in as one prompt, attended to exactly, and what was scored through the compressed cache, at "
+            f"most {measured['chunk']} tokens at a time; "
+        )
     if not measured["reading_codes"]:
         return f"{text}NO position had coded tokens to read, the sequences are too short: this measured a dense cache."
     return f"{text}{measured['reading_codes']:,} of {measured['positions']:,} positions had coded tokens to read."

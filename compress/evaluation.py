@@ -6,7 +6,8 @@ its window), in nats, and perplexity = exp(NLL). Log-softmax is taken in float32
 What is scored: a text is tokenized once and cut into windows, and the incomplete tail is dropped. With non-overlapping
 windows (``stride == window``) each scores ``window - 1`` tokens: its first has no context. With ``stride < window`` the
 first window scores ``window - 1`` tokens and every later one only its last ``stride`` tokens, which no earlier window
-has scored.
+has scored. With ``prompt`` tokens that go in first (`cache_evaluation.py`), a window scores at most what was
+predicted from behind them: its last ``window - prompt - 1`` tokens.
 
 Standard errors: tokens of one window are correlated, so a window counts as one observation. For per-window sums s_w
 over n_w tokens, the mean is m = Σ s_w / Σ n_w and its variance W/(W-1) Σ (s_w - m n_w)² / (Σ n_w)² (ratio estimator).
@@ -56,8 +57,8 @@ class Result:
 
 @dataclass(frozen=True)
 class Perplexity(Result):
-    """``nll`` is in nats per token, ``window`` and ``stride`` in tokens; see the module docstring for the standard
-    errors.
+    """``nll`` is in nats per token, ``window``, ``stride`` and ``prompt_tokens`` in tokens; see the module docstring
+    for what is scored and for the standard errors.
 
     ``perplexity`` is computed from at most MAX_NLL, so that a broken model still yields a number.
     """
@@ -70,6 +71,7 @@ class Perplexity(Result):
     windows: int
     window: int
     stride: int
+    prompt_tokens: int
 
 
 @dataclass(frozen=True)
@@ -154,27 +156,29 @@ def perplexity(
     windows: torch.Tensor,
     *,
     stride: int | None = None,
+    prompt: int = 0,
     batch_size: int = 1,
     progress: Progress | None = None,
 ) -> Perplexity:
     """Perplexity of ``model`` on ``windows``: (n, window), with the ``stride`` they were cut with.
 
-    Logits of ``batch_size`` windows are held at a time. Raises ValueError if the loss of a window is not finite.
+    prompt: tokens of each that a compressed cache is given at once, and that nobody scores. Logits of ``batch_size``
+    windows are held at a time. Raises ValueError if the loss of a window is not finite.
     """
-    stride = _checked_windows(windows, stride, batch_size)
+    scored = _checked_windows(windows, stride, prompt, batch_size)
     sums: list[float] = []
     with scoring_mode(model):
         for start in range(0, len(windows), batch_size):
             ids = windows[start : start + batch_size]
-            logits = _logits(model, ids)
+            logits = _logits(model, ids, prompt)
             for row in range(len(ids)):
-                first = _first_scored(start + row, windows.shape[1], stride)
-                sums.append(token_nll(logits[row, first - 1 : -1], ids[row, first:]).double().sum().item())
+                first = scored.first(start + row)
+                sums.append(token_nll(logits[row, first - 1 - prompt : -1], ids[row, first:]).double().sum().item())
                 _check_finite(sums[-1], start + row, "model")
             del logits
             if progress:
                 progress(start + len(ids), len(windows))
-    return _perplexity(sums, windows, stride)
+    return _perplexity(sums, scored)
 
 
 def compare(
@@ -183,42 +187,44 @@ def compare(
     windows: torch.Tensor,
     *,
     stride: int | None = None,
+    prompt: int = 0,
     batch_size: int = 1,
     progress: Progress | None = None,
 ) -> Comparison:
-    """``model`` against ``base`` in one pass over ``windows``: (n, window).
+    """``model`` against ``base`` in one pass over ``windows``: (n, window), on the tokens that `perplexity` scores.
 
     Logits of ``batch_size`` windows of both models are held at a time. Raises ValueError if a loss is not finite or the
     vocabularies differ in size.
     """
-    stride = _checked_windows(windows, stride, batch_size)
+    scored = _checked_windows(windows, stride, prompt, batch_size)
     rows: list[_WindowSums] = []
     with scoring_mode(model), scoring_mode(base):
         for start in range(0, len(windows), batch_size):
             ids = windows[start : start + batch_size]
-            logits, base_logits = _logits(model, ids), _logits(base, ids)
+            logits, base_logits = _logits(model, ids, prompt), _logits(base, ids, prompt)
             if logits.shape[-1] != base_logits.shape[-1]:
                 raise ValueError(
                     f"the model has {logits.shape[-1]} logits and its base {base_logits.shape[-1]}; "
                     "they can be compared only over the same vocabulary"
                 )
             for row in range(len(ids)):
-                first = _first_scored(start + row, windows.shape[1], stride)
-                found = _window_sums(logits[row, first - 1 : -1], base_logits[row, first - 1 : -1], ids[row, first:])
+                first = scored.first(start + row)
+                place = slice(first - 1 - prompt, -1)
+                found = _window_sums(logits[row, place], base_logits[row, place], ids[row, first:])
                 _check_finite(found.nll, start + row, "model")
                 _check_finite(found.base_nll, start + row, "base model")
                 rows.append(found)
             del logits, base_logits
             if progress:
                 progress(start + len(ids), len(windows))
-    counts = _counts(windows, stride)
+    counts = scored.counts()
     kl, kl_stderr = ratio_mean([row.kl for row in rows], counts)
     agreement, agreement_stderr = ratio_mean([row.agreement for row in rows], counts)
     difference, difference_stderr = ratio_mean([row.nll - row.base_nll for row in rows], counts)
     ratio = math.exp(min(difference, MAX_NLL))
     return Comparison(
-        model=_perplexity([row.nll for row in rows], windows, stride),
-        base=_perplexity([row.base_nll for row in rows], windows, stride),
+        model=_perplexity([row.nll for row in rows], scored),
+        base=_perplexity([row.base_nll for row in rows], scored),
         kl=kl,
         kl_stderr=kl_stderr,
         top1_agreement=agreement,
@@ -303,6 +309,24 @@ def ratio_mean(sums: Sequence[float], counts: Sequence[int]) -> tuple[float, flo
 
 
 @dataclass(frozen=True)
+class _Scored:
+    """Which tokens of which window are scored."""
+
+    windows: int
+    window: int
+    stride: int
+    prompt: int
+
+    def first(self, index: int) -> int:
+        """Position of the first scored token of window number ``index``."""
+        return max(self.prompt + 1, 1 if index == 0 else self.window - self.stride)
+
+    def counts(self) -> list[int]:
+        """Scored tokens of each window."""
+        return [self.window - self.first(index) for index in range(self.windows)]
+
+
+@dataclass(frozen=True)
 class _WindowSums:
     nll: float
     base_nll: float
@@ -345,24 +369,18 @@ def _window_sums(logits: torch.Tensor, base_logits: torch.Tensor, labels: torch.
     return _WindowSums(*sums.tolist())
 
 
-def _logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    """Logits for ids: (batch, window) → (batch, window, vocab), on the model's output device."""
+def _logits(model: Any, ids: torch.Tensor, prompt: int) -> torch.Tensor:
+    """Logits behind the prompt for ids: (batch, window) → (batch, window - prompt, vocab), on the model's output
+    device.
+    """
     ids = ids.to(input_device(model))
-    return model(input_ids=ids, use_cache=False).logits if cache_maker(model) is None else cached_logits(model, ids)
+    if cache_maker(model) is None:
+        return model(input_ids=ids, use_cache=False).logits[:, prompt:]
+    return cached_logits(model, ids, prompt=prompt, keep=ids.shape[1] - prompt)
 
 
-def _first_scored(index: int, window: int, stride: int) -> int:
-    """Position of the first scored token of window number ``index``."""
-    return 1 if index == 0 else max(1, window - stride)
-
-
-def _counts(windows: torch.Tensor, stride: int) -> list[int]:
-    window = windows.shape[1]
-    return [window - _first_scored(index, window, stride) for index in range(len(windows))]
-
-
-def _perplexity(sums: Sequence[float], windows: torch.Tensor, stride: int) -> Perplexity:
-    counts = _counts(windows, stride)
+def _perplexity(sums: Sequence[float], scored: _Scored) -> Perplexity:
+    counts = scored.counts()
     mean, stderr = ratio_mean(sums, counts)
     value = math.exp(min(mean, MAX_NLL))
     return Perplexity(
@@ -371,9 +389,10 @@ def _perplexity(sums: Sequence[float], windows: torch.Tensor, stride: int) -> Pe
         nll=mean,
         nll_stderr=stderr,
         tokens_scored=sum(counts),
-        windows=len(windows),
-        window=windows.shape[1],
-        stride=stride,
+        windows=scored.windows,
+        window=scored.window,
+        stride=scored.stride,
+        prompt_tokens=scored.prompt,
     )
 
 
@@ -395,12 +414,15 @@ def _checked_stride(window: int, stride: int | None) -> int:
     return stride
 
 
-def _checked_windows(windows: torch.Tensor, stride: int | None, batch_size: int) -> int:
+def _checked_windows(windows: torch.Tensor, stride: int | None, prompt: int, batch_size: int) -> _Scored:
     if windows.ndim != 2 or len(windows) == 0:
         raise ValueError(f"windows have the shape {tuple(windows.shape)}; expected (n, window) with n at least 1")
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
-    return _checked_stride(windows.shape[1], stride)
+    count, window = windows.shape
+    if not 0 <= prompt <= window - 2:
+        raise ValueError(f"prompt is {prompt}; it must leave at least 2 of a window's {window} tokens, and may be 0")
+    return _Scored(count, window, _checked_stride(window, stride), prompt)
 
 
 def _device_name(device: torch.device) -> str:

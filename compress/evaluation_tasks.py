@@ -104,13 +104,15 @@ def multiple_choice(
     limit: int | None = None,
     batch_size: int = 8,
     max_length: int | None = None,
+    dense_prompt: bool = False,
     progress: Progress | None = None,
 ) -> MultipleChoice:
     """Score rows with ``question`` or ``context``, ``choices`` (strings) and ``gold`` (the right one's index).
 
     ``rows`` is a JSONL file or the rows themselves; ``limit`` takes the first ones. Sequences longer than
-    ``max_length`` tokens (default: the model's ``max_position_embeddings``) lose tokens on the left. ``progress``
-    counts choices. Raises ValueError naming the row and field for rows that do not fit.
+    ``max_length`` tokens (default: the model's ``max_position_embeddings``) lose tokens on the left. ``dense_prompt``:
+    a compressed cache is given at once what comes before the first scored token of a batch. ``progress`` counts
+    choices. Raises ValueError naming the row and field for rows that do not fit.
     """
     pairs: list[Continuation] = []
     groups: list[tuple[int, list[str], int]] = []
@@ -119,7 +121,13 @@ def multiple_choice(
         groups.append((len(pairs), choices, gold))
         pairs.extend(encode_pair(tokenizer, prompt, " " + choice, where=where) for choice in choices)
     scores = score_continuations(
-        model, tokenizer, pairs, batch_size=batch_size, max_length=max_length, progress=progress
+        model,
+        tokenizer,
+        pairs,
+        batch_size=batch_size,
+        max_length=max_length,
+        dense_prompt=dense_prompt,
+        progress=progress,
     )
     correct, correct_norm = [], []
     for start, choices, gold in groups:
@@ -148,6 +156,7 @@ def last_word(
     limit: int | None = None,
     batch_size: int = 8,
     max_length: int | None = None,
+    dense_prompt: bool = False,
     progress: Progress | None = None,
 ) -> LastWord:
     """LAMBADA: rows with ``context`` and ``target``, the word that follows it. Options as in ``multiple_choice``."""
@@ -156,7 +165,13 @@ def last_word(
         context, target = _text_field(row, "context", where), _text_field(row, "target", where)
         pairs.append(encode_pair(tokenizer, context, " " + target.strip(), where=where))
     scores = score_continuations(
-        model, tokenizer, pairs, batch_size=batch_size, max_length=max_length, progress=progress
+        model,
+        tokenizer,
+        pairs,
+        batch_size=batch_size,
+        max_length=max_length,
+        dense_prompt=dense_prompt,
+        progress=progress,
     )
     correct = [score.greedy for score in scores]
     accuracy, stderr = _share(correct)
@@ -209,6 +224,7 @@ def score_continuations(
     *,
     batch_size: int = 8,
     max_length: int | None = None,
+    dense_prompt: bool = False,
     progress: Progress | None = None,
 ) -> list[Score]:
     """Score every pair, in the order given; run longest first, in right-padded batches with an attention mask."""
@@ -216,7 +232,7 @@ def score_continuations(
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
     if max_length is not None and max_length < 1:
         raise ValueError(f"max_length is {max_length}; it must be at least 1, or None for the model's own")
-    max_length = _model_length(model) if max_length is None else max_length
+    max_length = model_length(model) if max_length is None else max_length
     pad = tokenizer.pad_token_id
     pad = pad if isinstance(pad, int) else 0
     order = sorted(range(len(pairs)), key=lambda index: -len(pairs[index].context) - len(pairs[index].target))
@@ -225,13 +241,15 @@ def score_continuations(
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             batch = [pairs[index] for index in chosen]
-            scores.update(zip(chosen, _score_batch(model, batch, pad, max_length), strict=True))
+            scores.update(zip(chosen, _score_batch(model, batch, pad, max_length, dense_prompt), strict=True))
             if progress:
                 progress(len(scores), len(pairs))
     return [scores[index] for index in range(len(pairs))]
 
 
-def _score_batch(model: Any, batch: Sequence[Continuation], pad: int, max_length: int | None) -> list[Score]:
+def _score_batch(
+    model: Any, batch: Sequence[Continuation], pad: int, max_length: int | None, dense_prompt: bool
+) -> list[Score]:
     inputs: list[list[int]] = []
     for pair in batch:
         ids = [*pair.context, *pair.target]
@@ -252,7 +270,7 @@ def _score_batch(model: Any, batch: Sequence[Continuation], pad: int, max_length
     if cache_maker(model) is None:
         logits = model(input_ids=tokens, attention_mask=mask, use_cache=False, **optional).logits[:, -keep:]
     else:
-        logits = cached_logits(model, tokens, mask=mask, keep=keep)
+        logits = cached_logits(model, tokens, mask=mask, keep=keep, prompt=width - keep if dense_prompt else 0)
     scores = []
     for row, (ids, pair) in enumerate(zip(inputs, batch, strict=True)):
         end = len(ids) - (width - keep)
@@ -342,7 +360,8 @@ def _capitalized_ending(context: str) -> str:
     return re.sub(r"(?<=[.!?] )[a-z](?=[^.!?]*$)", lambda match: match[0].upper(), context)
 
 
-def _model_length(model: Any) -> int | None:
+def model_length(model: Any) -> int | None:
+    """Positions that a model was made for, where its config says it."""
     config = getattr(model, "config", None)
     text_config = getattr(config, "get_text_config", lambda: config)()
     length = getattr(text_config, "max_position_embeddings", None)

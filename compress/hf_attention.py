@@ -159,7 +159,11 @@ def run_cached(
             if layer is not None:
                 layer.ran["kv_cache"] += 1
             assert not isinstance(starts, str)
-            return attend_cached(query, key.visible.compressed(), options, starts)
+            kv = key.visible.compressed()
+            if kv.lengths is not None:
+                # The same launch is to do for later tokens: what the mask does not show yet is asked of the cache.
+                options, starts = {**options, "window": key.visible.store.window}, kv.sink_starts
+            return attend_cached(query, kv, options, starts)
         found = reason
     log_fallback(
         f"attention of {type(module).__name__} over a compressed cache", str(found), f"{former} attention, dequantized"

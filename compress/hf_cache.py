@@ -10,15 +10,15 @@ attention are compressed where a policy names them; the others (linear attention
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
-from transformers import Cache, DynamicCache, GenerationMixin
+from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..kernels.decode_attention import CompressedKV, dequantized
 from ..quant.method import KVCacheMethod
@@ -26,10 +26,10 @@ from .cache import Sizes, TokenStore
 
 # What transformers calls a cache among the arguments and outputs of its models; until 5.23 the second.
 NAMES = ("cache", "past_key_values")
-CACHE = next(
-    name for name in NAMES if name in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
-)
+CACHE = NAMES[0] if NAMES[0] in CausalLMOutputWithPast.__dataclass_fields__ else NAMES[1]
 
+ATTENTION = (DynamicLayer, DynamicSlidingWindowLayer)
+"""Layers of a cache that hold keys and values and nothing else."""
 STAYS = "a compressed cache stays on its device; pass cache_implementation='offloaded' for transformers' own offloading"
 
 
@@ -211,9 +211,9 @@ class CompressedCache(Cache):
         starts: list[int] | None = None,
     ):
         layers: list[Any] = []
-        for index, layer in enumerate(DynamicCache(config=config).layers):
+        for index, layer in enumerate(former_cache(config).layers):
             window = getattr(layer, "sliding_window", None)
-            if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) and (statics is None or index in statics):
+            if type(layer) in ATTENTION and (statics is None or index in statics):
                 known = None if statics is None else statics[index]
                 layer = CompressedLayer(TokenStore(method, statics=known, window=window, starts=starts))
             layers.append(layer)
@@ -259,3 +259,13 @@ class CompressedCache(Cache):
     def coded_tokens(self) -> int:
         """Columns that are in codes, in the layer that has most."""
         return max(store.coded for store in self.compressed_layers)
+
+
+def former_cache(config: Any) -> Cache:
+    """The cache that transformers would make for a model."""
+    return DynamicCache(config=config)
+
+
+def holds_attention_alone(cache: Cache) -> bool:
+    """Whether a cache has no recurrent state or the like beside keys and values."""
+    return all(type(layer) in ATTENTION for layer in cache.layers)

@@ -394,7 +394,7 @@ def verify_quality(
     with running(compressed, policies or {}, cache):
         return {
             "text": describe_text(options, read_text(options.text)[1], windows),
-            **measure_text(compressed, base, windows, options.stride, progress),
+            **measure_text(compressed, base, windows, options, progress),
         }
 
 

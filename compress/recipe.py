@@ -11,7 +11,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, field_serializer
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    field_serializer,
+    model_validator,
+)
 
 from ..quant.method import (
     AttentionMethod,
@@ -44,7 +53,8 @@ class EvaluationOptions(BaseModel):
     """What the compressed model is compared on. text: "builtin" (held-out part of the Python reference) or a .txt file.
 
     windows: how many windows of `window` tokens; 0 skips the comparison. stride: tokens between windows, default
-    `window`.
+    `window`. cache_protocol: how a compressed cache is fed, "chunks" or "decode" (`cache_evaluation.py`); "decode"
+    scores what follows the first prompt_tokens of a window, default half of it.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -52,6 +62,34 @@ class EvaluationOptions(BaseModel):
     window: Annotated[int, Field(ge=2)] = 2048
     stride: Annotated[int, Field(ge=1)] | None = None
     windows: Annotated[int, Field(ge=0)] = 8
+    cache_protocol: Literal["chunks", "decode"] = "chunks"
+    prompt_tokens: Annotated[int, Field(ge=1)] | None = None
+
+    @model_validator(mode="after")
+    def _check_prompt(self) -> EvaluationOptions:
+        if self.cache_protocol == "chunks" and self.prompt_tokens is not None:
+            raise ValueError("prompt_tokens is for cache_protocol decode; cache_protocol is chunks")
+        if self.prompt > self.window - 2:
+            raise ValueError(
+                f"a prompt of {self.prompt} tokens leaves nothing to score in a window of {self.window}; it must be "
+                "shorter by 2 at least"
+            )
+        return self
+
+    @property
+    def prompt(self) -> int:
+        """Tokens of a window that go in at once and are not scored."""
+        if self.cache_protocol == "chunks":
+            return 0
+        return self.window // 2 if self.prompt_tokens is None else self.prompt_tokens
+
+
+def evaluation_options(**fields: Any) -> EvaluationOptions:
+    """`EvaluationOptions`, what is wrong with them in one sentence."""
+    try:
+        return EvaluationOptions(**fields)
+    except ValidationError as error:
+        raise ValueError(explain(error, "evaluation", EvaluationOptions)) from error
 
 
 class Limits(BaseModel):
@@ -78,6 +116,15 @@ class Recipe(BaseModel):
     calibration: CalibrationOptions = CalibrationOptions()
     evaluation: EvaluationOptions = EvaluationOptions()
     limits: Limits = Limits()
+
+    @model_validator(mode="after")
+    def _check_protocol(self) -> Recipe:
+        if self.kv_cache is None and self.evaluation.cache_protocol != "chunks":
+            raise ValueError(
+                f"evaluation.cache_protocol {self.evaluation.cache_protocol} is a way to read a compressed cache, and "
+                "the recipe fills no slot kv_cache; leave it out"
+            )
+        return self
 
     @field_serializer(*METHODS)
     def _write_method(self, method: Method | None) -> dict | None:

@@ -99,7 +99,7 @@ class Bench:
         Group scales are applied in FP32 for every number of tokens, so that the figures are those of the method.
         """
         keep_group_scales_exact(self.subject)
-        return measure_text(self.subject, self.base, self.windows, self.evaluation.stride, progress)["comparison"]
+        return measure_text(self.subject, self.base, self.windows, self.evaluation, progress)["comparison"]
 
     def heading(self, note: str, calibration: CalibrationOptions | None) -> dict[str, Any]:
         """Versions, date, device, model, text and calibration, JSON-able."""

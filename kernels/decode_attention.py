@@ -45,7 +45,8 @@ class CompressedKV:
     (batch, num_kv_heads, columns, head_dim), of the columns from max(first, coded) on, in order. ring: keys and values,
     (batch, num_kv_heads, length, head_dim), with each of these columns at its place modulo length; None if not all are
     there. sink_key, sink_value: (batch, num_kv_heads, sink_tokens, head_dim). sink_starts: (batch,) int64, the column
-    of each row's first sink token.
+    of each row's first sink token. lengths: of `kv_append.LENGTHS`; where given, a kernel takes tokens and coded from
+    it, and first from its window, so that the launch is that of any later token too.
     """
 
     pages: Pages
@@ -57,6 +58,7 @@ class CompressedKV:
     sink_key: Tensor
     sink_value: Tensor
     sink_starts: Tensor
+    lengths: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -317,9 +319,4 @@ def check_storage(kv: CompressedKV) -> None:
         raise ValueError(f"pages hold heads of {layout.key_dim} and {layout.value_dim} channels, not {head_dim}")
     if kv.pages.key_map is not None:
         kv.pages.key_map.check(kv_heads, head_dim)
-    for number in range(kv.first // PAGE, -(-kv.coded // PAGE)):
-        page = kv.pages.pages.get(number)
-        if page is None:
-            raise ValueError(f"page {number} is absent, and its tokens are read")
-        if page.kind != layout.kind or page.key_codes.shape[:2] != (batch, kv_heads):
-            raise ValueError(f"page {number} has codes {tuple(page.key_codes.shape)} of {page.kind}, which do not fit")
+    kv.pages.check(kv.first // PAGE, -(-kv.coded // PAGE), batch, kv_heads)

@@ -217,13 +217,13 @@ def page_logits(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def decode_kernel(
-    q_ptr, codes_ptr, scale_ptr, table_ptr, ring_key, ring_value, sink_key, sink_value, sink_start_ptr, start_ptr,
-    part_ptr, state_ptr, qb, qh, qt, rkb, rkh, rkt, rvb, rvh, rvt, skb, skh, skt, svb, svh, svt,
+    q_ptr, codes_ptr, scale_ptr, table_ptr, length_ptr, ring_key, ring_value, sink_key, sink_value, sink_start_ptr,
+    start_ptr, part_ptr, state_ptr, qb, qh, qt, rkb, rkh, rkt, rvb, rvh, rvt, skb, skh, skt, svb, svh, svt,
     tokens, coded, first, splits, window, ring_length, heads, sink_tokens, scaling, softcap,
     RECORD: tl.constexpr, QUERIES: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr, HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr, KEY_PARAMETERS: tl.constexpr, VALUES: tl.constexpr, VALUE_PARAMETERS: tl.constexpr,
-    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, STARTS: tl.constexpr, SINKS: tl.constexpr, ROWS: tl.constexpr,
-    WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, STAGES: tl.constexpr, INTERPRET: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, STARTS: tl.constexpr, SINKS: tl.constexpr, LENGTHS_: tl.constexpr,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, STAGES: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """Grid (batch · KV heads, splits + 1). part: (planes, splits + 1, ROWS, VALUE_DIM), state: (…, 2, ROWS): sums of
     weighted values, and the maximum and the sum of weights that they belong to, FP32.
@@ -233,6 +233,10 @@ def decode_kernel(
     kv_heads = heads // GROUP
     batch, kv_head = plane // kv_heads, plane % kv_heads
     row = tl.arange(0, ROWS)
+    if LENGTHS_:
+        tokens, coded = tl.load(length_ptr), tl.load(length_ptr + 1)
+        if WINDOW:
+            first = tl.maximum(tokens - QUERIES - window + 1, 0)
     # Rows that are no query have no position.
     position = tl.where(row < QUERIES * GROUP, tokens - QUERIES + row // GROUP, -1)
     lowest = first
@@ -426,7 +430,9 @@ def decode_triton(
     rows = max(8, triton.next_power_of_2(queries * group))
     width, value_width = padded_width(head_dim), padded_width(value_dim)
     multiprocessors = 1 if interpret else torch.cuda.get_device_properties(query.device).multi_processor_count
-    config = launch_config(layout.kind, planes, -(-kv.coded // PAGE) - kv.first // PAGE, multiprocessors)
+    # A launch that is to be that of later tokens too is made for many pages.
+    pages = -(-kv.coded // PAGE) - kv.first // PAGE if kv.lengths is None else MAX_SPLITS
+    config = launch_config(layout.kind, planes, pages, multiprocessors)
     parts = config.splits + 1
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -445,16 +451,16 @@ def decode_triton(
     )  # fmt: skip
     offsets = layout.offsets
     decode_kernel[(planes, parts)](
-        query, codes, scale, kv.pages.table(), *kv.ring, kv.sink_key, kv.sink_value, kv.sink_starts, key_starts,
-        part, state, *query.stride()[:3], *kv.ring[0].stride()[:3], *kv.ring[1].stride()[:3], *kv.sink_key.stride()[:3],
-        *kv.sink_value.stride()[:3], kv.tokens, kv.coded, kv.first, config.splits, call.window or 0,
-        kv.ring[0].shape[2], heads, kv.sink_key.shape[2], call.scaling, call.softcap or 0.0,
-        RECORD=layout.record_bytes, QUERIES=queries, GROUP=group, KIND=layout.kind, HEAD_DIM=head_dim,
-        VALUE_DIM=value_dim, KEY_PARAMETERS=offsets[1], VALUES=offsets[2], VALUE_PARAMETERS=offsets[3],
-        WINDOW=call.window is not None, SOFTCAP=call.softcap is not None, STARTS=key_starts is not None,
-        SINKS=kv.sink_key.shape[2] > 0, ROWS=rows, WIDTH=width, VALUE_WIDTH=value_width,
-        STAGES=config.num_stages, INTERPRET=interpret, num_warps=config.num_warps,
-        num_stages=config.num_stages, enable_fp_fusion=True,
+        query, codes, scale, kv.pages.table(), kv.lengths, *kv.ring, kv.sink_key, kv.sink_value, kv.sink_starts,
+        key_starts, part, state, *query.stride()[:3], *kv.ring[0].stride()[:3], *kv.ring[1].stride()[:3],
+        *kv.sink_key.stride()[:3], *kv.sink_value.stride()[:3], kv.tokens, kv.coded, kv.first,
+        config.splits, call.window or 0, kv.ring[0].shape[2], heads, kv.sink_key.shape[2], call.scaling,
+        call.softcap or 0.0, RECORD=layout.record_bytes, QUERIES=queries, GROUP=group, KIND=layout.kind,
+        HEAD_DIM=head_dim, VALUE_DIM=value_dim, KEY_PARAMETERS=offsets[1], VALUES=offsets[2],
+        VALUE_PARAMETERS=offsets[3], WINDOW=call.window is not None, SOFTCAP=call.softcap is not None,
+        STARTS=key_starts is not None, SINKS=kv.sink_key.shape[2] > 0, LENGTHS_=kv.lengths is not None, ROWS=rows,
+        WIDTH=width, VALUE_WIDTH=value_width, STAGES=config.num_stages, INTERPRET=interpret,
+        num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
     merge_kernel[(batch * heads * queries,)](
         part, state, sinks, out, lse, parts, heads, queries, group, value_dim, SINK_LOGITS=sinks is not None,

@@ -13,7 +13,7 @@ bf16 values lie token by token.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -140,13 +140,28 @@ class Page:
 @dataclass(frozen=True)
 class Pages:
     """Where tokens are. pages: by number, (batch, num_kv_heads, …). table: gives their addresses by number,
-    int64 on the device. key_map: what is done to keys before they are coded.
+    int64 on the device. key_map: what is done to keys before they are coded. found: ranges of pages known to be there.
     """
 
     layout: PageLayout
     pages: Mapping[int, Page]
     table: Callable[[], Tensor]
     key_map: KeyMap | None = None
+    found: set[tuple[int, ...]] = field(default_factory=set, compare=False)
+
+    def check(self, first: int, last: int, batch: int, heads: int) -> None:
+        """ValueError unless pages [first, last) are there and hold such rows and heads; looked at once."""
+        if (first, last, batch, heads) in self.found:
+            return
+        for number in range(first, last):
+            page = self.pages.get(number)
+            if page is None:
+                raise ValueError(f"page {number} is absent, and its tokens are read")
+            if page.kind != self.layout.kind or page.key_codes.shape[:2] != (batch, heads):
+                raise ValueError(
+                    f"page {number} has codes {tuple(page.key_codes.shape)} of {page.kind}, which do not fit"
+                )
+        self.found.add((first, last, batch, heads))
 
 
 def write_tokens(

@@ -98,6 +98,73 @@ def mapped(
     return x
 
 
+@triton.jit
+def write_keys(
+    base, stride, source, token, write, record, mean_ptr, factor_ptr, kv_head,
+    KIND: tl.constexpr, HEAD_DIM: tl.constexpr, KEY_PARAMETERS: tl.constexpr, MEAN: tl.constexpr,
+    FACTORS: tl.constexpr, ROTATE: tl.constexpr, WIDTH: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """Keys of a page. source: where each of its tokens lies; write: which are written."""
+    channel = tl.arange(0, WIDTH)
+    inside = (channel < HEAD_DIM)[None, :]
+    x = tl.load(base + source[:, None] * stride + channel[None, :], mask=write[:, None] & inside, other=0.0)
+    if KIND == "bf16":
+        place = record.to(tl.pointer_type(tl.bfloat16)) + token[:, None] * HEAD_DIM + channel[None, :]
+        tl.store(place, x.to(tl.bfloat16), mask=write[:, None] & inside)
+    else:
+        x = mapped(
+            x.to(tl.float32), mean_ptr, factor_ptr, kv_head, channel, inside, HEAD_DIM, MEAN, FACTORS, ROTATE, WIDTH
+        )
+        codes, scale, least = codes_of(x, inside, KIND, INTERPRET)
+        write_parameters(record + KEY_PARAMETERS, token, write, scale, least, KIND)
+        if KIND == "fp8":
+            place = record.to(tl.pointer_type(tl.float8e4nv)) + token[:, None] * HEAD_DIM + channel[None, :]
+            tl.store(place, to_e4m3(codes, INTERPRET), mask=write[:, None] & inside)
+        else:
+            HALF: tl.constexpr = HEAD_DIM // 2
+            whole = codes.to(tl.int32)
+            index = tl.broadcast_to(tl.minimum(channel + HALF, WIDTH - 1)[None, :], (PAGE_, WIDTH))
+            both = (whole | (tl.gather(whole, index, axis=1) << 4)).to(tl.uint8)
+            tl.store(
+                record + token[:, None] * HALF + channel[None, :], both,
+                mask=write[:, None] & (channel < HALF)[None, :],
+            )  # fmt: skip
+
+
+@triton.jit
+def write_values(
+    base, stride, source, token, write, page, start, stop, record,
+    KIND: tl.constexpr, VALUE_DIM: tl.constexpr, VALUES: tl.constexpr, VALUE_PARAMETERS: tl.constexpr,
+    VALUE_WIDTH: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """Values of a page, as `write_keys`; write is [start, stop)."""
+    channel = tl.arange(0, VALUE_WIDTH)
+    inside = (channel < VALUE_DIM)[None, :]
+    x = tl.load(base + source[:, None] * stride + channel[None, :], mask=write[:, None] & inside, other=0.0)
+    if KIND == "bf16":
+        place = (record + VALUES).to(tl.pointer_type(tl.bfloat16)) + token[:, None] * VALUE_DIM + channel[None, :]
+        tl.store(place, x.to(tl.bfloat16), mask=write[:, None] & inside)
+    else:
+        codes, scale, least = codes_of(x.to(tl.float32), inside, KIND, INTERPRET)
+        write_parameters(record + VALUE_PARAMETERS, token, write, scale, least, KIND)
+        if KIND == "fp8":
+            place = (record + VALUES).to(tl.pointer_type(tl.float8e4nv)) + channel[:, None] * PAGE_ + token[None, :]
+            tl.store(place, tl.trans(to_e4m3(codes, INTERPRET)), mask=tl.trans(write[:, None] & inside))
+        else:
+            LATER: tl.constexpr = PAGE_ // 2
+            early = tl.arange(0, LATER)
+            low, high = tl.split(tl.trans(codes.to(tl.int32)).reshape(VALUE_WIDTH, 2, LATER).permute(0, 2, 1))
+            place = record + VALUES + channel[:, None] * LATER + early[None, :]
+            there = (channel < VALUE_DIM)[:, None]
+            # The other token of a byte may have been written before.
+            old = tl.load(place, mask=there, other=0).to(tl.int32)
+            column = page * PAGE_ + early
+            low = tl.where(((column >= start) & (column < stop))[None, :], low, old & 15)
+            column += LATER
+            high = tl.where(((column >= start) & (column < stop))[None, :], high, old >> 4)
+            tl.store(place, (low | (high << 4)).to(tl.uint8), mask=there)
+
+
 @triton.jit(do_not_specialize=LENGTHS)
 def write_kernel(
     key_ptr, value_ptr, table_ptr, mean_ptr, factor_ptr, kb, kh, kt, vb, vh, vt, start, stop, length, heads,
@@ -121,58 +188,15 @@ def write_kernel(
     if length > 0:
         source = column % length
     if tl.program_id(2) == 0:
-        channel = tl.arange(0, WIDTH)
-        inside = (channel < HEAD_DIM)[None, :]
-        base = key_ptr + batch * kb + kv_head * kh
-        x = tl.load(base + source[:, None] * kt + channel[None, :], mask=write[:, None] & inside, other=0.0)
-        if KIND == "bf16":
-            place = record.to(tl.pointer_type(tl.bfloat16)) + token[:, None] * HEAD_DIM + channel[None, :]
-            tl.store(place, x.to(tl.bfloat16), mask=write[:, None] & inside)
-        else:
-            x = mapped(
-                x.to(tl.float32), mean_ptr, factor_ptr, kv_head, channel, inside, HEAD_DIM, MEAN, FACTORS, ROTATE, WIDTH
-            )
-            codes, scale, least = codes_of(x, inside, KIND, INTERPRET)
-            write_parameters(record + KEY_PARAMETERS, token, write, scale, least, KIND)
-            if KIND == "fp8":
-                place = record.to(tl.pointer_type(tl.float8e4nv)) + token[:, None] * HEAD_DIM + channel[None, :]
-                tl.store(place, to_e4m3(codes, INTERPRET), mask=write[:, None] & inside)
-            else:
-                HALF: tl.constexpr = HEAD_DIM // 2
-                whole = codes.to(tl.int32)
-                index = tl.broadcast_to(tl.minimum(channel + HALF, WIDTH - 1)[None, :], (PAGE_, WIDTH))
-                both = (whole | (tl.gather(whole, index, axis=1) << 4)).to(tl.uint8)
-                tl.store(
-                    record + token[:, None] * HALF + channel[None, :], both,
-                    mask=write[:, None] & (channel < HALF)[None, :],
-                )  # fmt: skip
+        write_keys(
+            key_ptr + batch * kb + kv_head * kh, kt, source, token, write, record, mean_ptr, factor_ptr, kv_head,
+            KIND, HEAD_DIM, KEY_PARAMETERS, MEAN, FACTORS, ROTATE, WIDTH, INTERPRET,
+        )  # fmt: skip
     else:
-        channel = tl.arange(0, VALUE_WIDTH)
-        inside = (channel < VALUE_DIM)[None, :]
-        base = value_ptr + batch * vb + kv_head * vh
-        x = tl.load(base + source[:, None] * vt + channel[None, :], mask=write[:, None] & inside, other=0.0)
-        if KIND == "bf16":
-            place = (record + VALUES).to(tl.pointer_type(tl.bfloat16)) + token[:, None] * VALUE_DIM + channel[None, :]
-            tl.store(place, x.to(tl.bfloat16), mask=write[:, None] & inside)
-        else:
-            codes, scale, least = codes_of(x.to(tl.float32), inside, KIND, INTERPRET)
-            write_parameters(record + VALUE_PARAMETERS, token, write, scale, least, KIND)
-            if KIND == "fp8":
-                place = (record + VALUES).to(tl.pointer_type(tl.float8e4nv)) + channel[:, None] * PAGE_ + token[None, :]
-                tl.store(place, tl.trans(to_e4m3(codes, INTERPRET)), mask=tl.trans(write[:, None] & inside))
-            else:
-                LATER: tl.constexpr = PAGE_ // 2
-                early = tl.arange(0, LATER)
-                low, high = tl.split(tl.trans(codes.to(tl.int32)).reshape(VALUE_WIDTH, 2, LATER).permute(0, 2, 1))
-                place = record + VALUES + channel[:, None] * LATER + early[None, :]
-                there = (channel < VALUE_DIM)[:, None]
-                # The other token of a byte may have been written before.
-                old = tl.load(place, mask=there, other=0).to(tl.int32)
-                column = page * PAGE_ + early
-                low = tl.where(((column >= start) & (column < stop))[None, :], low, old & 15)
-                column += LATER
-                high = tl.where(((column >= start) & (column < stop))[None, :], high, old >> 4)
-                tl.store(place, (low | (high << 4)).to(tl.uint8), mask=there)
+        write_values(
+            value_ptr + batch * vb + kv_head * vh, vt, source, token, write, page, start, stop, record,
+            KIND, VALUE_DIM, VALUES, VALUE_PARAMETERS, VALUE_WIDTH, INTERPRET,
+        )  # fmt: skip
 
 
 @triton.jit

@@ -158,6 +158,21 @@ def test_bytes_are_those_of_allocated_storage():
     assert 8 * (sizes.codes + sizes.scales) / store.page_elements == 4.5
 
 
+def test_pages_are_found_by_their_addresses():
+    store, x = TokenStore(KVINT4()), torch.randn(2, 3, 700, 8)
+    store.append(x, x)
+    before = store.table().tolist()
+    copied = copy.deepcopy(store)
+    copied.append(x[:, :, :300], x[:, :, :300])
+    copied.map_rows(lambda tensor: tensor[[1, 0, 1]], [1, 0, 1])
+    for one in (store, copied):
+        assert one.table().tolist() == [one.pages[number].key_codes.data_ptr() for number in range(one.coded // PAGE)]
+    assert store.table().tolist() == before
+    assert not set(before) & set(copied.table().tolist())
+    copied.crop(600)
+    assert len(copied.table()) == -(-copied.coded // PAGE)
+
+
 def test_no_token_is_moved_once_it_is_coded():
     store = TokenStore(KVFP8(recent_tokens=0))
     x = torch.randn(1, 1, 300, 8)

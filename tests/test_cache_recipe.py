@@ -26,7 +26,7 @@ from kompakt.quant.kv_int4 import KVINT4
 pytestmark = pytest.mark.usefixtures("one_thread")
 TOKENS = torch.randint(3, 200, (2, 300), generator=torch.Generator().manual_seed(3))
 FAST = {"calibration.samples": 4, "calibration.length": 64, "evaluation.window": 400, "evaluation.windows": 2}
-RECIPES = ("kv-fp8", "kv-int4", "w4a8-kv4")
+RECIPES = ("kv-fp8", "kv-int4", "w4a8-kv4", "w4a8-sage-kv4")
 
 
 @pytest.fixture(scope="module")

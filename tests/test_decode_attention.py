@@ -176,19 +176,19 @@ def mistake(**changes: Any) -> Any:
         (mistake(key_starts=torch.ones(3, dtype=torch.long)), "key_starts have shape (3,)"),
         (mistake(kv=lambda kv: replace(kv, tokens=400)), "these do not add up"),
         (
-            mistake(kv=lambda kv: replace(kv, pages=replace(kv.pages, pages={}))),
+            mistake(kv=lambda kv: replace(kv, pages=replace(kv.pages, found=set(), pages={}))),
             "page 0 is absent, and its tokens are read",
         ),
         (
-            mistake(kv=lambda kv: replace(kv, pages=replace(kv.pages, layout=PageLayout("fp8", 16, 16)))),
+            mistake(kv=lambda kv: replace(kv, pages=replace(kv.pages, found=set(), layout=PageLayout("fp8", 16, 16)))),
             "which do not fit",
         ),
         (
-            mistake(kv=lambda kv: replace(kv, pages=replace(kv.pages, layout=PageLayout("int4", 16, 8)))),
+            mistake(kv=lambda kv: replace(kv, pages=replace(kv.pages, found=set(), layout=PageLayout("int4", 16, 8)))),
             "heads of 16 and 8 channels, not 16",
         ),
         (
-            mistake(kv=lambda kv: replace(kv, pages=replace(kv.pages, key_map=KeyMap(torch.ones(2, 8))))),
+            mistake(kv=lambda kv: replace(kv, pages=replace(kv.pages, found=set(), key_map=KeyMap(torch.ones(2, 8))))),
             "calibrated for 2 KV heads of 8",
         ),
         (mistake(kv=lambda kv: replace(kv, sink_starts=torch.zeros(1))), "do not belong together"),

@@ -86,10 +86,25 @@ def check_damaged_token(kind: str) -> None:
     assert not out.isnan().any()
 
 
+def check_lengths(name: str, device: str = "cpu") -> None:
+    """With the lengths on the device the launch is told none, and gives the same."""
+    query, kv, call, sinks, starts = CASES[name].make(device)
+    lengths = torch.tensor([kv.tokens, kv.coded, 0, 0], dtype=torch.int32, device=device)
+    wanted = run_decode(query, kv, call, sinks, starts, interpret=device == "cpu")
+    blind = replace(kv, tokens=query.shape[2], coded=0, first=0, lengths=lengths)
+    with poisoned():
+        found = run_decode(query, blind, call, sinks, starts, interpret=device == "cpu")
+    for got, expected in zip(found, wanted, strict=True):
+        # Pages are shared out in another way.
+        assert torch.allclose(got.float(), expected.float(), rtol=2e-3, atol=1e-4)
+
+
 INTERPRETER_CASES = {name: functools.partial(check, case, interpret=True) for name, case in CASES.items()}
 INTERPRETER_CASES |= {
     "more programs than pages": functools.partial(check_splits, 2, 132),
     "uneven runs of pages": functools.partial(check_splits, 5, 2),
+    "lengths on the device": functools.partial(check_lengths, "everything"),
+    "lengths on the device, fp8": functools.partial(check_lengths, "fp8, padding"),
     "many parts": functools.partial(check_splits, 18, 132),
     "damaged token": functools.partial(check_damaged_token, "int4"),
     "damaged token, fp8": functools.partial(check_damaged_token, "fp8"),
@@ -118,7 +133,7 @@ MUTATIONS = {
         "sinks that are not coded yet",
     ),
     "ring": ("column % ring_length", "column % (ring_length - 1)", "ring that turned"),
-    "padding": ("lowest = tl.maximum(lowest, tl.load(start", "lowest = tl.minimum(lowest, tl.load(start", "padding"),
+    "start of a row": ("tl.maximum(lowest, tl.load(start", "tl.minimum(lowest, tl.load(start", "padding"),
     "position of a row": ("tokens - QUERIES + row // GROUP", "tokens - QUERIES + row % QUERIES", "several queries"),
     "causality": (
         "column[:, None] <= position[None, :])",
@@ -137,6 +152,16 @@ MUTATIONS = {
     "weights of parts": ("acc * alpha[:, None] + values * weight", "acc * alpha[:, None] + 0.0 * weight", "many parts"),
     "earlier parts": ("acc * alpha[:, None] + values * weight", "acc + values * weight", "many parts"),
     "parts together": ("values = tl.sum(acc * weight[:, None], axis=0)", "values = tl.sum(acc, axis=0)", "plain"),
+    "tokens on the device": (
+        "tokens, coded = tl.load(length_ptr), tl.load(length_ptr + 1)",
+        "coded = tl.load(length_ptr + 1)",
+        "lengths on the device, fp8",
+    ),
+    "window on the device": (
+        "first = tl.maximum(tokens - QUERIES - window + 1, 0)",
+        "first = tl.maximum(tokens - 150, 0)",
+        "lengths on the device",
+    ),
     "lse": ("(top + tl.math.log2(", "(tl.math.log2(", "plain"),
     "masked parameters": ("tl.where(valid, scale, 1.0)", "scale", "damaged token, fp8"),
 }
@@ -153,6 +178,13 @@ def test_kernel_in_interpreter(name):
 def test_kernel_on_gpu(name):
     skip_below(FP8_CAPABILITY)
     check(CASES[name], interpret=False, device="cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CASES)
+def test_lengths_on_the_device(name):
+    skip_below(FP8_CAPABILITY)
+    check_lengths(name, "cuda")
 
 
 @pytest.mark.gpu

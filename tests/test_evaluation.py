@@ -408,7 +408,7 @@ def test_long_prompts_lose_tokens_on_the_left(model, tokenizer):
     ids = (pair.context + pair.target)[-21:]
     expected, _ = log_likelihood(model, ids[: -len(pair.target)], pair.target)
     assert score.log_likelihood == pytest.approx(expected, rel=1e-5)
-    assert evaluation_tasks._model_length(model) == 256
+    assert evaluation_tasks.model_length(model) == 256
     with pytest.raises(ValueError, match="at most 2 fit"):
         evaluation_tasks.score_continuations(model, tokenizer, [pair], max_length=2)
 

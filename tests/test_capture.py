@@ -1,0 +1,127 @@
+"""Captured steps give the tokens of plain ones, whatever else happens to the cache between them."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from cache_models import LONG, left_padding, long_model, patched, policy_of
+from kernel_cases import skip_below
+
+from kompakt.compress.hf_cache import CACHE
+from kompakt.compress.hf_capture import COMPILED, CRITERIA, Steps, captured
+from kompakt.kernels.activations import FP8_CAPABILITY
+from kompakt.quant.kv_fp8 import KVFP8
+from kompakt.quant.kv_int4 import KVINT4
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+METHODS = {"int4": KVINT4(recent_tokens=20), "fp8": KVFP8(recent_tokens=0, sink_tokens=3)}
+MANY = {"max_new_tokens": 90, "min_new_tokens": 90, "do_sample": False}
+
+
+def steps_of(model) -> Steps:
+    return vars(model)[COMPILED](None)
+
+
+def both(model, ids, **options):
+    """Generated with and without; the steps of the former."""
+    wanted = model.generate(ids, **options)
+    with captured(model):
+        got = model.generate(ids, **options)
+        steps = steps_of(model)
+    return got, wanted, steps
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "qwen3", "gpt_oss"])
+@pytest.mark.parametrize("kind", list(METHODS))
+def test_the_same_tokens_over_pages(kind, family):
+    model = patched(long_model(family), METHODS[kind])
+    options = {**MANY, "attention_mask": left_padding(), "return_dict_in_generate": True, "output_logits": True}
+    got, wanted, steps = both(model, LONG, **options)
+    assert torch.equal(got.sequences, wanted.sequences)
+    for one, other in zip(got.logits, wanted.logits, strict=True):
+        assert torch.allclose(one, other, atol=1e-5)
+    assert steps.plain == 89
+    for one, other in zip(got[CACHE].compressed_layers, wanted[CACHE].compressed_layers, strict=True):
+        assert (one.tokens, one.coded) == (other.tokens, other.coded)
+        assert one.following is not None and one.following.tolist() == [one.tokens, one.coded, 0, 0]
+
+
+def test_a_window_that_fills_up_meanwhile():
+    model = patched(long_model("mistral"), METHODS["int4"])
+    got, wanted, steps = both(model, LONG[:, :120], **MANY)
+    assert torch.equal(got, wanted) and steps.plain == 89
+
+
+def test_second_turn_crop_and_another_batch():
+    model = patched(long_model("llama"), METHODS["int4"])
+    options = {"max_new_tokens": 8, "do_sample": False, "min_new_tokens": 8}
+    with captured(model):
+        cache = model.generate(LONG[:, :250], return_dict_in_generate=True, **options)[CACHE]
+        plain = copy.deepcopy(cache)
+        assert plain.compressed_layers[0].following is None
+        cache.crop(-30)
+        plain.crop(-30)
+        first = model.generate(LONG[:, :300], **{CACHE: cache}, **options)
+        assert torch.equal(
+            model.generate(LONG[:1, :77], **options)[:, -8:], model.generate(LONG[:1, :77], **options)[:, -8:]
+        )
+    assert torch.equal(first, model.generate(LONG[:, :300], **{CACHE: plain}, **options))
+
+
+@pytest.mark.parametrize(
+    "more", [{"num_beams": 3}, {"prompt_lookup_num_tokens": 3}, {"cache_implementation": "static"}]
+)
+def test_what_is_not_captured_is_as_before(more):
+    model = patched(long_model("llama"), METHODS["fp8"])
+    got, wanted, _ = both(model, LONG[:1, :200], max_new_tokens=12, do_sample=False, disable_compile=False, **more)
+    assert torch.equal(got, wanted)
+
+
+def test_refusals_are_named():
+    model = patched(long_model("llama"), METHODS["fp8"])
+    steps = Steps(model)
+    cache = model(LONG)[CACHE]
+    token = LONG[:, :1]
+    assert steps.refusal({"input_ids": token, CACHE: cache}) is None
+    assert "not compressed" in str(steps.refusal({"input_ids": token}))
+    assert "more than one token" in str(steps.refusal({"input_ids": LONG[:, :2], CACHE: cache}))
+    assert "output_attentions" in str(steps.refusal({"input_ids": token, CACHE: cache, "output_attentions": True}))
+    holes = torch.ones(3, 401)
+    holes[0, 5] = 0
+    assert "not the padding" in str(steps.refusal({"input_ids": token, CACHE: cache, "attention_mask": holes}))
+    with pytest.raises(ValueError, match="has no compressed cache"), captured(long_model("llama")):
+        pass
+
+
+def test_the_budget_holds():
+    method = KVFP8(recent_tokens=0, max_tokens=410)
+    model = patched(long_model("llama"), method)
+    with captured(model), pytest.raises(ValueError, match="411 tokens exceed the cache's max_tokens of 410"):
+        model.generate(LONG, max_new_tokens=20, min_new_tokens=20, do_sample=False)
+
+
+def test_nothing_is_left_behind():
+    model = patched(long_model("llama"), METHODS["fp8"])
+    with captured(model):
+        assert COMPILED in vars(model)
+        with pytest.raises(ValueError, match="captured already"), captured(model):
+            pass
+    assert COMPILED not in vars(model) and CRITERIA not in vars(model)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2"])
+@pytest.mark.parametrize("kind", list(METHODS))
+def test_graphs_give_the_same_tokens(kind, family):
+    skip_below(FP8_CAPABILITY)
+    model = long_model(family).to("cuda", torch.bfloat16)
+    patched(model, METHODS[kind])
+    assert policy_of(model, METHODS[kind]).layers
+    options = {**MANY, "attention_mask": left_padding().cuda(), "return_dict_in_generate": True, "output_logits": True}
+    got, wanted, steps = both(model, LONG.cuda(), **options)
+    assert torch.equal(got.sequences, wanted.sequences)
+    assert (steps.plain, steps.recorded, steps.replayed) == (1, 1, 87)
+    for one, other in zip(got.logits, wanted.logits, strict=True):
+        assert torch.allclose(one, other, atol=2e-2)
