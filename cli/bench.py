@@ -371,6 +371,8 @@ def renderer(result: dict[str, Any]) -> Callable[[dict[str, Any]], str]:
     from ..compress.attention_accuracy import accuracy_table
     from ..compress.attention_speed_table import attention_table
     from ..compress.cache_sweep import cache_table
+    from ..compress.decode_speed_table import decode_table
+    from ..compress.generation_bench_table import generation_table
     from ..compress.linear_speed_table import speed_table
     from ..compress.sensitivity import part_table
     from ..compress.sweep import markdown_table
@@ -380,6 +382,8 @@ def renderer(result: dict[str, Any]) -> Callable[[dict[str, Any]], str]:
         "attention": attention_table,
         "attention-accuracy": accuracy_table,
         "cache": cache_table,
+        "decode": decode_table,
+        "generate": generation_table,
     }
     if result.get("bench") in known:
         return known[result["bench"]]

@@ -134,15 +134,20 @@ def graph_time(calls: Sequence[Callable[[], Any]]) -> float:
     return statistics.median(found) / (rounds * len(calls)) / 1e3
 
 
-def measure_ceilings(timer: Timer, device: torch.device) -> Ceilings:
-    """Bandwidth of reading and of copying (bytes read and bytes written both count), and large matrix products."""
+def measure_bandwidth(timer: Timer, device: torch.device) -> tuple[float, float]:
+    """GB/s of reading, and of copying, where bytes read and bytes written both count."""
     size = min(STREAM_BYTES, torch.cuda.mem_get_info(device)[0] // 8) // 4
     source = torch.randint(2**31 - 1, (size,), dtype=torch.int32, device=device)
     target = torch.empty_like(source)
     read = source.nbytes / timer([source.max]) / 1e9
     # A kernel, not copy_: inside a CUDA graph that becomes a memory copy of 2.8 TB/s where kernels move 4.2.
     copied = 2 * source.nbytes / timer([partial(torch.add, source, 1, out=target)]) / 1e9
-    del source, target
+    return read, copied
+
+
+def measure_ceilings(timer: Timer, device: torch.device) -> Ceilings:
+    """Bandwidth, and large matrix products."""
+    read, copied = measure_bandwidth(timer, device)
     a, b = (torch.randn(MATMUL_SIZE, MATMUL_SIZE, device=device).bfloat16() for _ in range(2))
     flops = 2 * MATMUL_SIZE**3
     bf16 = flops / timer([partial(torch.mm, a, b.t())]) / 1e12

@@ -259,7 +259,7 @@ def generation_speed(
     prefill, decode = [], []
     with scoring_mode(model):
         for run in range(repeats + 1):
-            clock = _Clock(device)
+            clock = Clock(device)
             model.generate(
                 input_ids=prompt,
                 attention_mask=torch.ones_like(prompt),
@@ -334,7 +334,7 @@ class _WindowSums:
     agreement: float
 
 
-class _Clock:
+class Clock:
     """A streamer for ``generate``: notes when the prompt went in and when each new token reached the host."""
 
     def __init__(self, device: torch.device) -> None:
@@ -342,12 +342,13 @@ class _Clock:
         self.times: list[float] = []
 
     def put(self, value: torch.Tensor) -> None:
+        """New tokens, or first the prompt."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.times.append(time.perf_counter())
 
     def end(self) -> None:
-        pass
+        """Nothing is left to do."""
 
 
 def _window_sums(logits: torch.Tensor, base_logits: torch.Tensor, labels: torch.Tensor) -> _WindowSums:
