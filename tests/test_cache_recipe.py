@@ -108,7 +108,7 @@ def test_what_is_written(name, made, base):
     assert "the first 4 tokens and at least the last 16 stay dense" in card
     assert f"Coded tokens take {bits:.3f} bits per element" in card
     assert "544 of 800 positions had coded tokens to read" in card
-    assert ("Channels are divided by static factors" in card) == (name != "kv-fp8")
+    assert ("Keys lose a mean, are divided by factors and rotated" in card) == (name != "kv-fp8")
 
 
 def test_evaluation_reads_codes(made, base, text):
