@@ -210,7 +210,7 @@ def cache_sentence(content: dict[str, Any] | None, measured: dict[str, Any] | No
     )
     text += f"least the last {content['recent_tokens']} stay dense."
     if any(content["layers"].values()):
-        text += " Keys lose a mean, are divided by factors and rotated, as far as calibration showed a layer to need it."
+        text += " Keys lose a mean, are divided by factors and rotated, as far as calibration text showed a need."
     if content["max_tokens"] is not None:
         text += f" Sequences of more than {content['max_tokens']:,} tokens are refused."
     if measured is not None and measured["bits_per_element"] is not None:
