@@ -35,13 +35,13 @@ def merged_attention(file: Path, result: dict[str, Any]) -> dict[str, Any]:
     return result if merged is result else with_shares(merged)
 
 
-def why_wrong(row: dict[str, Any]) -> str:
-    """In a few words, what a wrong row disagreed with."""
+def why_wrong(row: dict[str, Any], check_length: int = CHECK_LENGTH) -> str:
+    """In a few words, what a wrong row disagreed with. check_length: tokens that kernels are checked on."""
     if row.get("reason"):
         return row["reason"]
     if "length_error" in row:
         return f"error {row['length_error']} at this length"
-    return f"error {row['error']} on {CHECK_LENGTH} tokens"
+    return f"error {row['error']} on {check_length} tokens"
 
 
 def check_attention_speeds(result: dict[str, Any]) -> None:

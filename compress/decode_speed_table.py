@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .decode_speed import CHECK_LENGTH, with_shares
+from .attention_speed_table import why_wrong
+from .decode_speed import with_shares
 from .linear_speed_table import absent, measured_on, merged_rows
 from .sweep import noted
 
@@ -36,15 +37,6 @@ def merged_decode(file: Path, result: dict[str, Any]) -> dict[str, Any]:
     """
     merged = merged_rows(file, result, {"rows": identity})
     return result if merged is result else with_shares(merged)
-
-
-def why_wrong(row: dict[str, Any]) -> str:
-    """In a few words, what a wrong row disagreed with."""
-    if row.get("reason"):
-        return row["reason"]
-    if "length_error" in row:
-        return f"error {row['length_error']} at this length"
-    return f"error {row['error']} on {CHECK_LENGTH} tokens"
 
 
 def shape_name(row: dict[str, Any]) -> str:
