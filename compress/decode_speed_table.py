@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .attention_speed_table import why_wrong
+from . import attention_speed_table
 from .decode_speed import with_shares
 from .linear_speed_table import absent, measured_on, merged_rows
 from .sweep import noted
@@ -37,6 +37,11 @@ def merged_decode(file: Path, result: dict[str, Any]) -> dict[str, Any]:
     """
     merged = merged_rows(file, result, {"rows": identity})
     return result if merged is result else with_shares(merged)
+
+
+def why_wrong(row: dict[str, Any]) -> str:
+    """In a few words, what a wrong row disagreed with."""
+    return attention_speed_table.why_wrong(row, CHECK_LENGTH)
 
 
 def shape_name(row: dict[str, Any]) -> str:
