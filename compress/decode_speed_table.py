@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from . import attention_speed_table
-from .decode_speed import with_shares
+from .decode_speed import CHECK_LENGTH, with_shares
 from .linear_speed_table import absent, measured_on, merged_rows
 from .sweep import noted
 
