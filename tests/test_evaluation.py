@@ -485,7 +485,7 @@ def test_a_wrong_shift_is_noticed(model, windows, monkeypatch):
     """A scorer that reads each token's own logits instead of its predecessor's must disagree with the model's loss."""
     expected = perplexity(model, windows).nll
     original = evaluation._logits
-    monkeypatch.setattr(evaluation, "_logits", lambda m, ids: original(m, ids).roll(-1, dims=1))
+    monkeypatch.setattr(evaluation, "_logits", lambda m, ids, prompt: original(m, ids, prompt).roll(-1, dims=1))
     assert abs(perplexity(model, windows).nll - expected) > 0.01
 
 
