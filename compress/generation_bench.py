@@ -5,6 +5,7 @@
 | dynamic | transformers as it comes, with its `DynamicCache` |
 | static | its `StaticCache`; on a CUDA device `generate` then compiles the decoding step and replays a CUDA graph |
 | a recipe | the model as `patch` leaves it, with plain `generate()` |
+| a recipe, captured | the same with a compressed cache inside `captured`: steps are replayed as a CUDA graph |
 
 A recipe's INT4 weights are rounded to nearest whatever its method, and its cache and attention are calibrated on random
 tokens: bytes and kernels are those of the recipe, and the time is. Prompts are random tokens too. None of this says
@@ -27,6 +28,7 @@ import gc
 import itertools
 import statistics
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
@@ -40,6 +42,7 @@ from .cache_calibration import choose_cache
 from .device_speed import graph_time, measure_bandwidth
 from .hf import meta_model
 from .hf_cache_hooks import run_by
+from .hf_capture import capture_of, captured
 from .hf_decoder import decoder_layers
 from .hf_generation import ModelSource, cache_facts, forget_compiled, generate_timed, is_compiled, step_weight_bytes
 from .hf_quantizer import mark_quantized
@@ -56,20 +59,30 @@ CALIBRATION_TOKENS = 256
 
 @dataclass(frozen=True)
 class Way:
-    """One way to run a model. cache: transformers' `cache_implementation`; None with a recipe."""
+    """One way to run a model. cache: transformers' `cache_implementation`; None with a recipe. captured: whether steps
+    are recorded; the model is that of the way before.
+    """
 
     name: str
     recipe: Recipe | None = None
     cache: str | None = None
+    captured: bool = False
 
     @classmethod
     def all(cls, recipes: Sequence[str]) -> list[Way]:
-        """transformers' two, and one per recipe. ValueError for a recipe that there is not."""
+        """transformers' two, one per recipe, and one more per recipe with a compressed cache. ValueError for a recipe
+        that there is not.
+        """
         found = [Recipe.load(name) for name in dict.fromkeys(recipes)]
         taken = [recipe.name for recipe in found if recipe.name in ("dynamic", "static")]
         if taken:
             raise ValueError(f"recipe {taken[0]!r} has the name of one of transformers' caches; give it another one")
-        return [cls("dynamic", cache="dynamic"), cls("static", cache="static"), *(cls(r.name, r) for r in found)]
+        ways: list[Way] = [cls("dynamic", cache="dynamic"), cls("static", cache="static")]
+        for recipe in found:
+            ways.append(cls(recipe.name, recipe))
+            if recipe.kv_cache is not None:
+                ways.append(cls(f"{recipe.name}, captured", recipe, captured=True))
+        return ways
 
 
 @dataclass(frozen=True)
@@ -118,7 +131,7 @@ def generation_bench(
     result = heading(source, device, bandwidth, repeats, note)
     model: Any = None
     for index, way in enumerate(ways):
-        if model is None or way.recipe is not None:
+        if model is None or (way.recipe is not None and not way.captured):
             progress("timing generation", index * len(shapes), len(ways) * len(shapes), f"{way.name}: making the model")
             if model is not None:
                 forget_compiled(model)  # graphs hold on to the model
@@ -222,7 +235,21 @@ def sequence_bytes(model: Any, method: KVCacheMethod | None, context: int) -> in
 
 
 def measured(model: Any, way: Way, shape: Shape, repeats: int, device: torch.device) -> dict[str, Any]:
-    """Times in milliseconds, and memory. Raises Absent if a compressed cache was asked for and not read."""
+    """Times in milliseconds, and memory. Raises Absent if a compressed cache was asked for and not read, or a CUDA
+    graph was not replayed.
+    """
+    with captured(model) if way.captured else nullcontext():
+        found = timed(model, way, shape, repeats, device)
+        if way.captured:
+            steps = capture_of(model)
+            if device.type == "cuda" and not steps.replayed:
+                raise Absent("no step was replayed")
+            found["replayed_steps"] = steps.replayed
+    return found
+
+
+def timed(model: Any, way: Way, shape: Shape, repeats: int, device: torch.device) -> dict[str, Any]:
+    """As `measured`, of the model as it is."""
     prompt = random_tokens(model, shape.batch, shape.context).to(device)
     facts = cache_facts(generate_timed(model, prompt, shape.new_tokens, way.cache)[1])
     if way.recipe is not None and way.recipe.kv_cache is not None and not facts["coded_tokens"]:

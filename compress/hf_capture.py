@@ -58,6 +58,11 @@ def captured(model: Any) -> Iterator[Any]:
             vars(model).pop(name, None)
 
 
+def capture_of(model: Any) -> Steps:
+    """What stands in for the compiled call of a model inside `captured`."""
+    return vars(model)[COMPILED](None)
+
+
 class Steps:
     """Called in place of a model for one more token of every row.
 

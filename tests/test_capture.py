@@ -10,7 +10,7 @@ from cache_models import LONG, left_padding, long_model, patched, policy_of
 from kernel_cases import skip_below
 
 from kompakt.compress.hf_cache import CACHE
-from kompakt.compress.hf_capture import COMPILED, CRITERIA, Steps, captured
+from kompakt.compress.hf_capture import COMPILED, CRITERIA, Steps, capture_of, captured
 from kompakt.kernels.activations import FP8_CAPABILITY
 from kompakt.quant.kv_fp8 import KVFP8
 from kompakt.quant.kv_int4 import KVINT4
@@ -20,16 +20,12 @@ METHODS = {"int4": KVINT4(recent_tokens=20), "fp8": KVFP8(recent_tokens=0, sink_
 MANY = {"max_new_tokens": 90, "min_new_tokens": 90, "do_sample": False}
 
 
-def steps_of(model) -> Steps:
-    return vars(model)[COMPILED](None)
-
-
 def both(model, ids, **options):
     """Generated with and without; the steps of the former."""
     wanted = model.generate(ids, **options)
     with captured(model):
         got = model.generate(ids, **options)
-        steps = steps_of(model)
+        steps = capture_of(model)
     return got, wanted, steps
 
 

@@ -114,9 +114,10 @@ def test_rows_hold_times_bytes_and_floors(source):
     saved = []
     result = measure(source, contexts=(270, 300), batches=(2,), new=2, keep=saved.append)
     rows = result["rows"]
-    assert [row["way"] for row in rows] == ["dynamic"] * 2 + ["static"] * 2 + ["kv-int4"] * 2
+    ways = ["dynamic", "static", "kv-int4", "kv-int4, captured"]
+    assert [row["way"] for row in rows] == [way for way in ways for _ in range(2)]
     assert [(row["context"], row["batch"]) for row in rows[:2]] == [(270, 2), (300, 2)]
-    assert [len(part["rows"]) for part in saved] == [1, 2, 3, 4, 5, 6]
+    assert [len(part["rows"]) for part in saved] == [1, 2, 3, 4, 5, 6, 7, 8]
     assert result["random_weights"] and result["model"] == "shape"
     dynamic, compressed = rows[1], rows[5]
     assert dynamic["cache_bytes"] == 2 * 300 * 2 * 2 * 2 * 16 * 2 and dynamic["coded_tokens"] == 0
@@ -170,13 +171,14 @@ def test_one_way_that_fails_costs_no_other(source, monkeypatch):
 
 def test_table_says_what_was_measured(source):
     result = measure(source, recipes=("w4a8-kv4",))
-    for row, milliseconds, peak in zip(result["rows"], (8.0, 4.0, 2.0), (30e9, 31e9, 12.5e9), strict=True):
+    for row, milliseconds, peak in zip(result["rows"], (8.0, 4.0, 2.0, 1.0), (30e9, 31e9, 12.5e9, 13e9), strict=True):
         row |= {"first_token_ms": 1234.5, "token_ms": milliseconds, "peak_bytes": peak, "floor_ms": 1.234}
         row |= {"allocated_cache_bytes": 2_500_000_000, "compiled": row["way"] == "static"}
     text = generation_table(result)
     assert "| 1 × 280 | transformers, DynamicCache | 1,234 | 8.00 (1.23) | 1.00 | 0.50 | 30.0 | 2.50 |" in text
     assert "| 1 × 280 | transformers, StaticCache, compiled | 1,234 | 4.00 (1.23) | 2.00 | 1.00 | 31.0 | 2.50 |" in text
     assert "| 1 × 280 | w4a8-kv4 | 1,234 | 2.00 (1.23) | 4.00 | 2.00 | 12.5 | 2.50 |" in text
+    assert "| 1 × 280 | w4a8-kv4, captured | 1,234 | 1.00 (1.23) | 8.00 | 4.00 | 13.0 | 2.50 |" in text
     assert "shape with random weights: this is speed and nothing else; random prompts, 3 tokens" in text
     assert "rounded to nearest" in text and "medians over 1 run after" in text and "TB/s" in text
     assert "Arithmetics" not in text
@@ -257,7 +259,7 @@ def test_command_runs_on_the_cpu(tmp_path, capsys, caplog):
     assert main([*command, "--recipes", "kv-fp8,sage", "-o", str(file), "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result == json.loads(file.read_text()) and not result["random_weights"]
-    assert [row["way"] for row in result["rows"]] == ["dynamic", "static", "kv-fp8", "sage"]
+    assert [row["way"] for row in result["rows"]] == ["dynamic", "static", "kv-fp8", "kv-fp8, captured", "sage"]
     page.write_text("<!-- generate.json -->\n<!-- end -->\n")
     assert main(["bench", "table", str(file), "--into", str(page)]) == 0
     assert "| 1 × 280 | kv-fp8 |" in page.read_text() and "chosen on random tokens" in page.read_text()
@@ -277,9 +279,11 @@ def test_one_shape_end_to_end(tmp_path, capsys):
     command = ["bench", "generate", "--config", str(tmp_path / "shape"), "--context", "400", "--batch", "1,2"]
     assert main([*command, "--new", "8", "--recipes", "kv-int4,w4a8-kv4", "-o", str(file), "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
-    assert result["bandwidth_gb_per_second"] > 100 and len(result["rows"]) == 8
+    assert result["bandwidth_gb_per_second"] > 100 and len(result["rows"]) == 12
     for row in result["rows"]:
         assert "absent" not in row and 0 < row["share"] < 1 < row["peak_bytes"] / row["weight_bytes"], row
         assert row["compiled"] == (row["way"] == "static")
-        assert (row["coded_tokens"] > 0) == row["way"].endswith(("int4", "kv4"))
+        assert (row["coded_tokens"] > 0) == row["way"].startswith(("kv-int4", "w4a8-kv4"))
+        # Three runs, the warm-up included, of seven steps each, of which two are not replayed.
+        assert row.get("replayed_steps", 15) == 15
     assert "| 2 × 400 | w4a8-kv4 |" in generation_table(result)
