@@ -4,7 +4,8 @@
     calibration   one decoder layer, hidden states of all samples (twice for methods that compare with the float model),
                   and the worst of these moments: a differentiated pass over one batch beside a float32 matrix of second
                   moments for each Linear; the rounding of one Linear beside the matrices not used up; learned rounding
-    attention     one decoder layer, the sequences that attention is judged on, and exact attention on one of them
+    attention     one decoder layer, the sequences that attention is judged on, and exact attention on one of them;
+                  the same again for a cache that is calibrated
     reading back  the model in memory and the one reloaded from disk, on the host
     evaluation    base and compressed model on the device, and of each the logits of one pass over a few windows
 
@@ -104,7 +105,7 @@ class MemoryModel:
             yield Stage("attention", self.attention([layer for layer, _ in layers]), {"base model": self.base_bytes})
         if self.recipe.kv_cache is not None and self.recipe.kv_cache.needs_data:
             need = self.attention([layer for layer, _ in layers])
-            yield Stage("key-value cache", {**need, "exact attention": 0}, {"base model": self.base_bytes})
+            yield Stage("key-value cache", need, {"base model": self.base_bytes})
 
     def attention(self, layers: list[nn.Module]) -> dict[str, int]:
         """Judging attention: hidden states and one pass of every sequence, then logits of some rows of one."""
