@@ -7,7 +7,7 @@ judged on the model as it will run. Prefill kernels work on one sequence as on m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -17,7 +17,7 @@ from torch import nn
 
 from ..kernels.attention import Mode
 from ..quant.method import AttentionInputs, AttentionMethod, AttentionPolicy
-from .hf_attention import LayerAttention, attach, attention_modules, check_attention, detach
+from .hf_attention import LayerAttention, attach, check_attention, detach
 from .hf_decoder import LayerCalls, decoder_layers, resident
 from .runtime import refusal
 
@@ -60,24 +60,6 @@ def choose_policies(
         if name not in found:
             found[name] = replace(DENSE, min_tokens=min_tokens, reason=reason)
     return {name: found[name] for name in modules}
-
-
-def capture_attention(
-    model: Any, tokens: torch.Tensor, *, names: Iterable[str] | None = None, device: torch.device | None = None
-) -> dict[str, AttentionInputs]:
-    """Inputs of attention layers on `tokens`, (batch, length) ids, by name of the attention module, all held at once.
-
-    names: only these modules, default all (`hf_attention.attention_modules`).
-    """
-    wanted = set(attention_modules(model) if names is None else names)
-    found: dict[str, AttentionInputs] = {}
-
-    def visit(name: str, inputs: AttentionInputs) -> None:
-        if name in wanted:
-            found[name] = inputs
-
-    observe_attention(model, tokens, visit, device=device)
-    return found
 
 
 @torch.no_grad()

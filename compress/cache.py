@@ -72,6 +72,7 @@ class TokenStore:
         self.recording = False
         self.version = 0
         self.following: Tensor | None = None
+        self.repeatable = False
         self.key: Tensor | None = None
         self.forget()
 
@@ -93,7 +94,7 @@ class TokenStore:
 
     def __getstate__(self) -> dict[str, object]:
         """For a copy, whose pages lie elsewhere."""
-        return {**vars(self), "pages": {}, "addresses": None, "located": None, "following": None}
+        return {**vars(self), "pages": {}, "addresses": None, "located": None, "following": None, "repeatable": False}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         vars(self).update(state)
@@ -159,7 +160,7 @@ class TokenStore:
         key, value = key.detach(), value.detach()
         if self.key is None:
             self.allocate(key, value)
-        if self.following is not None and key.shape[2] == 1:
+        if self.repeatable and self.following is not None and key.shape[2] == 1:
             self.make_room()
             append_token(key, value, self.appendable())
             self.advance()
@@ -202,8 +203,8 @@ class TokenStore:
 
     def follow(self, lengths: Tensor) -> None:
         """From now on single tokens are appended with the lengths on the device, (kv_append.LENGTHS,) int32 with zeros
-        behind the first two, so that a captured launch can do it again; `advance` is then the host's part. Ends with
-        whatever else changes the tokens. The table of pages gets room to stay where it is.
+        behind the first two, while `repeatable` is set, so that a captured launch can do it again; `advance` is then
+        the host's part. Ends with whatever else changes the tokens. The table of pages gets room to stay where it is.
         """
         lengths[:2] = torch.tensor([self.tokens, self.coded], dtype=lengths.dtype)
         self.following = lengths

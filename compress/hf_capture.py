@@ -13,7 +13,8 @@ run as they are, so that the bookkeeping is the same everywhere.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -42,7 +43,8 @@ def captured(model: Any) -> Iterator[Any]:
     steps = Steps(model)
 
     def wanted(model_kwargs: dict[str, Any], generation_config: Any) -> bool:
-        if isinstance(model_kwargs.get(CACHE), CompressedCache) and not generation_config.disable_compile:
+        asked = generation_config.disable_compile or generation_config.compile_config is not None
+        if isinstance(model_kwargs.get(CACHE), CompressedCache) and not asked:
             return True
         return getattr(type(model), CRITERIA)(model, model_kwargs, generation_config)
 
@@ -72,7 +74,7 @@ class Steps:
     def __init__(self, model: Any):
         self.model = model
         self.replayed = self.recorded = self.plain = 0
-        self.cache: CompressedCache | None = None
+        self.known: Callable[[], CompressedCache | None] = lambda: None
         self.forget()
 
     def forget(self) -> None:
@@ -88,14 +90,15 @@ class Steps:
             log_fallback("a generation step", reason, "single launches")
             self.plain += 1
             return self.model(**inputs)
-        if inputs[CACHE] is not self.cache:
-            self.begin(inputs)
-        assert self.cache is not None
+        cache = inputs[CACHE]
+        stores = cache.compressed_layers
+        if cache is not self.known():
+            self.begin(cache, inputs["input_ids"])
         self.ids.copy_(inputs["input_ids"])
-        self.positions.copy_(self.next_positions(inputs))
-        self.agree()
-        logits = self.step()
-        return CausalLMOutputWithPast(logits=logits, **{CACHE: self.cache})  # pyright: ignore[reportArgumentType]
+        self.positions.copy_(self.next_positions(stores[0], inputs))
+        self.agree(stores)
+        logits = self.step(cache)
+        return CausalLMOutputWithPast(logits=logits, **{CACHE: cache})  # pyright: ignore[reportArgumentType]
 
     def refusal(self, inputs: dict[str, Any]) -> str | None:
         """Why a step cannot be recorded; None if it can."""
@@ -113,8 +116,13 @@ class Steps:
         ]
         if strange:
             return f"the argument {strange[0]} is not known to it"
+        denied = [name for name in ("use_cache", "return_dict") if inputs.get(name) is False]
+        if denied:
+            return f"{denied[0]} is False"
         mask = inputs.get("attention_mask")
-        if cache is not self.cache and isinstance(mask, Tensor) and not self.is_left_padding(cache, mask):
+        # A mask grows by ones from step to step; after anything else it is looked at again.
+        new = cache is not self.known() or any(store.following is None for store in cache.compressed_layers)
+        if new and mask is not None and not (isinstance(mask, Tensor) and self.is_left_padding(cache, mask)):
             return "the mask is not the padding that the cache was made with"
         return None
 
@@ -126,51 +134,35 @@ class Steps:
         starts = torch.tensor(cache.compressed_layers[0].starts, device=mask.device)
         return bool((mask.bool() == (torch.arange(mask.shape[1], device=mask.device) >= starts[:, None])).all())
 
-    def begin(self, inputs: dict[str, Any]) -> None:
-        """Another cache."""
+    def begin(self, cache: CompressedCache, ids: Tensor) -> None:
+        """Another cache, which is not kept alive."""
         self.forget()
-        self.cache = inputs[CACHE]
-        ids = inputs["input_ids"]
+        self.known = weakref.ref(cache)
         self.ids, self.positions = torch.empty_like(ids), torch.empty_like(ids)
-        stores = self.stores()
-        self.lengths = torch.zeros((len(stores), LENGTHS), dtype=torch.int32, device=ids.device)
+        self.lengths = torch.zeros((len(cache.layers), LENGTHS), dtype=torch.int32, device=ids.device)
 
-    def stores(self) -> list[TokenStore]:
-        """Of all layers."""
-        assert self.cache is not None
-        return self.cache.compressed_layers
-
-    def next_positions(self, inputs: dict[str, Any]) -> Tensor:
+    def next_positions(self, store: TokenStore, inputs: dict[str, Any]) -> Tensor:
         """Position of the token in its row, (batch, 1) or (1, 1)."""
         if (given := inputs.get("position_ids")) is not None:
             return given
-        first = self.stores()[0]
-        starts = torch.tensor(first.starts, device=self.ids.device)
-        return (first.tokens - starts)[:, None]
+        return (store.tokens - torch.tensor(store.starts, device=self.ids.device))[:, None]
 
-    def agree(self) -> None:
+    def agree(self, stores: list[TokenStore]) -> None:
         """Every store counts on the device, and what was recorded is of the storage that is there."""
-        for store, lengths in zip(self.stores(), self.lengths, strict=True):
+        for store, lengths in zip(stores, self.lengths, strict=True):
+            store.check_room()
             if store.following is None:
                 store.follow(lengths)
             else:
                 store.make_room()
-        if self.storage != self.places():
+        if self.storage != places(stores):
             self.forget()
 
-    def places(self) -> list[tuple[int, ...]]:
-        """Where the storage of every layer lies, as far as a recorded launch depends on it."""
-        found = []
-        for store in self.stores():
-            parts = (store.key, store.value, store.sink_key, store.sink_value, store.sink_starts, store.table())
-            found.append(tuple(0 if part is None else part.data_ptr() for part in parts))
-        return found
-
-    def step(self) -> Tensor:
+    def step(self, cache: CompressedCache) -> Tensor:
         """Logits, (batch, 1, vocabulary), of the token in `ids`."""
+        stores = cache.compressed_layers
         if self.graph is not None:
-            for store in self.stores():
-                store.check_room()
+            for store in stores:
                 store.advance()
             self.graph.replay()
             self.replayed += 1
@@ -178,20 +170,44 @@ class Steps:
             return self.logits.clone()
         if not self.storage or self.ids.device.type != "cuda":
             # Kernels are compiled and workspaces made in a step that counts.
-            logits = self.body()
-            self.storage = self.places()
+            logits = self.body(cache)
+            self.storage = places(stores)
             self.plain += 1
             return logits
-        graph = torch.cuda.CUDAGraph()
+        graph, before = torch.cuda.CUDAGraph(), [(store.tokens, store.coded) for store in stores]
         torch.cuda.synchronize(self.ids.device)
-        with torch.cuda.graph(graph):
-            self.logits = self.body()
+        try:
+            with torch.cuda.graph(graph):
+                self.logits = self.body(cache)
+        except BaseException:
+            # Nothing has run on the device; the host must not count a token that is not there.
+            for store, (tokens, coded) in zip(stores, before, strict=True):
+                store.tokens, store.coded, store.following = tokens, coded, None
+            self.forget()
+            raise
         self.graph = graph
         graph.replay()
         self.recorded += 1
+        assert self.logits is not None
         return self.logits.clone()
 
-    def body(self) -> Tensor:
+    def body(self, cache: CompressedCache) -> Tensor:
         """What is recorded."""
-        found = self.model(input_ids=self.ids, position_ids=self.positions, use_cache=True, **{CACHE: self.cache})
+        stores = cache.compressed_layers
+        try:
+            for store in stores:
+                store.repeatable = True
+            found = self.model(input_ids=self.ids, position_ids=self.positions, use_cache=True, **{CACHE: cache})
+        finally:
+            for store in stores:
+                store.repeatable = False
         return found.logits[:, -1:]
+
+
+def places(stores: list[TokenStore]) -> list[tuple[int, ...]]:
+    """Where the storage of every layer lies, as far as a recorded launch depends on it."""
+    found = []
+    for store in stores:
+        parts = (store.key, store.value, store.sink_key, store.sink_value, store.sink_starts, store.following)
+        found.append(tuple(0 if part is None else part.data_ptr() for part in (*parts, store.table())))
+    return found

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM, DynamicCache, StaticCache
 
+from kompakt.compress.attention_calibration import observe_attention
 from kompakt.compress.hf_attention import LayerAttention, attach, attached_layers, attention_modules
 from kompakt.compress.hf_cache import CACHE
 from kompakt.quant.method import AttentionPolicy
@@ -146,3 +148,19 @@ def multimodal() -> Any:
     config = CONFIG_MAPPING["gemma3"](text_config=text, vision_config=vision, mm_tokens_per_image=4)
     torch.manual_seed(0)
     return AutoModel.from_config(config).eval().requires_grad_(False)
+
+
+def capture_attention(model: Any, tokens: torch.Tensor, *, names: Iterable[str] | None = None) -> dict[str, Any]:
+    """Inputs of attention layers on `tokens`, (batch, length) ids, by name of the attention module, all held at once.
+
+    names: only these modules, default all.
+    """
+    wanted = set(attention_modules(model) if names is None else names)
+    found: dict[str, Any] = {}
+
+    def visit(name: str, inputs: Any) -> None:
+        if name in wanted:
+            found[name] = inputs
+
+    observe_attention(model, tokens, visit)
+    return found

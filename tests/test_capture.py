@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -75,6 +76,37 @@ def test_what_is_not_captured_is_as_before(more):
     assert torch.equal(got, wanted)
 
 
+def test_a_mask_that_changes_is_not_ignored():
+    """Inside, and of one token: what the caller says is padding is padding."""
+    model = patched(long_model("llama"), METHODS["int4"])
+    padded, whole = torch.ones(3, 401), torch.ones(3, 401)
+    padded[1, :200] = 0
+    with captured(model):
+        cache = model.generate(LONG[:, :391], max_new_tokens=10, do_sample=False, return_dict_in_generate=True)[CACHE]
+        plain, steps = copy.deepcopy(cache), capture_of(model)
+        assert cache.compressed_layers[0].following is not None and cache.get_seq_length() == 400
+        for mask in (padded, whole):
+            one, other = copy.deepcopy(plain), copy.deepcopy(plain)
+            for store in one.compressed_layers:
+                store.follow(torch.zeros(4, dtype=torch.int32))
+            got = model(LONG[:, :1], attention_mask=mask, **{CACHE: one}).logits
+            assert torch.equal(got, model(LONG[:, :1], attention_mask=mask, **{CACHE: other}).logits)
+        count = steps.plain
+        # A second turn, after which the mask is looked at again.
+        model(LONG[:, :2], **{CACHE: cache})
+        mask = torch.cat((padded, torch.ones(3, 2)), dim=1)
+        reason = steps.refusal({"input_ids": LONG[:, :1], "attention_mask": mask, CACHE: cache})
+        assert "not the padding" in str(reason) and steps.plain == count
+
+
+def test_caches_are_not_kept():
+    model = patched(long_model("llama"), METHODS["fp8"])
+    with captured(model):
+        model.generate(LONG[:, :140], max_new_tokens=3, min_new_tokens=3, do_sample=False)
+        gc.collect()
+        assert capture_of(model).known() is None
+
+
 def test_refusals_are_named():
     model = patched(long_model("llama"), METHODS["fp8"])
     steps = Steps(model)
@@ -84,6 +116,7 @@ def test_refusals_are_named():
     assert "not compressed" in str(steps.refusal({"input_ids": token}))
     assert "more than one token" in str(steps.refusal({"input_ids": LONG[:, :2], CACHE: cache}))
     assert "output_attentions" in str(steps.refusal({"input_ids": token, CACHE: cache, "output_attentions": True}))
+    assert "return_dict is False" in str(steps.refusal({"input_ids": token, CACHE: cache, "return_dict": False}))
     holes = torch.ones(3, 401)
     holes[0, 5] = 0
     assert "not the padding" in str(steps.refusal({"input_ids": token, CACHE: cache, "attention_mask": holes}))

@@ -18,6 +18,7 @@ from attention_models import (
     EPS,
     SIZES,
     TOKENS,
+    capture_attention,
     encoded,
     encoded_right,
     follow_one,
@@ -37,7 +38,7 @@ from attention_models import (
 from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM, StaticCache
 
 from kompakt.compress import patch
-from kompakt.compress.attention_calibration import capture_attention, choose_policies
+from kompakt.compress.attention_calibration import choose_policies
 from kompakt.compress.hf_attention import (
     ATTRIBUTE,
     NAMES,
