@@ -334,7 +334,7 @@ def cache(
     windows: o.Windows = 8,
     retrieval: o.Retrieval = None,
     retrieval_length: o.RetrievalLengths = None,
-    retrieval_tests: o.RetrievalTests = "copy_words,needle",
+    retrieval_tests: o.RetrievalTests = None,
     retrieval_samples: o.RetrievalSamples = None,
     note: Note = "",
     append: Append = False,
@@ -342,14 +342,15 @@ def cache(
     as_json: o.Json = False,
 ) -> None:
     """What compressed key-value caches cost: perplexity read from codes, and what is found again (--windows 0: all)."""
-    from ..compress.cache_sweep import cache_sweep, cache_table
+    from ..compress.cache_sweep import TESTS, cache_sweep, cache_table
     from ..compress.recipe import EvaluationOptions
     from .main import retrieval_options, settings
     from .progress import Bar
 
     session: Session = context.obj
     options = {**settings(set_), **({"label": label} if label else {})}
-    tests = retrieval_tests if retrieval else None
+    # Given without --retrieval it is refused with the other options that would have no effect.
+    tests = retrieval_tests or (",".join(TESTS) if retrieval else None)
     with session.working(), Bar(session.stderr, "loading the model") as bar:
         result = cache_sweep(
             model,

@@ -65,5 +65,6 @@ def test_other_conditions_are_refused(base, text, tmp_path, capsys):
     assert run(base, text, out, "--methods", "kv_int4", "--append", "--window", "300") == 2
     assert run(base, text, out, "--methods", "kv_int3") == 2
     assert run(base, text, out, "--retrieval", str(text), "--retrieval-length", "99999") == 2
+    assert run(base, text, out, "--retrieval-tests", "needle") == 2
     assert out.read_text() == before
     assert "unknown method 'kv_int3'" in capsys.readouterr().err
