@@ -34,6 +34,7 @@ from .decode_tiles_triton import (
     LOW,
     capped,
     doubled,
+    first_term,
     fold,
     load_queries,
     multiply,
@@ -130,9 +131,10 @@ def prepare_kernel(
     scale = tl.maximum(amax * (1.0 / 448.0), TINY)
     total = tl.sum(q, axis=1)
     q = q / scale[:, None]
-    rest = (q - to_e4m3(q, INTERPRET).to(tl.float32)) * LOW
+    first = first_term(q)
+    rest = (q - first) * LOW
     place = codes_ptr + (plane * 2 * ROWS + row)[:, None] * head_dim + channel[None, :]
-    tl.store(place, to_e4m3(q, INTERPRET), mask=inside[None, :])
+    tl.store(place, to_e4m3(first, INTERPRET), mask=inside[None, :])
     tl.store(place + ROWS * head_dim, to_e4m3(rest, INTERPRET), mask=inside[None, :])
     state = scale_ptr + plane * 3 * ROWS + row
     tl.store(state, scale)
@@ -456,9 +458,7 @@ def decode_triton(
     kv_heads, value_dim = kv.sink_key.shape[1], kv.sink_value.shape[3]
     planes, group = batch * kv_heads, heads // kv_heads
     rows = max(8, triton.next_power_of_2(queries * group))
-    # An e4m3 product takes at least 32 channels, and two INT4 codes share a byte.
-    width = max({"int4": 64, "fp8": 32, "bf16": 16}[layout.kind], padded_width(head_dim))
-    value_width = padded_width(value_dim)
+    width, value_width = padded_width(head_dim), padded_width(value_dim)
     multiprocessors = 1 if interpret else torch.cuda.get_device_properties(query.device).multi_processor_count
     # A launch that is to be that of later tokens too is made for many pages.
     pages = -(-kv.coded // PAGE) - kv.first // PAGE if kv.lengths is None else MAX_SPLITS
