@@ -325,5 +325,6 @@ def read_triton(key: Tensor, value: Tensor, columns: tuple[int, int], pages: Pag
     start, stop = columns
     mean, factors = (None, None) if pages.key_map is None else (pages.key_map.mean, pages.key_map.factors)
     read_kernel[(-(-stop // PAGE) - start // PAGE, batch * heads, 2)](
-        key, value, pages.table(), mean, factors, start, stop, key.shape[2], heads, **constants(pages.layout, pages.key_map)
-    )
+        key, value, pages.table(), mean, factors, start, stop, key.shape[2], heads,
+        **constants(pages.layout, pages.key_map),
+    )  # fmt: skip
