@@ -146,7 +146,7 @@ class TokenStore:
         batch, heads = key.shape[:2]
         starts = [0] * batch if self.starts is None else self.starts
         self.starts = starts
-        self.sink_starts = torch.tensor(starts, device=key.device)
+        self.sink_starts = sent(starts, torch.int64, key.device)
         self.key, self.value = (x.new_empty((batch, heads, capacity, x.shape[3])) for x in (key, value))
         self.sink_key, self.sink_value = (x.new_zeros((batch, heads, sink_tokens, x.shape[3])) for x in (key, value))
         layout = PageLayout(self.method.kind, key.shape[3], value.shape[3])
@@ -206,7 +206,7 @@ class TokenStore:
         behind the first two, while `repeatable` is set, so that a captured launch can do it again; `advance` is then
         the host's part. Ends with whatever else changes the tokens. The table of pages gets room to stay where it is.
         """
-        lengths[:2] = torch.tensor([self.tokens, self.coded], dtype=lengths.dtype)
+        lengths[:2] = sent([self.tokens, self.coded], lengths.dtype, lengths.device)
         self.following = lengths
         self.make_room()
         if self.addresses is None or len(self.addresses) * PAGE < self.tokens + ROOM:
@@ -326,7 +326,7 @@ class TokenStore:
             addresses = [0] * (count if self.following is None else count + -(-ROOM // PAGE))
             for number, slot in self.slots.items():
                 addresses[number] = self.pool.address(slot)
-            self.addresses = torch.tensor(addresses, dtype=torch.int64, device=self.pool.device)
+            self.addresses = sent(addresses, torch.int64, self.pool.device)
         return self.addresses
 
     def unseen(self, tokens: int) -> int:
@@ -415,6 +415,12 @@ class TokenStore:
         codes, parameters = (0, 0) if self.pool is None else self.pool.nbytes()
         dense = (self.key, self.value, self.sink_key, self.sink_value)
         return Sizes(codes, parameters, sum(tensor.nbytes for tensor in dense if tensor is not None))
+
+
+def sent(numbers: list[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers on a device, without waiting for what it is doing."""
+    on_cuda = device.type == "cuda"
+    return torch.tensor(numbers, dtype=dtype, pin_memory=on_cuda).to(device, non_blocking=on_cuda)
 
 
 def joined(pieces: list[tuple[int, int]]) -> list[tuple[int, int]]:

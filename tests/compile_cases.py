@@ -140,7 +140,7 @@ def undefined_operands(compiled: Any) -> list[str]:
                 first += 4 - count if count == 2 else 0
             needed |= set(range(first, first + count))
         if needed - written or (
-            re.match(r"F2F|HADD|FADD|FMUL|PRMT", operation) and "R1" in re.split(r"[^R0-9]", reads)
+            re.match(r"F2F|HADD|FADD|FMUL", operation) and "R1" in re.split(r"[^R0-9]", reads)
         ):
             found.append(line.strip())
         if writes and place is not None:
