@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from .demo import build_demo_model
     from .evaluation_generation import GenerationOptions
     from .hf_cache import CompressedCache
-    from .hf_capture import captured
     from .patching import Patch, load, patch
     from .pipeline import CompressionResult, compress
     from .planning import Plan, plan
@@ -32,7 +31,6 @@ _HOMES = {
     "RetrievalOptions": "retrieval_cases",
     "Verification": "verification",
     "build_demo_model": "demo",
-    "captured": "hf_capture",
     "compress": "pipeline",
     "evaluate": "assess",
     "load": "patching",
@@ -52,7 +50,6 @@ __all__ = [
     "RetrievalOptions",
     "Verification",
     "build_demo_model",
-    "captured",
     "compress",
     "evaluate",
     "load",

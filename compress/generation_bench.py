@@ -4,8 +4,8 @@
 |---|---|
 | dynamic | transformers as it comes, with its `DynamicCache` |
 | static | its `StaticCache`; on a CUDA device `generate` then compiles the decoding step and replays a CUDA graph |
-| a recipe | the model as `patch` leaves it, with plain `generate()` |
-| a recipe, captured | the same with a compressed cache inside `captured`: steps are replayed as a CUDA graph |
+| a recipe | the model as `patch` leaves it, with plain `generate()`: on a CUDA device a CUDA graph is replayed |
+| a recipe, launch by launch | the same without, by `disable_compile=True` |
 
 A recipe's INT4 weights are rounded to nearest whatever its method, and its cache and attention are calibrated on random
 tokens: bytes and kernels are those of the recipe, and the time is. Prompts are random tokens too. None of this says
@@ -28,7 +28,6 @@ import gc
 import itertools
 import statistics
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
@@ -42,7 +41,7 @@ from .cache_calibration import choose_cache
 from .device_speed import graph_time, measure_bandwidth
 from .hf import meta_model
 from .hf_cache_hooks import run_by
-from .hf_capture import capture_of, captured
+from .hf_capture import steps_of
 from .hf_decoder import decoder_layers
 from .hf_generation import ModelSource, cache_facts, forget_compiled, generate_timed, is_compiled, step_weight_bytes
 from .hf_quantizer import mark_quantized
@@ -59,14 +58,14 @@ CALIBRATION_TOKENS = 256
 
 @dataclass(frozen=True)
 class Way:
-    """One way to run a model. cache: transformers' `cache_implementation`; None with a recipe. captured: whether steps
-    are recorded; the model is that of the way before.
+    """One way to run a model. cache: transformers' `cache_implementation`; None with a recipe. launches: whether steps
+    run launch by launch; the model is then that of the way before.
     """
 
     name: str
     recipe: Recipe | None = None
     cache: str | None = None
-    captured: bool = False
+    launches: bool = False
 
     @classmethod
     def all(cls, recipes: Sequence[str]) -> list[Way]:
@@ -81,7 +80,7 @@ class Way:
         for recipe in found:
             ways.append(cls(recipe.name, recipe))
             if recipe.kv_cache is not None:
-                ways.append(cls(f"{recipe.name}, captured", recipe, captured=True))
+                ways.append(cls(f"{recipe.name}, launch by launch", recipe, launches=True))
         return ways
 
 
@@ -131,7 +130,7 @@ def generation_bench(
     result = heading(source, device, bandwidth, repeats, note)
     model: Any = None
     for index, way in enumerate(ways):
-        if model is None or (way.recipe is not None and not way.captured):
+        if model is None or (way.recipe is not None and not way.launches):
             progress("timing generation", index * len(shapes), len(ways) * len(shapes), f"{way.name}: making the model")
             if model is not None:
                 forget_compiled(model)  # graphs hold on to the model
@@ -238,20 +237,20 @@ def measured(model: Any, way: Way, shape: Shape, repeats: int, device: torch.dev
     """Times in milliseconds, and memory. Raises Absent if a compressed cache was asked for and not read, or a CUDA
     graph was not replayed.
     """
-    with captured(model) if way.captured else nullcontext():
-        found = timed(model, way, shape, repeats, device)
-        if way.captured:
-            steps = capture_of(model)
-            if device.type == "cuda" and not steps.replayed:
-                raise Absent("no step was replayed")
-            found["replayed_steps"] = steps.replayed
+    recorded = device.type == "cuda" and way.recipe is not None and way.recipe.kv_cache is not None and not way.launches
+    before = steps_of(model).replayed if recorded else 0
+    found = timed(model, way, shape, repeats, device)
+    if recorded:
+        found["replayed_steps"] = steps_of(model).replayed - before
+        if not found["replayed_steps"]:
+            raise Absent("no step was replayed")
     return found
 
 
 def timed(model: Any, way: Way, shape: Shape, repeats: int, device: torch.device) -> dict[str, Any]:
     """As `measured`, of the model as it is."""
     prompt = random_tokens(model, shape.batch, shape.context).to(device)
-    facts = cache_facts(generate_timed(model, prompt, shape.new_tokens, way.cache)[1])
+    facts = cache_facts(generate_timed(model, prompt, shape.new_tokens, way.cache, launches=way.launches)[1])
     if way.recipe is not None and way.recipe.kv_cache is not None and not facts["coded_tokens"]:
         raise Absent(f"a cache of {shape.context + shape.new_tokens} tokens is dense yet; use a longer context")
     if device.type == "cuda":
@@ -259,7 +258,7 @@ def timed(model: Any, way: Way, shape: Shape, repeats: int, device: torch.device
     firsts, steps = [], []
     for _ in range(repeats):
         # The cache must be gone before the next run makes another.
-        times = generate_timed(model, prompt, shape.new_tokens, way.cache)[0]
+        times = generate_timed(model, prompt, shape.new_tokens, way.cache, launches=way.launches)[0]
         firsts.append(times[1] - times[0])
         steps += [end - start for start, end in pairwise(times[1:])]
     on_device = device.type == "cuda"

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ..quant.method import AttentionPolicy, CachePolicy, KVCacheMethod
 from .hf_attention import LayerAttention, attach, attention_modules, check_attention, detach, layer_kind
 from .hf_cache import CACHE, NAMES, CompressedCache, CompressedLayer
+from .hf_capture import record_steps, run_steps_as_before
 
 ATTRIBUTE = "kompakt_cache"
 PREPARE = "_prepare_cache_for_generation"
@@ -88,11 +89,13 @@ def run_by(model: Any, attention: Mapping[str, AttentionPolicy], cache: CachePol
     base = model.base_model
     setattr(base, ATTRIBUTE, maker)
     base.register_forward_pre_hook(give_cache, with_kwargs=True)
+    record_steps(model)
 
 
 def run_as_before(model: Any) -> None:
     """Undoes `run_by`. A second call does nothing."""
     detach(model)
+    run_steps_as_before(model)
     base = model.base_model
     for item in (model, base):
         vars(item).pop(ATTRIBUTE, None)

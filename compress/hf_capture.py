@@ -1,19 +1,20 @@
-"""Steps of one token as one CUDA graph: `with captured(model): model.generate(…)`.
+"""Steps of one token as one CUDA graph, in a model that generates with a compressed cache.
 
 A step of a large model is thousands of launches, which the host needs longer to make than the device to run. Here the
 second such step of a cache is recorded and every later one replayed. That is possible since append and attention take
 the lengths of a compressed cache from the device (`kernels/kv_append.py`); the host counts along (`TokenStore.advance`)
 and allocates the pages that the device will fill. What moves storage, such as another batch or beams, has the step
-recorded again.
+recorded again. A step that cannot be recorded runs launch by launch, with the reason in the log.
 
 `generate` asks the model itself whether and how its steps are compiled (`_valid_auto_compile_criteria`,
-`get_compiled_call`): both are overridden on the instance for a while. On a device without CUDA graphs the same steps
-run as they are, so that the bookkeeping is the same everywhere.
+`get_compiled_call`): both are overridden on the instance, and answer for a compressed cache on a CUDA device.
+`disable_compile=True`, transformers' own option, switches it off for a call.
 """
 
 from __future__ import annotations
 
 import gc
+import types
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,53 +28,77 @@ from ..kernels.activations import log_fallback
 from ..kernels.kv_append import LENGTHS
 from .cache import TokenStore
 from .hf_cache import CACHE, CompressedCache, CompressedLayer
-from .hf_cache_hooks import cache_maker
 
 CRITERIA, COMPILED = "_valid_auto_compile_criteria", "get_compiled_call"
 KNOWN = {"input_ids", "position_ids", "attention_mask", "use_cache", "logits_to_keep", "return_dict", CACHE}
 """Arguments of a step that it may be recorded with; others must be absent, None or False."""
 
 
+STEPS: weakref.WeakKeyDictionary[Any, Steps] = weakref.WeakKeyDictionary()
+
+
+def record_steps(model: Any) -> None:
+    """From now on `model.generate` records its steps, until `run_steps_as_before`."""
+    setattr(model, CRITERIA, types.MethodType(is_recorded, model))
+    setattr(model, COMPILED, types.MethodType(call_of, model))
+
+
+def run_steps_as_before(model: Any) -> None:
+    """Undoes `record_steps`. A second call does nothing."""
+    for name in (CRITERIA, COMPILED):
+        vars(model).pop(name, None)
+    STEPS.pop(model, None)
+
+
+def steps_of(model: Any) -> Steps:
+    """What is called in place of a model whose steps are recorded."""
+    if model not in STEPS:
+        STEPS[model] = Steps(model)
+    return STEPS[model]
+
+
 @contextmanager
-def captured(model: Any) -> Iterator[Any]:
-    """While this lasts, `model.generate` records its steps. ValueError for a model without a compressed cache."""
-    if cache_maker(model) is None:
-        raise ValueError(f"{type(model).__name__} has no compressed cache; patch it with a recipe that has a kv_cache")
-    if COMPILED in vars(model):
-        raise ValueError(f"{type(model).__name__} has steps that are captured already")
-    steps = Steps(model)
-
-    def wanted(model_kwargs: dict[str, Any], generation_config: Any) -> bool:
-        asked = generation_config.disable_compile or generation_config.compile_config is not None
-        if isinstance(model_kwargs.get(CACHE), CompressedCache) and not asked:
-            return True
-        return getattr(type(model), CRITERIA)(model, model_kwargs, generation_config)
-
-    def compiled(compile_config: Any) -> Any:
-        return steps if compile_config is None else getattr(type(model), COMPILED)(model, compile_config)
-
-    setattr(model, CRITERIA, wanted)
-    setattr(model, COMPILED, compiled)
+def everywhere(model: Any) -> Iterator[None]:
+    """While this lasts, devices without CUDA graphs do the same launch by launch, so that it can be tested there."""
+    steps_of(model).everywhere = True
     try:
-        yield model
+        yield
     finally:
-        for name in (CRITERIA, COMPILED):
-            vars(model).pop(name, None)
+        steps_of(model).everywhere = False
 
 
-def capture_of(model: Any) -> Steps:
-    """What stands in for the compiled call of a model inside `captured`."""
-    return vars(model)[COMPILED](None)
+def is_recorded(model: Any, model_kwargs: dict[str, Any], generation_config: Any) -> bool:
+    """In place of the model's `_valid_auto_compile_criteria`."""
+    steps = steps_of(model)
+    asked = generation_config.disable_compile or generation_config.compile_config is not None
+    on_device = steps.everywhere or model.device.type == "cuda"
+    steps.wanted = isinstance(model_kwargs.get(CACHE), CompressedCache) and on_device and not asked
+    return steps.wanted or getattr(type(model), CRITERIA)(model, model_kwargs, generation_config)
+
+
+def call_of(model: Any, compile_config: Any) -> Any:
+    """In place of the model's `get_compiled_call`; what `is_recorded` just said decides."""
+    steps = steps_of(model)
+    return steps if steps.wanted else getattr(type(model), COMPILED)(model, compile_config)
+
+
+class Unrecordable(Exception):
+    """A step that does something that a CUDA graph cannot hold."""
 
 
 class Steps:
     """Called in place of a model for one more token of every row.
 
-    replayed, recorded, plain: how many steps went which way, plain being those that ran launch by launch.
+    replayed, recorded, plain: how many steps went which way, plain being those that ran launch by launch. everywhere:
+    also on devices without CUDA graphs. wanted: whether the present call of `generate` runs this way. failure: why
+    nothing is recorded any more.
     """
 
     def __init__(self, model: Any):
-        self.model = model
+        # It must not keep the model alive, which it is looked up by.
+        self.owner = weakref.ref(model)
+        self.everywhere = self.wanted = False
+        self.failure: str | None = None
         self.replayed = self.recorded = self.plain = 0
         self.known: Callable[[], CompressedCache | None] = lambda: None
         self.forget()
@@ -89,8 +114,7 @@ class Steps:
         reason = self.refusal(inputs)
         if reason is not None:
             log_fallback("a generation step", reason, "single launches")
-            self.plain += 1
-            return self.model(**inputs)
+            return self.launched(inputs)
         cache = inputs[CACHE]
         stores = cache.compressed_layers
         if cache is not self.known():
@@ -98,20 +122,39 @@ class Steps:
         self.ids.copy_(inputs["input_ids"])
         self.positions.copy_(self.next_positions(stores[0], inputs))
         self.agree(stores)
-        logits = self.step(cache)
+        try:
+            logits = self.step(cache)
+        except Unrecordable as error:
+            self.failure = f"it cannot be recorded: {error}"
+            log_fallback("a generation step", self.failure, "single launches")
+            return self.launched(inputs)
         return CausalLMOutputWithPast(logits=logits, **{CACHE: cache})  # pyright: ignore[reportArgumentType]
+
+    @property
+    def model(self) -> Any:
+        """Whose steps these are."""
+        return self.owner()
+
+    def launched(self, inputs: dict[str, Any]) -> Any:
+        """The step launch by launch."""
+        self.plain += 1
+        return self.model(**inputs)
 
     def refusal(self, inputs: dict[str, Any]) -> str | None:
         """Why a step cannot be recorded; None if it can."""
         cache, ids = inputs.get(CACHE), inputs.get("input_ids")
         if not isinstance(cache, CompressedCache):
             return "the cache is not compressed"
+        if self.failure is not None:
+            return self.failure
         if ids is None or ids.shape[1] != 1:
             return "more than one token comes at once"
         if not all(isinstance(layer, CompressedLayer) for layer in cache.layers):
             return "some layers of the cache are not compressed"
         if any(store.key is None for store in cache.compressed_layers):
             return "the cache is empty"
+        if any(store.key.device != ids.device for store in cache.compressed_layers):  # pyright: ignore
+            return "the model lies on several devices"
         strange = [
             name for name in inputs if name not in KNOWN and inputs[name] is not None and inputs[name] is not False
         ]
@@ -179,11 +222,13 @@ class Steps:
         try:
             with recorded(graph, self.ids.device):
                 self.logits = self.body(cache)
-        except BaseException:
+        except BaseException as error:
             # Nothing has run on the device; the host must not count a token that is not there.
             for store, (tokens, coded) in zip(stores, before, strict=True):
                 store.tokens, store.coded, store.following = tokens, coded, None
             self.forget()
+            if isinstance(error, Exception):
+                raise Unrecordable(str(error).partition("\n")[0]) from error
             raise
         self.graph = graph
         graph.replay()

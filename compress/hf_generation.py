@@ -99,14 +99,18 @@ class ModelSource:
         return model.eval().requires_grad_(False)
 
 
-def generate_timed(model: Any, prompt: Tensor, new_tokens: int, cache: str | None) -> tuple[list[float], Any]:
+def generate_timed(
+    model: Any, prompt: Tensor, new_tokens: int, cache: str | None, *, launches: bool = False
+) -> tuple[list[float], Any]:
     """Greedy generation of exactly so many tokens: when the prompt went in and each token came out, in seconds, and
     the cache after the last.
 
-    prompt: (batch, tokens) ids. cache: a `cache_implementation`; None leaves it to the model.
+    prompt: (batch, tokens) ids. cache: a `cache_implementation`; None leaves it to the model. launches: no
+    step is compiled or recorded.
     """
     clock = Clock(prompt.device)
     options: dict[str, Any] = {} if cache is None else {"cache_implementation": cache}
+    options |= {"disable_compile": True} if launches else {}
     with scoring_mode(model):
         found = model.generate(
             input_ids=prompt,

@@ -139,9 +139,8 @@ def undefined_operands(compiled: Any) -> list[str]:
                 count = 2 if re.search(r"R\d+, R\d+(\.reuse)?, gdesc", reads) else 4
                 first += 4 - count if count == 2 else 0
             needed |= set(range(first, first + count))
-        if needed - written or (
-            re.match(r"F2F|HADD|FADD|FMUL", operation) and "R1" in re.split(r"[^R0-9]", reads)
-        ):
+        strange = re.search(r"UNPACK|^HADD|^FADD|^FMUL", operation) and "R1" in re.split(r"[^R0-9]", reads)
+        if needed - written or strange:
             found.append(line.strip())
         if writes and place is not None:
             first = int(operands[place][2:])

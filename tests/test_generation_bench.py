@@ -114,7 +114,7 @@ def test_rows_hold_times_bytes_and_floors(source):
     saved = []
     result = measure(source, contexts=(270, 300), batches=(2,), new=2, keep=saved.append)
     rows = result["rows"]
-    ways = ["dynamic", "static", "kv-int4", "kv-int4, captured"]
+    ways = ["dynamic", "static", "kv-int4", "kv-int4, launch by launch"]
     assert [row["way"] for row in rows] == [way for way in ways for _ in range(2)]
     assert [(row["context"], row["batch"]) for row in rows[:2]] == [(270, 2), (300, 2)]
     assert [len(part["rows"]) for part in saved] == [1, 2, 3, 4, 5, 6, 7, 8]
@@ -136,7 +136,7 @@ def test_medians_are_of_what_follows_the_warm_up(source, monkeypatch):
     runs = iter([[0, 100, 200, 300], [0, 2, 3, 9], [0, 4, 5, 7], [0, 3, 3.5, 4.5]])
     caches = []
 
-    def timed(model, prompt, new_tokens, cache):
+    def timed(model, prompt, new_tokens, cache, *, launches=False):
         caches.append(cache)
         return next(runs), hf_generation.generate_timed(model, prompt, 1, cache)[1]
 
@@ -157,7 +157,7 @@ def test_a_cache_without_codes_has_no_time(source):
 
 
 def test_one_way_that_fails_costs_no_other(source, monkeypatch):
-    def timed(model, prompt, new_tokens, cache):
+    def timed(model, prompt, new_tokens, cache, *, launches=False):
         if cache == "static":
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
         return hf_generation.generate_timed(model, prompt, new_tokens, cache)
@@ -178,7 +178,7 @@ def test_table_says_what_was_measured(source):
     assert "| 1 × 280 | transformers, DynamicCache | 1,234 | 8.00 (1.23) | 1.00 | 0.50 | 30.0 | 2.50 |" in text
     assert "| 1 × 280 | transformers, StaticCache, compiled | 1,234 | 4.00 (1.23) | 2.00 | 1.00 | 31.0 | 2.50 |" in text
     assert "| 1 × 280 | w4a8-kv4 | 1,234 | 2.00 (1.23) | 4.00 | 2.00 | 12.5 | 2.50 |" in text
-    assert "| 1 × 280 | w4a8-kv4, captured | 1,234 | 1.00 (1.23) | 8.00 | 4.00 | 13.0 | 2.50 |" in text
+    assert "| 1 × 280 | w4a8-kv4, launch by launch | 1,234 | 1.00 (1.23) | 8.00 | 4.00 | 13.0 | 2.50 |" in text
     assert "shape with random weights: this is speed and nothing else; random prompts, 3 tokens" in text
     assert "rounded to nearest" in text and "medians over 1 run after" in text and "TB/s" in text
     assert "Arithmetics" not in text
@@ -259,7 +259,7 @@ def test_command_runs_on_the_cpu(tmp_path, capsys, caplog):
     assert main([*command, "--recipes", "kv-fp8,sage", "-o", str(file), "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result == json.loads(file.read_text()) and not result["random_weights"]
-    assert [row["way"] for row in result["rows"]] == ["dynamic", "static", "kv-fp8", "kv-fp8, captured", "sage"]
+    assert [row["way"] for row in result["rows"]] == ["dynamic", "static", "kv-fp8", "kv-fp8, launch by launch", "sage"]
     page.write_text("<!-- generate.json -->\n<!-- end -->\n")
     assert main(["bench", "table", str(file), "--into", str(page)]) == 0
     assert "| 1 × 280 | kv-fp8 |" in page.read_text() and "chosen on random tokens" in page.read_text()
