@@ -4,7 +4,7 @@ A step of a large model is thousands of launches, which the host needs longer to
 second such step of a cache is recorded and every later one replayed. That is possible since append and attention take
 the lengths of a compressed cache from the device (`kernels/kv_append.py`); the host counts along (`TokenStore.advance`)
 and allocates the pages that the device will fill. What moves storage, such as another batch or beams, has the step
-recorded again.
+recorded again. On CUDA devices RMS norms and rotary embeddings are one launch each (`hf_fused.py`).
 
 `generate` asks the model itself whether and how its steps are compiled (`_valid_auto_compile_criteria`,
 `get_compiled_call`): both are overridden on the instance for a while. On a device without CUDA graphs the same steps
@@ -27,6 +27,7 @@ from ..kernels.kv_append import LENGTHS
 from .cache import TokenStore
 from .hf_cache import CACHE, CompressedCache, CompressedLayer
 from .hf_cache_hooks import cache_maker
+from .hf_fused import fused_on
 
 CRITERIA, COMPILED = "_valid_auto_compile_criteria", "get_compiled_call"
 KNOWN = {"input_ids", "position_ids", "attention_mask", "use_cache", "logits_to_keep", "return_dict", CACHE}
@@ -35,7 +36,11 @@ KNOWN = {"input_ids", "position_ids", "attention_mask", "use_cache", "logits_to_
 
 @contextmanager
 def captured(model: Any) -> Iterator[Any]:
-    """While this lasts, `model.generate` records its steps. ValueError for a model without a compressed cache."""
+    """While this lasts, `model.generate` records its steps. ValueError for a model without a compressed cache.
+
+    On CUDA devices logits differ from those of plain steps by the rounding of one FP32 sum per norm and by what follows
+    from it, since the norms of a step run as one kernel each, which adds in another order.
+    """
     if cache_maker(model) is None:
         raise ValueError(f"{type(model).__name__} has no compressed cache; patch it with a recipe that has a kv_cache")
     if COMPILED in vars(model):
@@ -197,7 +202,8 @@ class Steps:
         try:
             for store in stores:
                 store.repeatable = True
-            found = self.model(input_ids=self.ids, position_ids=self.positions, use_cache=True, **{CACHE: cache})
+            with fused_on(self.ids.device, self.model):
+                found = self.model(input_ids=self.ids, position_ids=self.positions, use_cache=True, **{CACHE: cache})
         finally:
             for store in stores:
                 store.repeatable = False
