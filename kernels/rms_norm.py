@@ -53,7 +53,8 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float, form: NormForm = "rounded
     from .rms_norm_triton import norm_rows
 
     with launching_on(x):
-        rows = norm_rows(x.reshape(-1, x.shape[-1]), weight.contiguous(), result_dtype(x, weight, form), eps, form)
+        dtype = result_dtype(x, weight, form)
+        rows = norm_rows(x.reshape(-1, x.shape[-1]), weight.contiguous(), dtype, eps, form, interpret=interpret)
     return rows.view(x.shape)
 
 

@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .int4_linear_triton import round_to
+
 
 @triton.jit
 def norm_rows_kernel(
@@ -16,6 +18,7 @@ def norm_rows_kernel(
     eps,
     FORM: tl.constexpr,
     BLOCK: tl.constexpr,
+    INTERPRET: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
@@ -28,13 +31,16 @@ def norm_rows_kernel(
     mean = tl.math.div_rn(tl.sum(values * values, axis=0), in_features.to(tl.float32))
     values = values * tl.math.rsqrt(mean + eps)
     if FORM == "rounded":
-        values = values.to(x.dtype).to(tl.float32)
+        values = round_to(values, x.dtype, INTERPRET).to(tl.float32)
     if FORM == "plus_one":
         weight = 1.0 + weight
-    tl.store(out_ptr + row * in_features + column, (values * weight).to(out_ptr.dtype.element_ty), mask=inside)
+    y = round_to(values * weight, out_ptr.dtype.element_ty, INTERPRET)
+    tl.store(out_ptr + row * in_features + column, y, mask=inside)
 
 
-def norm_rows(x: Tensor, weight: Tensor, dtype: torch.dtype, eps: float, form: str) -> Tensor:
+def norm_rows(
+    x: Tensor, weight: Tensor, dtype: torch.dtype, eps: float, form: str, *, interpret: bool = False
+) -> Tensor:
     """x: (rows, K), weight: (K,) → (rows, K) of `dtype`, contiguous."""
     if x.stride(1) != 1:
         x = x.contiguous()
@@ -45,6 +51,7 @@ def norm_rows(x: Tensor, weight: Tensor, dtype: torch.dtype, eps: float, form: s
         # Two 16-byte loads of 16-bit values per thread: steps of one token wait for loads, not for bandwidth.
         num_warps = min(16, max(1, block // 512))
         norm_rows_kernel[(rows,)](
-            x, weight, out, in_features, x.stride(0), eps, FORM=form, BLOCK=block, num_warps=num_warps
-        )
+            x, weight, out, in_features, x.stride(0), eps,
+            FORM=form, BLOCK=block, INTERPRET=interpret, num_warps=num_warps,
+        )  # fmt: skip
     return out

@@ -47,7 +47,7 @@ def apply_rotary(
     from .rotary_triton import rotate
 
     with launching_on(query):
-        return rotate(query, key, cos, sin)
+        return rotate(query, key, cos, sin, interpret=interpret)
 
 
 def rotary_refusal(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> str | None:

@@ -33,7 +33,8 @@ def check_rounding(got: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, for
     wanted = exact(x, weight, form)
     first = UNIT[x.dtype] if form == "rounded" else 0.0
     relative = first + UNIT[got.dtype] + (32 + 14 + 8) * UNIT[FP32]
-    tiny = torch.finfo(got.dtype).tiny * (1 + weight.double().abs())
+    # Below the smallest normal number, products are rounded to multiples of it times eps.
+    tiny = torch.finfo(got.dtype).smallest_normal * (1 + weight.double().abs())
     error = (got.double() - wanted).abs()
     # Beyond the largest number both are infinite; rows with infinities and NaN are compared with the reference.
     fine = (wanted.abs() <= torch.finfo(got.dtype).max) & (x.double().square().sum(-1, keepdim=True) < 3e38)

@@ -78,17 +78,19 @@ INTERPRETER_CASES = {
     if layout == "model" or shape[3] > 1
 }
 MUTATIONS = {
-    "heads of queries": ("(head < heads)", "(head < HEADS)", "bf16-model-2x5x3x7x12"),
-    "head behind the last": ("(head < heads)", "(head <= heads)", "fp32-contiguous-2x5x3x7x12"),
-    "columns": ("(column < HALF)", "(column < WIDTH)", "bf16-model-2x5x3x7x12"),
-    "first head of keys": ("first - query_end", "first", "fp32-model-2x32x8x1x128"),
-    "token of queries": ("token * query_token", "0 * query_token", "fp16-contiguous-3x4x4x2x64"),
+    # None of them writes where it must not.
+    "last head left out": ("(head < heads)", "(head < heads - 1)", "fp32-contiguous-2x5x3x7x12"),
+    "last column left out": ("column < HALF)", "column < HALF - 1)", "bf16-model-2x5x3x7x12"),
+    "column behind the last of cos": ("place + HALF, mask=inside", "place + HALF + 1, mask=inside", "bf16-model-2x5x3x7x12"),
+    "first head of keys": ("first - query_end, num_kv_heads", "first * 0, num_kv_heads", "fp32-model-2x32x8x1x128"),
+    "token of queries": ("query_ptr + batch * query_batch + token", "query_ptr + batch * query_batch + 0 * token", "fp16-contiguous-3x4x4x2x64"),
     "token of cos": ("token * cos_token", "0 * cos_token", "bf16-model-3x4x4x2x64"),
     "batch of cos": ("batch * cos_batch", "0 * cos_batch", "bf16-model-3x4x4x2x64"),
-    "second half of cos": ("place + HALF, mask=inside, other=0.0).to", "place, mask=inside, other=0.0).to", "fp32-model-3x4x4x2x64"),
-    "sign": ("- (x2 * sin1)", "+ (x2 * sin1)", "fp32-model-1x1x1x1x2"),
-    "rounded products": ("(x1 * sin2).to(dtype)", "(x1 * sin2)", "bf16-model-2x32x8x1x128"),
-    "layout of the result": ("head.to(tl.int64) * out_stride_head", "head.to(tl.int64) * stride_head", "fp32-sliced-2x5x3x7x12" if False else "fp32-gap-2x5x3x7x12"),
+    "stride of sin": ("token * sin_token", "token * cos_token", "bf16-contiguous-3x4x4x2x64"),
+    "halves of cos": ("cos2 = tl.load(place + HALF", "cos2 = tl.load(place", "fp32-model-3x4x4x2x64"),
+    "sign": ("- round_to(x2 * sin1", "+ round_to(x2 * sin1", "fp32-model-1x1x1x1x2"),
+    "product that is not rounded": ("round_to(x1 * sin2, dtype, INTERPRET)", "(x1 * sin2)", "bf16-model-2x32x8x1x128"),
+    "stride of the result": ("head.to(tl.int64) * out_stride_head", "head.to(tl.int64) * (out_stride_head - 1)", "fp32-gap-2x5x3x7x12"),
 }  # fmt: skip
 
 
