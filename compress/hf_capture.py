@@ -4,7 +4,9 @@ A step of a large model is thousands of launches, which the host needs longer to
 second such step of a cache is recorded and every later one replayed. That is possible since append and attention take
 the lengths of a compressed cache from the device (`kernels/kv_append.py`); the host counts along (`TokenStore.advance`)
 and allocates the pages that the device will fill. What moves storage, such as another batch or beams, has the step
-recorded again. A step that cannot be recorded runs launch by launch, with the reason in the log.
+recorded again. A step that cannot be recorded runs launch by launch, with the reason in the log. On CUDA devices RMS
+norms and rotary embeddings are one launch each (`hf_fused.py`), so that logits differ from those of plain steps by the
+rounding of one FP32 sum per norm and by what follows from it.
 
 `generate` asks the model itself whether and how its steps are compiled (`_valid_auto_compile_criteria`,
 `get_compiled_call`): both are overridden on the instance, and answer for a compressed cache on a CUDA device.
@@ -28,6 +30,7 @@ from ..kernels.activations import log_fallback
 from ..kernels.kv_append import LENGTHS
 from .cache import TokenStore
 from .hf_cache import CACHE, CompressedCache, CompressedLayer
+from .hf_fused import fused_on
 
 CRITERIA, COMPILED = "_valid_auto_compile_criteria", "get_compiled_call"
 KNOWN = {"input_ids", "position_ids", "attention_mask", "use_cache", "logits_to_keep", "return_dict", CACHE}
@@ -242,7 +245,8 @@ class Steps:
         try:
             for store in stores:
                 store.repeatable = True
-            found = self.model(input_ids=self.ids, position_ids=self.positions, use_cache=True, **{CACHE: cache})
+            with fused_on(self.ids.device, self.model):
+                found = self.model(input_ids=self.ids, position_ids=self.positions, use_cache=True, **{CACHE: cache})
         finally:
             for store in stores:
                 store.repeatable = False

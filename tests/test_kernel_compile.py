@@ -311,6 +311,8 @@ def test_sm80_has_no_e4m3(build: Callable[[], Any]):
         "kv_pages",
         "kv_append",
         "decode_chunks",
+        "rms_norm",
+        "rotary",
     ],
 )
 def test_ops_import_triton_only_where_they_launch(name):
