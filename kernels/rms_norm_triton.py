@@ -52,6 +52,6 @@ def norm_rows(
         num_warps = min(16, max(1, block // 512))
         norm_rows_kernel[(rows,)](
             x, weight, out, in_features, x.stride(0), eps,
-            FORM=form, BLOCK=block, INTERPRET=interpret, num_warps=num_warps,
+            FORM=form, BLOCK=block, INTERPRET=interpret, num_warps=num_warps, enable_fp_fusion=False,
         )  # fmt: skip
     return out

@@ -58,13 +58,15 @@ def rotary_kernel(
         rotate_heads(
             query_ptr + batch * query_batch + token * query_token,
             query_out_ptr + batch * query_out_batch + token * query_out_token,
-            query_head, query_out_head, first, num_heads, cos1, sin1, cos2, sin2, HALF, WIDTH, HEADS, INTERPRET,
+            query_head, query_out_head, first, num_heads, cos1, sin1, cos2, sin2,
+            HALF, WIDTH, HEADS, INTERPRET,
         )  # fmt: skip
     else:
         rotate_heads(
             key_ptr + batch * key_batch + token * key_token,
             key_out_ptr + batch * key_out_batch + token * key_out_token,
-            key_head, key_out_head, first - query_end, num_kv_heads, cos1, sin1, cos2, sin2, HALF, WIDTH, HEADS, INTERPRET,
+            key_head, key_out_head, first - query_end, num_kv_heads, cos1, sin1, cos2, sin2,
+            HALF, WIDTH, HEADS, INTERPRET,
         )  # fmt: skip
 
 

@@ -13,6 +13,8 @@ from kompakt.kernels.rms_norm import MAX_NORM_ROW, NORM_CAPABILITY, NORM_FORMS, 
 KERNEL = "kompakt.kernels.rms_norm_triton"
 SHAPES = [(1, 1), (5, 7), (3, 63), (0, 16), (2, 3, 100), (4, 128), (1, 1000)]
 EPS = 1e-5
+# Half the distance of subnormal numbers; the interpreter misreads those of bf16.
+TINY = {BF16: 2.0**-126, FP16: 2.0**-25, FP32: 2.0**-150}
 UNIT = {BF16: 2.0**-8, FP16: 2.0**-11, FP32: 2.0**-24}
 
 
@@ -33,8 +35,7 @@ def check_rounding(got: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, for
     wanted = exact(x, weight, form)
     first = UNIT[x.dtype] if form == "rounded" else 0.0
     relative = first + UNIT[got.dtype] + (32 + 14 + 8) * UNIT[FP32]
-    # Below the smallest normal number, products are rounded to multiples of it times eps.
-    tiny = torch.finfo(got.dtype).smallest_normal * (1 + weight.double().abs())
+    tiny = TINY[got.dtype] + (form == "rounded") * TINY[x.dtype] * weight.double().abs()
     error = (got.double() - wanted).abs()
     # Beyond the largest number both are infinite; rows with infinities and NaN are compared with the reference.
     fine = (wanted.abs() <= torch.finfo(got.dtype).max) & (x.double().square().sum(-1, keepdim=True) < 3e38)
@@ -122,14 +123,15 @@ def test_wrong_arguments_are_refused(x, weight, form, message):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-@pytest.mark.parametrize("form", NORM_FORMS)
-@pytest.mark.parametrize("size", [128, 4096, MAX_NORM_ROW])
+@pytest.mark.parametrize(
+    ("size", "form"), [(128, "rounded"), (4096, "rounded"), (4096, "plus_one"), (MAX_NORM_ROW, "unrounded")]
+)
 def test_kernel_compiles(size, form):
     from compile_cases import SM80, SM90, compile_launch, fits, meta, stack_bytes
 
     from kompakt.kernels import rms_norm_triton
 
-    for target, dtype in ((SM90, BF16), (SM80, FP16), (SM90, FP32)):
+    for target, dtype in ((SM90, BF16), (SM80, FP32)):
 
         def call(dtype: torch.dtype = dtype) -> None:
             rms_norm_triton.norm_rows(meta(3, size, dtype=dtype), meta(size, dtype=dtype), dtype, EPS, form)

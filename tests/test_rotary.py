@@ -1,4 +1,4 @@
-"""Rotary embedding: the reference and the Triton kernel against transformers' own, bit for bit."""
+"""Rotary embedding: the reference against transformers' own, the Triton kernel against both, bit for bit."""
 
 import functools
 import importlib.util
@@ -61,7 +61,8 @@ def check(tensors: list[Tensor], *, interpret: bool) -> None:
     kept = [tensor.clone() for tensor in tensors]
     with mock.patch("torch.empty_like", lambda x: fill_poison(x, real_empty=EMPTY_LIKE)):
         got = apply_rotary(*tensors, interpret=interpret)
-    for name, one, other in zip(("query", "key"), got, eager(*tensors), strict=True):
+    expected = apply_rotary_ref(*tensors) if interpret else eager(*tensors)
+    for name, one, other in zip(("query", "key"), got, expected, strict=True):
         assert same_bits(one, other), name
         assert one.numel() == 0 or same_layout(one, other), name
     assert all(map(torch.equal, tensors, kept))
@@ -70,27 +71,27 @@ def check(tensors: list[Tensor], *, interpret: bool) -> None:
 EMPTY_LIKE = torch.empty_like
 INTERPRETER_CASES = {
     f"{name}-{layout}-{'x'.join(map(str, shape))}": functools.partial(
-        check, inputs(shape, dtype, layout), interpret=True
+        check, inputs(shape, DTYPES[name], layout), interpret=True
     )
     for shape in SHAPES
-    for layout in LAYOUTS
-    for name, dtype in DTYPES.items()
+    for layout, names in (("model", DTYPES), ("contiguous", ["bf16"]), ("sliced", ["fp16"]), ("gap", ["fp32"]))
+    for name in names
     if layout == "model" or shape[3] > 1
 }
 MUTATIONS = {
     # None of them writes where it must not.
-    "last head left out": ("(head < heads)", "(head < heads - 1)", "fp32-contiguous-2x5x3x7x12"),
+    "last head left out": ("(head < heads)", "(head < heads - 1)", "bf16-contiguous-2x5x3x7x12"),
     "last column left out": ("column < HALF)", "column < HALF - 1)", "bf16-model-2x5x3x7x12"),
-    "column behind the last of cos": ("place + HALF, mask=inside", "place + HALF + 1, mask=inside", "bf16-model-2x5x3x7x12"),
+    "column behind the last of cos": ("HALF, mask=inside", "HALF + 1, mask=inside", "bf16-model-2x5x3x7x12"),
     "first head of keys": ("first - query_end, num_kv_heads", "first * 0, num_kv_heads", "fp32-model-2x32x8x1x128"),
-    "token of queries": ("query_ptr + batch * query_batch + token", "query_ptr + batch * query_batch + 0 * token", "fp16-contiguous-3x4x4x2x64"),
+    "token of queries": ("query_batch + token", "query_batch + 0 * token", "bf16-contiguous-3x4x4x2x64"),
     "token of cos": ("token * cos_token", "0 * cos_token", "bf16-model-3x4x4x2x64"),
     "batch of cos": ("batch * cos_batch", "0 * cos_batch", "bf16-model-3x4x4x2x64"),
     "stride of sin": ("token * sin_token", "token * cos_token", "bf16-contiguous-3x4x4x2x64"),
     "halves of cos": ("cos2 = tl.load(place + HALF", "cos2 = tl.load(place", "fp32-model-3x4x4x2x64"),
     "sign": ("- round_to(x2 * sin1", "+ round_to(x2 * sin1", "fp32-model-1x1x1x1x2"),
     "product that is not rounded": ("round_to(x1 * sin2, dtype, INTERPRET)", "(x1 * sin2)", "bf16-model-2x32x8x1x128"),
-    "stride of the result": ("head.to(tl.int64) * out_stride_head", "head.to(tl.int64) * (out_stride_head - 1)", "fp32-gap-2x5x3x7x12"),
+    "stride of the result": ("* out_stride_head", "* (out_stride_head - 1)", "fp32-gap-2x5x3x7x12"),
 }  # fmt: skip
 
 
@@ -134,8 +135,7 @@ def test_wrong_arguments_are_refused(tensors, message):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
-@pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
+@pytest.mark.parametrize(("dtype", "head_dim"), [(BF16, 64), (BF16, 128), (FP16, 256), (FP32, 128)], ids=str)
 def test_kernel_compiles(dtype, head_dim):
     from compile_cases import SM80, SM90, compile_launch, fits, meta, stack_bytes
 
@@ -152,7 +152,8 @@ def test_kernel_compiles(dtype, head_dim):
         ptx = compiled.asm["ptx"]
         # A product of FP32 that is fused with the sum is not rounded.
         assert "fma.rn.f32" not in ptx
-        assert "ld.global.v4.b32" in ptx and "st.global.v4.b32" in ptx
+        width = min(4, rotary_triton.HEADS * head_dim // 2 * dtype.itemsize // 4 // 32)
+        assert f"ld.global.v{width}.b32" in ptx and f"st.global.v{width}.b32" in ptx
         if target == SM90:
             assert stack_bytes(compiled) == 0
 
