@@ -13,6 +13,7 @@ LABELS = {
     "evaluate": "evaluating",
     "choices": "multiple choice",
     "last_word": "last word",
+    "harness": "lm-eval",
     "copy_text": "copying text",
     "copy_words": "copying words",
     "needle": "finding needles",
