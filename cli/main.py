@@ -54,6 +54,10 @@ def root(context: typer.Context, debug: o.Debug = False, version: o.Version = Fa
         print(f"kompakt {__version__}")
     elif context.invoked_subcommand is None:
         print(context.get_help())
+    elif context.invoked_subcommand != "compress" and context.obj.size > 1:
+        raise typer.BadParameter(
+            f"{context.invoked_subcommand} runs in one process; only compress shares its work among several"
+        )
 
 
 @app.command()
@@ -142,15 +146,17 @@ def run_compress(
 ) -> None:
     """Compresses, then prints what came out of it."""
     from ..compress import compress as library
+    from ..compress.processes import joined
     from ..compress.recipe import Recipe
     from .attention_tables import compression, recipe_line
     from .progress import Bar
 
-    loaded = Recipe.load(recipe, overrides)
-    if not as_json:
-        session.print(recipe_line(loaded))
-    with session.working(), Bar(session.stderr, "loading the model") as bar:
-        result = library(model, loaded, output, command=session.command, progress=bar, **run)
+    with joined():
+        loaded = Recipe.load(recipe, overrides)
+        if not as_json and session.speaks:
+            session.print(recipe_line(loaded))
+        with session.working(), Bar(session.stderr, "loading the model", shown=session.speaks) as bar:
+            result = library(model, loaded, output, command=session.command, progress=bar, **run)
     report = {
         "output": str(result.output),
         **result.report,

@@ -375,10 +375,12 @@ def hellaswag_text(text: str) -> str:
 
 
 def _capitalized_ending(context: str) -> str:
-    """The harness begins the unfinished last sentence of a video caption with a capital letter; so does this."""
+    """The harness begins the unfinished last sentence of a video caption with a capital letter, and writes the rest of
+    it in small ones; so does this.
+    """
     if "[" in context:
         return context
-    return re.sub(r"(?<=[.!?] )[a-z](?=[^.!?]*$)", lambda match: match[0].upper(), context)
+    return re.sub(r"(?<=[.!?] )[a-z][^.!?]*$", lambda match: match[0].capitalize(), context)
 
 
 def model_length(model: Any) -> int | None:
