@@ -64,7 +64,9 @@ class LayerStore:
             return store
         try:
             store.folder.mkdir(parents=True, exist_ok=True)
-            file.write_text(mark, "utf-8")
+            partial = file.with_name(f"{FINGERPRINT}.partial-{os.getpid()}")
+            partial.write_text(mark, "utf-8")
+            partial.rename(file)
         except OSError as error:
             raise ValueError(f"layers cannot be kept in {store.folder}: {error.strerror}") from error
         if len(store):
