@@ -186,7 +186,7 @@ def compressed(
             store = stack.enter_context(LayerStore.open(output, facts, writes=processes.first))
         staging = stack.enter_context(staged(output, overwrite=overwrite)) if processes.first else None
         undo = Undo() if loaded.limits.perplexity_increase else None
-        run = {"undo": undo, "store": store, "processes": processes, "progress": progress}
+        run = {"undo": undo, "store": store, "processes": processes, "offload": offload, "progress": progress}
         walk = walked(base, loaded, batches, coverage, device=place, **run)
         if staging is None:
             return CompressionResult(output, loaded, coverage, {}, None)
@@ -197,9 +197,9 @@ def compressed(
             cache = cache_policy(base, loaded, calibration, place, progress)
             write_model(base, source, staging, loaded, coverage, max_shard_size)
             write_tensors(staging, {**walk.tensors, **({} if cache is None else cache_tensors(cache))})
-            reload_and_compare(base, staging, probe, place, trust_remote_code, policies, cache)
+            reload_and_compare(base, staging, probe, place, trust_remote_code, policies, cache, offload)
             evaluation = verify_quality(
-                *(staging, source, windows, loaded, place, trust_remote_code, progress, policies, cache)
+                *(staging, source, windows, loaded, place, trust_remote_code, progress, policies, cache, offload)
             )
             if not exceeds(evaluation, loaded):
                 break
@@ -260,6 +260,7 @@ def walked(
     undo: Undo | None,
     store: LayerStore | None = None,
     processes: Processes = ALONE,
+    offload: Path | None = None,
     progress: Progress = quiet,
 ) -> WalkResult:
     """The walk that quantizes weights; nothing happens in a recipe without them."""
@@ -273,6 +274,7 @@ def walked(
         undo=undo,
         store=store,
         processes=processes,
+        offload=offload,
         progress=progress,
     )
 

@@ -16,7 +16,7 @@ from .cache_evaluation import probe_logits
 from .hf import load_base, load_written
 from .hf_attention import at_least
 from .hf_cache_hooks import running
-from .hf_decoder import decoder_layers, layerwise_logits
+from .hf_decoder import decoder_layers, execute_on, layerwise_logits
 from .recipe import Recipe
 
 Progress = Callable[[str, int, int, str], None]
@@ -30,15 +30,17 @@ def reload_and_compare(
     trust_remote_code: bool,
     policies: dict[str, AttentionPolicy] | None = None,
     cache: CachePolicy | None = None,
+    offload: Path | None = None,
 ) -> None:
     """RuntimeError unless the directory, loaded from disk, gives exactly the logits of the model in memory.
 
     policies: attention runs by them in both, however short the probe is. cache: logits are compared once more with
-    tokens that read the compressed cache.
+    tokens that read the compressed cache. offload: a folder says that weights wait on the disk.
     """
     policies = policies or {}
     stored = read_policies(json.loads(json.dumps({"attention": write_policies(policies)})))
-    reloaded = load_written(staging, trust_remote_code=trust_remote_code)
+    waiting = None if offload is None else "disk"
+    reloaded = load_written(staging, device_map=waiting, offload=offload, trust_remote_code=trust_remote_code)
     logits = []
     for subject, chosen in ((model, policies), (reloaded, stored)):
         with running(subject, chosen), at_least(subject, 1):
@@ -74,13 +76,20 @@ def verify_quality(
     progress: Progress,
     policies: dict[str, AttentionPolicy] | None = None,
     cache: CachePolicy | None = None,
+    offload: Path | None = None,
 ) -> dict[str, Any] | None:
-    """Perplexity, KL and agreement of the written directory, run by `policies` and `cache`, against the base model."""
+    """Perplexity, KL and agreement of the written directory, run by `policies` and `cache`, against the base model.
+
+    offload: a folder says that weights wait on the disk, and come to the device module by module.
+    """
     if windows is None:
         return None
-    placement = None if device.type == "cpu" else {"": str(device)}
-    compressed = load_written(staging, device_map=placement, trust_remote_code=trust_remote_code)
-    base = load_base(source, device_map=placement, trust_remote_code=trust_remote_code)
+    how: dict[str, Any] = {"trust_remote_code": trust_remote_code, "offload": offload}
+    how["device_map"] = "disk" if offload is not None else None if device.type == "cpu" else {"": str(device)}
+    compressed, base = load_written(staging, **how), load_base(source, **how)
+    if offload is not None:
+        execute_on(compressed, device)
+        execute_on(base, device)
     options = recipe.evaluation
     with running(compressed, policies or {}, cache):
         return {

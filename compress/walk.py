@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from torch import nn
 from ..quant.block import Block
 from ..quant.method import QuantizedWeight, WeightMethod
 from .coverage import Coverage
-from .hf_decoder import LayerCalls, decoder_layers, resident
+from .hf_decoder import LayerCalls, decoder_layers, park, resident
 from .hf_folds import find_folds
 from .linear import CompressedLinear, keep_group_scales_exact
 from .processes import ALONE, Processes
@@ -122,13 +123,15 @@ def quantize_layers(
     undo: Undo | None = None,
     store: LayerStore | None = None,
     processes: Processes = ALONE,
+    offload: Path | None = None,
     progress: Progress = lambda stage, done, total, text: None,
 ) -> WalkResult:
     """Quantizes the covered Linears of `model` in place. `method.group_size` must be resolved.
 
     batches: token ids, (batch, tokens) each. The model may be on any mix of devices, or offloaded by accelerate.
     store: layers it holds are put in place instead of being quantized, and the others are kept there. processes: those
-    that do the same with the same batches, and share them.
+    that do the same with the same batches, and share them. offload: a folder that finished layers wait in instead of in
+    memory.
     """
     layers = decoder_layers(model)
     covered = {line.name for line in coverage if line.status == "quantized"}
@@ -167,6 +170,12 @@ def quantize_layers(
         report = quantize_layer(block, method, undo, kept, processes)
         if store is not None and kept is None and processes.first:
             store.save(index, to_keep(block, report))
+        if offload is not None:
+            for child, module in layer.named_modules():
+                if isinstance(module, CompressedLinear):
+                    place = offload / f"{name}.{child}"
+                    place.mkdir()
+                    park(module, place)
         tensors.update({f"{name}.{key}": tensor.cpu() for key, tensor in block.tensors.items()})
         del block, linears  # or the float weights would stay until the next layer is done
         reports.append(report)
