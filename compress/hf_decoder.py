@@ -9,7 +9,7 @@ output.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from accelerate.hooks import AlignDevicesHook, SequentialHook
 from torch import nn
+
+from .coverage import experts_of, is_ignored
 
 log = logging.getLogger(__name__)
 
@@ -37,18 +39,26 @@ def decoder_layers(model: Any) -> list[tuple[str, nn.Module]]:
     )
 
 
-def refuse_experts(layers: list[tuple[str, nn.Module]]) -> None:
-    """ValueError naming the module if a layer holds mixture-of-experts weights, which are not nn.Linear and not
-    covered.
+def expert_modules(layers: list[tuple[str, nn.Module]]) -> dict[str, nn.Module]:
+    """Modules that hold the weights of a mixture of experts, by full name: fused into tensors of three dimensions, or
+    one by one in a module `experts`.
     """
-    for name, layer in layers:
-        for child, module in layer.named_modules():
-            fused = any(parameter.ndim == 3 for parameter in module.parameters(recurse=False))
-            if fused or child.rpartition(".")[2] == "experts":
-                raise ValueError(
-                    f"{name}.{child} is a mixture-of-experts module "
-                    f"({type(module).__name__}); experts are not supported yet"
-                )
+    return {f"{name}.{child}": layer.get_submodule(child) for name, layer in layers for child in experts_of(layer)}
+
+
+def refuse_experts(layers: list[tuple[str, nn.Module]], ignore: Collection[str] = ()) -> None:
+    """ValueError if a layer holds a mixture of experts, which no method quantizes, and `ignore` does not keep it."""
+    experts = {name: module for name, module in expert_modules(layers).items() if not is_ignored(name, ignore)}
+    if not experts:
+        return
+    name, module = next(iter(experts.items()))
+    weights = sum(parameter.numel() for module in experts.values() for parameter in module.parameters())
+    total = sum(parameter.numel() for _, layer in layers for parameter in layer.parameters())
+    raise ValueError(
+        f"{name} is a mixture-of-experts module ({type(module).__name__}); {len(experts)} of them hold "
+        f"{weights / total:.0%} of the decoder layers' weights, and experts are not supported yet: add 'experts' to "
+        "weights.ignore to keep them as they are and quantize the rest"
+    )
 
 
 def _hook_of(module: nn.Module) -> Any:
@@ -110,7 +120,8 @@ def park(module: nn.Module, folder: Path) -> None:
             continue
         size = parameter.numel() * parameter.element_size()
         storage: Any = torch.UntypedStorage.from_file(str(folder / f"{number}"), shared=True, nbytes=size)
-        mapped = torch.empty(0, dtype=parameter.dtype).set_(storage, 0, parameter.shape)
+        mapped: Any = torch.empty(0, dtype=parameter.dtype)
+        mapped.set_(storage, 0, parameter.shape)
         parameter.data = mapped.copy_(parameter.data)
 
 

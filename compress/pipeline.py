@@ -245,7 +245,7 @@ def covered(model: Any, layers: list[tuple[str, nn.Module]], recipe: Recipe) -> 
     names = [name for name, _ in layers]
     if recipe.weights is None:
         return recipe, cover(model, names, None)
-    refuse_experts(layers)
+    refuse_experts(layers, recipe.weights.ignore)
     coverage = cover(model, names, recipe.weights)
     return recipe.model_copy(update={"weights": resolve_group_size(recipe.weights, coverage)}), coverage
 
