@@ -19,6 +19,7 @@ from ..kernels.attention import Mode
 from ..kernels.int4_linear import Backend, available_backends
 from ..quant.method import AttentionPolicy, CachePolicy
 from .artifact import (
+    REPORT,
     cache_tensors,
     check_output,
     staged,
@@ -228,6 +229,7 @@ def compressed(
             **({} if cache is None else {"kv_cache": write_cache(cache)}),
         }
         write_companions(staging, loaded, report, evaluation, source)
+        write_report(staging, output)
     return CompressionResult(output, loaded, coverage, report, evaluation)
 
 
@@ -422,6 +424,18 @@ def write_companions(
         save_json(evaluation, staging / "evaluation.json")
     write_card(staging, recipe, report, evaluation, source)
     write_sidecar(staging, report)
+
+
+def write_report(staging: Path, output: Path) -> None:
+    """What is known about the directory as a page in it, under the name that it is about to have."""
+    from .report_page import write_page
+    from .reporting import report
+
+    content = report([staging])
+    content["directories"][0] |= {"directory": str(output), "name": output.name}
+    for group in [*content["comparisons"]["quality"], *content["comparisons"]["speed"]]:
+        group["members"][0]["name"] = output.name
+    write_page(content, staging / REPORT)
 
 
 def describe_calibration(calibration: CalibrationSet) -> dict[str, Any]:
