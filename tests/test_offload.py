@@ -20,7 +20,7 @@ WIDE = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 4}
 LAYER = 2 * (2 * 512 * 512 + 2 * 512 * 256 + 3 * 512 * 1024)
 """Bytes of a decoder layer of such a model; packed, a little more than a quarter."""
 OPTIONS = {
-    "calibration.samples": 2,
+    "calibration.samples": 1,
     "calibration.length": 32,
     "evaluation.windows": 2,
     "evaluation.window": 32,
@@ -40,7 +40,7 @@ def watch():
     global peak
     while True:
         peak = max(peak, held())
-        time.sleep(0.001)
+        time.sleep(0.003)
 
 for base, output in json.loads(sys.argv[1]):
     child = os.fork()
@@ -59,7 +59,7 @@ def test_memory_does_not_grow_with_the_number_of_layers(tmp_path):
     (tmp_path / "root").mkdir()
     (tmp_path / "root" / "kompakt").symlink_to(ROOT)
     runs = []
-    for layers in (2, 10):
+    for layers in (1, 7):
         base = tiny_directory(tmp_path / f"base{layers}", steps=0, num_hidden_layers=layers, **WIDE)
         runs.append((str(base), str(tmp_path / f"out{layers}")))
     # Everything of 64 KiB is given back to the system at once, so that what is resident is what is held.
@@ -69,7 +69,7 @@ def test_memory_does_not_grow_with_the_number_of_layers(tmp_path):
     peaks = [int(line) for line in done.stdout.splitlines()]
     assert len(peaks) == 2, done.stderr
     few, many = peaks
-    # Eight more packed layers would take 2.1 times as much as a float one.
+    # Six more packed layers would take 1.6 times as much as a float one.
     assert many - few < LAYER, peaks
 
 
