@@ -9,11 +9,16 @@ PIP := .venv/bin/python -m pip --disable-pip-version-check
 INSTALLED := .venv/.installed
 KOMPAKT := .venv/bin/kompakt
 
-.PHONY: help demo test lint clean
+# Small enough for two cores; the same for every recipe, so that the report draws them together.
+SHORT := --num-calibration-samples 16 --max-seq-length 512 --evaluation-window 512 --evaluation-windows 8
+RECIPES := $(notdir $(basename $(wildcard recipes/*.yaml)))
+
+.PHONY: help demo recipes test lint clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    compress a 135M model to W4A8 and evaluate it against the original (in demo/)"
+	@echo "make recipes compress it by every recipe and put them side by side (demo/recipes.html)"
 	@echo "make test    lint, then every test that runs without a GPU"
 	@echo "make lint    ruff check, ruff format --check, pyright"
 	@echo "make clean   remove .venv, demo/ and build leftovers"
@@ -31,10 +36,15 @@ demo/base: | $(INSTALLED)
 	$(KOMPAKT) demo-model demo/base --permute-channels 1234
 
 demo: $(INSTALLED) demo/base
-	$(KOMPAKT) compress demo/base --recipe w4a8-fireq -o demo/compressed --overwrite \
-		--num-calibration-samples 16 --max-seq-length 512 --evaluation-window 512 --evaluation-windows 8
+	$(KOMPAKT) compress demo/base --recipe w4a8-fireq -o demo/compressed --overwrite $(SHORT)
 	$(KOMPAKT) evaluate demo/compressed --against demo/base --window 1024 --windows 6
 	$(KOMPAKT) report demo/compressed -o demo/report.html
+
+demo/recipes/%: | $(INSTALLED) demo/base
+	$(KOMPAKT) compress demo/base --recipe $* -o $@ $(SHORT)
+
+recipes: $(RECIPES:%=demo/recipes/%)
+	$(KOMPAKT) report $^ -o demo/recipes.html
 
 lint: $(INSTALLED)
 	.venv/bin/ruff check -q

@@ -82,11 +82,17 @@ def cached(report: dict[str, Any], evaluation: dict[str, Any] | None) -> list[st
 
 
 def tasks_cached(content: dict[str, Any]) -> list[str]:
-    """How each task read the cache."""
-    from ..compress.card import cache_evaluation_sentence
+    """How attention ran and the cache was read in each task."""
+    from ..compress.card import attention_sentence, cache_evaluation_sentence
 
-    found = [content[task] for task in ("choices", "last_word") if "kv_cache" in content.get(task, {})]
-    return [f"{task['file']}: {cache_evaluation_sentence(task['kv_cache'])}" for task in found]
+    found = [(content[task]["file"], content[task]) for task in ("choices", "last_word") if task in content]
+    if "harness" in content:
+        found.append(("lm-eval", content["harness"]))
+    lines = []
+    for name, used in found:
+        sentences = (attention_sentence(used.get("attention")), cache_evaluation_sentence(used.get("kv_cache")))
+        lines += [f"{name}: {text}" for text in sentences if text]
+    return lines
 
 
 def cache_plan(content: dict[str, Any]) -> list[str]:

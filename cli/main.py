@@ -54,6 +54,10 @@ def root(context: typer.Context, debug: o.Debug = False, version: o.Version = Fa
         print(f"kompakt {__version__}")
     elif context.invoked_subcommand is None:
         print(context.get_help())
+    elif context.invoked_subcommand != "compress" and context.obj.size > 1:
+        raise typer.BadParameter(
+            f"{context.invoked_subcommand} runs in one process; only compress shares its work among several"
+        )
 
 
 @app.command()
@@ -142,15 +146,17 @@ def run_compress(
 ) -> None:
     """Compresses, then prints what came out of it."""
     from ..compress import compress as library
+    from ..compress.processes import joined
     from ..compress.recipe import Recipe
     from .attention_tables import compression, recipe_line
     from .progress import Bar
 
-    loaded = Recipe.load(recipe, overrides)
-    if not as_json:
-        session.print(recipe_line(loaded))
-    with session.working(), Bar(session.stderr, "loading the model") as bar:
-        result = library(model, loaded, output, command=session.command, progress=bar, **run)
+    with joined():
+        loaded = Recipe.load(recipe, overrides)
+        if not as_json and session.speaks:
+            session.print(recipe_line(loaded))
+        with session.working(), Bar(session.stderr, "loading the model", shown=session.speaks) as bar:
+            result = library(model, loaded, output, command=session.command, progress=bar, **run)
     report = {
         "output": str(result.output),
         **result.report,
@@ -171,6 +177,8 @@ def evaluate(
     windows: o.Windows = 8,
     choices: o.Choices = None,
     last_word: o.LastWord = None,
+    tasks: o.Tasks = None,
+    num_fewshot: o.NumFewshot = None,
     limit: o.Limit = None,
     cache_protocol: o.CacheProtocol = "chunks",
     prompt_tokens: o.PromptTokens = None,
@@ -182,6 +190,7 @@ def evaluate(
     generation_prompts: o.GenerationPrompts = None,
     generation_tokens: o.GenerationTokens = None,
     no_speed: o.NoSpeed = False,
+    no_kept_base: o.NoKeptBase = False,
     device_map: o.DeviceMap = None,
     trust_remote_code: o.TrustRemoteCode = False,
     output: o.OutputFile = None,
@@ -191,8 +200,8 @@ def evaluate(
     from ..compress import evaluate as library
     from ..compress.assess import save_json
     from ..compress.recipe import evaluation_options
-    from .attention_tables import evaluation
     from .progress import Bar
+    from .task_tables import evaluation
 
     session: Session = context.obj
     options = evaluation_options(
@@ -205,6 +214,7 @@ def evaluate(
     )
     retrieved = retrieval_options(window, retrieval, retrieval_length, retrieval_tests, retrieval_samples)
     generated = generation_options(window, generation, generation_prompts, generation_tokens)
+    harness = harness_options(tasks, num_fewshot, limit)
     with session.working(), Bar(session.stderr, "loading the model") as bar:
         result = library(
             directory,
@@ -215,7 +225,9 @@ def evaluate(
             choices=choices,
             last_word=last_word,
             limit=limit,
+            harness=harness,
             speed=not no_speed,
+            kept_base=not no_kept_base,
             device_map=device_map,
             trust_remote_code=trust_remote_code,
             progress=bar,
@@ -244,6 +256,18 @@ def retrieval_options(
     from ..compress import RetrievalOptions
 
     return RetrievalOptions(**{"text": text, "lengths": (window,), **given})
+
+
+def harness_options(tasks: str | None, num_fewshot: int | None, limit: int | None) -> Any:
+    """What `--tasks` and the option beside it ask for; None without it."""
+    if tasks is None:
+        if num_fewshot is not None:
+            raise typer.BadParameter("--num-fewshot needs --tasks, the tasks that lm-eval is to run")
+        return None
+    from ..compress import HarnessOptions
+
+    names = tuple(name.strip() for name in tasks.split(","))
+    return HarnessOptions(tasks=names, num_fewshot=num_fewshot, limit=limit)
 
 
 def generation_options(window: int, text: str | None, prompts: int | None, tokens: int | None) -> Any:

@@ -124,6 +124,23 @@ Windows = Annotated[int, typer.Option(help="How many windows; 0 skips the text."
 Choices = Annotated[str | None, typer.Option(help="Multiple-choice questions, JSONL.", metavar="FILE")]
 LastWord = Annotated[str | None, typer.Option(help="Texts whose last word is to be guessed, JSONL.", metavar="FILE")]
 Limit = Annotated[int | None, typer.Option(help="Rows of each task file.", min=1)]
+Tasks = Annotated[
+    str | None,
+    typer.Option(
+        help="Tasks that lm-eval runs: names it knows, .yaml files (may run code), or .jsonl files with the rows of "
+        "--choices or --last-word; comma-separated.",
+        metavar="A,B",
+    ),
+]
+NumFewshot = Annotated[
+    int | None, typer.Option(help="With --tasks: examples before a question; default: what a task says.", min=0)
+]
+NoKeptBase = Annotated[
+    bool,
+    typer.Option(
+        "--no-kept-base", help="Neither read nor keep the base's answers to tasks and retrieval; ask it again."
+    ),
+]
 CacheProtocol = Annotated[
     str,
     typer.Option(

@@ -13,6 +13,7 @@ LABELS = {
     "evaluate": "evaluating",
     "choices": "multiple choice",
     "last_word": "last word",
+    "harness": "lm-eval",
     "copy_text": "copying text",
     "copy_words": "copying words",
     "needle": "finding needles",
@@ -48,10 +49,10 @@ def clock(seconds: float) -> str:
 class Bar:
     """The `progress` callback of the library, and a context manager around the work."""
 
-    def __init__(self, console: Console, first: str):
+    def __init__(self, console: Console, first: str, *, shown: bool = True):
         columns = (TextColumn("{task.description}"), BarColumn(bar_width=30), Steps())
         self.progress = Progress(
-            *columns, console=console, transient=True, refresh_per_second=4, disable=not console.is_terminal
+            *columns, console=console, transient=True, refresh_per_second=4, disable=not (shown and console.is_terminal)
         )
         self.first, self.stage, self.task = first, "", None
 

@@ -34,6 +34,17 @@ class Session:
         self.command, self.debug = command, False
         self.stderr = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 
+    @property
+    def size(self) -> int:
+        """How many processes `torchrun` or `accelerate launch` started together, this one among them."""
+        together = all(os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+        return int(os.environ["WORLD_SIZE"]) if together else 1
+
+    @property
+    def speaks(self) -> bool:
+        """Whether this is the one process, or the first of several, that reports results and warnings."""
+        return self.size == 1 or os.environ["RANK"] == "0"
+
     def line(self, kind: str, text: str) -> None:
         """One line on stderr, beside a progress bar if there is one."""
         self.stderr.print(f"{kind}: {' '.join(text.split())}")
@@ -48,6 +59,8 @@ class Session:
 
     def show(self, content: dict[str, Any], render: Callable[[dict[str, Any]], list[Any]], as_json: bool) -> None:
         """A result on stdout: as one JSON document, or as `render` draws it."""
+        if not self.speaks:
+            return
         if as_json:
             print(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False))
         else:
@@ -111,7 +124,11 @@ def explain(error: Exception) -> tuple[int | None, str]:
     """(exit code, sentence) of an error; None for one that would be a defect of ours."""
     if isinstance(error, UsageError):
         return 2, error.format_message()  # pyright: ignore[reportAttributeAccessIssue]
+    from ..compress.processes import PeerFailed
     from ..compress.restore import LimitExceeded
+
+    if isinstance(error, PeerFailed):
+        return 1, ""  # the process that failed says why
 
     if isinstance(error, LimitExceeded):
         return 3, str(error)
@@ -135,7 +152,7 @@ class Lines(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """See `logging.Handler`."""
         text = record.getMessage()
-        if text not in self.seen:
+        if text not in self.seen and self.session.speaks:
             self.seen.add(text)
             self.session.line(record.levelname.lower(), text)
 

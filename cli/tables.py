@@ -166,6 +166,8 @@ def task_rows(rows: Table, task: str, content: dict[str, Any]) -> None:
             flips = content["flips"]
             difference = percent(flips["accuracy_difference"], flips["accuracy_difference_stderr"], "+.2f")
             note = f"{difference}, {len(flips['gained'])} gained and {len(flips['lost'])} lost of {flips['items']}"
+            if flips["recovery"] is not None:
+                note += f"; {percent(flips['recovery'], flips['recovery_stderr'], '.1f')} of the base"
         rows.add_row(f"{content['file']} {label}", *cells, note)
 
 

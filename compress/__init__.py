@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from .assess import evaluate
     from .demo import build_demo_model
     from .evaluation_generation import GenerationOptions
+    from .evaluation_harness import HarnessOptions
     from .hf_cache import CompressedCache
     from .patching import Patch, load, patch
     from .pipeline import CompressionResult, compress
@@ -24,6 +25,7 @@ _HOMES = {
     "CompressedCache": "hf_cache",
     "CompressionResult": "pipeline",
     "GenerationOptions": "evaluation_generation",
+    "HarnessOptions": "evaluation_harness",
     "LimitExceeded": "restore",
     "Patch": "patching",
     "Plan": "planning",
@@ -43,6 +45,7 @@ __all__ = [
     "CompressedCache",
     "CompressionResult",
     "GenerationOptions",
+    "HarnessOptions",
     "LimitExceeded",
     "Patch",
     "Plan",

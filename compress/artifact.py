@@ -30,8 +30,11 @@ from .untrusted import check_entry, file_inside, header, read_json, weight_files
 SIDECAR_VERSION = 1
 SIDECAR = "kompakt.json"
 SIDECAR_TENSORS = "kompakt.safetensors"
-EDITABLE = (SIDECAR, "README.md")
-"""Files that have no checksum: this one itself, and the card, which may be rewritten by hand."""
+REPORT = "report.html"
+EDITABLE = (SIDECAR, "README.md", REPORT)
+"""Files that have no checksum: this one itself, the card, which may be rewritten by hand, and the report, which is made
+again when there is more to tell.
+"""
 STAGING = ".{name}.kompakt-{pid}"
 
 

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from .artifact import SIDECAR, read_cache, read_policies, read_sidecar, weight_bytes
+from .artifact import SIDECAR, read_cache, read_policies, read_sidecar, sha256, weight_bytes
+from .base_results import BaseResults, base_facts, results_folder
 from .cache_evaluation import CHUNK, cache_in_use, count_anew
 from .calibration import builtin_text
 from .evaluation import compare, generation_speed, input_device, perplexity, text_windows, windows_per_pass
@@ -24,8 +25,9 @@ from .evaluation_generation import (
     generation_agreement,
     generation_prompts,
 )
+from .evaluation_harness import Harness, HarnessOptions
 from .evaluation_retrieval import check_lengths, describe_retrieval, in_use, measure_test
-from .evaluation_tasks import flips, last_word, multiple_choice
+from .evaluation_tasks import LastWord, MultipleChoice, flips, last_word, multiple_choice
 from .hf import load_base, load_tokenizer, load_written, resolve_model
 from .hf_attention import at_least, attention_in_use
 from .hf_cache_hooks import cache_maker, run_by
@@ -34,7 +36,9 @@ from .recipe import EvaluationOptions
 from .retrieval_cases import Case, RetrievalOptions, retrieval_cases
 
 Progress = Callable[[str, int, int, str], None]
-TASKS = {"choices": multiple_choice, "last_word": last_word}
+Recall = Callable[[dict[str, Any], Callable[[], Any]], Any]
+"""(question, how to find the base's answer) → the answer; see `BaseResults.recall`."""
+TASKS = {"choices": (multiple_choice, MultipleChoice), "last_word": (last_word, LastWord)}
 
 
 def open_model(path: Path, *, device_map: Any = None, verify: bool = True, trust_remote_code: bool = False) -> Any:
@@ -83,9 +87,11 @@ def evaluate(
     choices: str | Path | None = None,
     last_word: str | Path | None = None,
     limit: int | None = None,
+    harness: HarnessOptions | None = None,
     retrieval: RetrievalOptions | None = None,
     generation: GenerationOptions | None = None,
     speed: bool = True,
+    kept_base: bool = True,
     device_map: Any = None,
     trust_remote_code: bool = False,
     progress: Progress = lambda stage, done, total, text: None,
@@ -94,8 +100,10 @@ def evaluate(
 
     model, against: directories or hub ids, compressed or not. options: text, window, stride, number of windows
     (0 skips the text), and how a compressed cache is fed. choices, last_word: JSONL task files; limit: rows of each.
-    retrieval: what has to be found again in long contexts. generation: prompts that model and base continue; it needs
-    `against`. Raises ValueError for bad input.
+    harness: tasks that lm-eval runs. retrieval: what has to be found again in long contexts. generation: prompts that
+    model and base continue; it needs `against`. kept_base: the base's answers to tasks and retrieval are kept, and read
+    where nothing that they depend on has changed (`base_results.py`); what was read is said under "kept_base".
+    Raises ValueError for bad input.
     """
     if generation is not None and against is None:
         raise ValueError("generation is compared with a base model's; name one as `against`")
@@ -111,6 +119,7 @@ def evaluate(
         windows = text_windows(tokenizer, text, window=options.window, stride=options.stride, limit=options.windows)
         result["text"] = describe_text(options, description, windows)
     asked = Asked.read(tokenizer, retrieval, generation)
+    tasks = None if harness is None else Harness(harness)
     subject = open_model(path, device_map=device_map, trust_remote_code=trust_remote_code)
     base = (
         None if base_path is None else open_model(base_path, device_map=device_map, trust_remote_code=trust_remote_code)
@@ -120,10 +129,19 @@ def evaluate(
     result["bytes"] = {"model": weight_bytes(path), "base": None if base_path is None else weight_bytes(base_path)}
     if windows is not None:
         result |= measure_text(subject, base, windows, options, progress)
+    kept = None
+    if base_path is not None and kept_base and any((choices, last_word, tasks, retrieval)):
+        kept = BaseResults(results_folder(), base_facts(base_path, base, path, tokenizer, device_map))
+    recall = (lambda question, find: find()) if kept is None else kept.recall
     for name, file in (("choices", choices), ("last_word", last_word)):
         if file is not None:
-            result[name] = _measure_task(name, file, subject, base, tokenizer, limit, bool(options.prompt), progress)
-    result |= asked.measure(subject, base, tokenizer, progress)
+            how = {"limit": limit, "dense_prompt": bool(options.prompt)}
+            result[name] = _measure_task(name, Path(file), subject, base, tokenizer, how, recall, progress)
+    if tasks is not None:
+        result["harness"] = _measure_harness(tasks, subject, base, tokenizer, recall, progress)
+    result |= asked.measure(subject, base, tokenizer, progress, recall)
+    if kept is not None and kept.used:
+        result["kept_base"] = {"results": len(kept.used), "oldest": min(kept.used)}
     if speed:
         result["speed"] = {"model": generation_speed(subject, tokenizer).as_dict()}
         if base is not None:
@@ -175,28 +193,52 @@ def measure_text(
 
 def _measure_task(
     name: str,
-    file: str | Path,
+    file: Path,
     subject: Any,
     base: Any,
     tokenizer: Any,
-    limit: int | None,
-    dense_prompt: bool,
+    how: dict[str, Any],
+    recall: Recall,
     progress: Progress,
 ) -> dict[str, Any]:
+    measure, kind = TASKS[name]
+
     def report(done: int, total: int) -> None:
-        progress(name, done, total, Path(file).name)
+        progress(name, done, total, file.name)
 
     count_anew(subject)
-    result = TASKS[name](subject, tokenizer, file, limit=limit, dense_prompt=dense_prompt, progress=report)
-    content: dict[str, Any] = {"file": Path(file).name, "model": result.as_dict()}
-    if (cache := cache_in_use(subject, prompt=None if dense_prompt else 0)) is not None:
-        content["kv_cache"] = cache
+    result = measure(subject, tokenizer, file, **how, progress=report)
+    content: dict[str, Any] = {"file": file.name, "model": result.as_dict()}
+    content |= _task_use(subject, None if how["dense_prompt"] else 0)
     if base is not None:
-        other = TASKS[name](base, tokenizer, file, limit=limit, dense_prompt=dense_prompt, progress=report)
-        content["base"] = other.as_dict()
+        question = {"task": name, "rows": sha256(file), **how}
+        found = recall(question, lambda: measure(base, tokenizer, file, **how, progress=report).as_dict())
+        content["base"] = found
+        other = kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in found.items()})
         key = "correct_norm" if name == "choices" else "correct"
         content["flips"] = flips(getattr(other, key), getattr(result, key)).as_dict()
     return content
+
+
+def _task_use(subject: Any, prompt: int | None) -> dict[str, Any]:
+    """How attention and cache of a model ran in a task. Prompts are no longer than they are in use."""
+    used: dict[str, Any] = {}
+    if (attention := attention_in_use(subject)) is not None:
+        used["attention"] = {**attention, "window": attention["min_tokens"]}
+    if (cache := cache_in_use(subject, prompt=prompt)) is not None:
+        used["kv_cache"] = cache
+    return used
+
+
+def _measure_harness(
+    tasks: Harness, subject: Any, base: Any, tokenizer: Any, recall: Recall, progress: Progress
+) -> dict[str, Any]:
+    def report(done: int, total: int) -> None:
+        progress("harness", done, total, "")
+
+    count_anew(subject)
+    found = tasks.measure(subject, base, tokenizer, remember=recall, progress=report)
+    return {**found, **_task_use(subject, 0)}
 
 
 @dataclass(frozen=True)
@@ -231,7 +273,14 @@ class Asked:
             if model is not None and self.generation is not None and self.prompts is not None:
                 check_prompts(model, self.prompts, self.generation.new_tokens)
 
-    def measure(self, subject: Any, base: Any, tokenizer: Any, progress: Progress) -> dict[str, Any]:
+    def measure(
+        self,
+        subject: Any,
+        base: Any,
+        tokenizer: Any,
+        progress: Progress,
+        recall: Recall = lambda question, find: find(),
+    ) -> dict[str, Any]:
         """``{"retrieval": …, "generation": …}``, as far as they are asked for."""
         result: dict[str, Any] = {}
         if self.retrieval is not None:
@@ -239,7 +288,11 @@ class Asked:
             result["retrieval"] = described = describe_retrieval(self.retrieval, self.sources["retrieval"], sides)
             described["results"] = {
                 test: measure_test(
-                    subject, base, cases, progress=lambda done, total, test=test: progress(test, done, total, "")
+                    subject,
+                    base,
+                    cases,
+                    recall=recall,
+                    progress=lambda done, total, test=test: progress(test, done, total, ""),
                 )
                 for test, cases in self.cases.items()
             }

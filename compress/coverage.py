@@ -13,6 +13,8 @@ from torch import nn
 from ..quant.method import WeightMethod
 
 AUTO_SIZES = (128, 64, 32)
+ROUTERS = ("gate", "router", "shared_expert_gate")
+"""Last parts of the names of modules that route tokens to the experts beside them."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,10 @@ def is_ignored(name: str, patterns: Iterable[str]) -> bool:
 
 
 def check_patterns(patterns: Iterable[str], names: Iterable[str]) -> None:
-    """ValueError for a pattern that is not a regular expression or that no Linear matches ("lm_head" may be absent)."""
+    """ValueError for a pattern that is not a regular expression or that no name matches ("lm_head" may be absent).
+
+    names: Linears, then mixtures of experts.
+    """
     names = list(names)
     for pattern in patterns:
         try:
@@ -67,8 +72,9 @@ def cover(model: nn.Module, layer_names: list[str], method: WeightMethod | None)
     owners: dict[int, str] = {}
     lines = []
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    experts = experts_of(model)
     if method is not None:
-        check_patterns(method.ignore, linears)
+        check_patterns(method.ignore, [*linears, *experts])
     for name, module in model.named_modules():
         own = list(module.parameters(recurse=False))
         if not own:
@@ -77,7 +83,11 @@ def cover(model: nn.Module, layer_names: list[str], method: WeightMethod | None)
         for parameter in own:
             owners.setdefault(id(parameter), name)
         status, reason = "kept", ""
-        if isinstance(module, nn.Linear):
+        if method is not None and any(f"{name}.".startswith(f"{outer}.") for outer in experts):
+            reason = "mixture of experts, which no method quantizes yet"
+        elif is_router(name, experts):
+            reason = "router of a mixture of experts"
+        elif isinstance(module, nn.Linear):
             if method is None:
                 reason = "the recipe leaves weights as they are"
             elif tied:
@@ -102,6 +112,23 @@ def cover(model: nn.Module, layer_names: list[str], method: WeightMethod | None)
             "no Linear of the model would be quantized; the decoder layers hold none, or `ignore` covers them all"
         )
     return lines
+
+
+def experts_of(model: nn.Module) -> list[str]:
+    """Names of the modules that hold a mixture of experts: tensors of three dimensions, or modules named so."""
+    found: list[str] = []
+    for name, module in model.named_modules():
+        fused = any(parameter.ndim == 3 for parameter in module.parameters(recurse=False))
+        inside = any(name.startswith(f"{outer}.") for outer in found)
+        if (fused or name.rpartition(".")[2] == "experts") and not inside:
+            found.append(name)
+    return found
+
+
+def is_router(name: str, experts: Iterable[str]) -> bool:
+    """Whether a module sends tokens to the experts beside it. experts: names of all mixtures."""
+    parent, _, last = name.rpartition(".")
+    return last in ROUTERS and any(outer.rpartition(".")[0] == parent for outer in experts)
 
 
 def resolve_group_size(method: WeightMethod, lines: list[Coverage]) -> WeightMethod:

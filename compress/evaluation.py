@@ -298,7 +298,7 @@ def token_nll(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return torch.cat([functional.cross_entropy(chunk.float(), target, reduction="none") for chunk, target in parts])
 
 
-def ratio_mean(sums: Sequence[float], counts: Sequence[int]) -> tuple[float, float | None]:
+def ratio_mean(sums: Sequence[float], counts: Sequence[float]) -> tuple[float, float | None]:
     """Mean per count over clusters, and its standard error (None for one cluster); see the module docstring."""
     total, clusters = sum(counts), len(sums)
     mean = math.fsum(sums) / total

@@ -15,13 +15,14 @@ Standard errors are over cases, of means per token (`evaluation.ratio_mean`); di
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
+from .base_results import content_digest
 from .cache_evaluation import CHUNK, Reader, cache_in_use, count_anew, fits_in_pieces
 from .evaluation import Progress, Result, input_device, ratio_mean, scoring_mode, token_nll
 from .evaluation_tasks import Flips, flips, model_length
@@ -158,9 +159,16 @@ def difference(base: Sequence[Answer], answers: Sequence[Answer]) -> RetrievalDi
     )
 
 
-def measure_test(subject: Any, base: Any, cases: Sequence[Case], *, progress: Progress | None = None) -> dict[str, Any]:
+def measure_test(
+    subject: Any,
+    base: Any,
+    cases: Sequence[Case],
+    *,
+    recall: Callable[[dict[str, Any], Callable[[], Any]], Any] = lambda question, find: find(),
+    progress: Progress | None = None,
+) -> dict[str, Any]:
     """One test of a model, and of its base where that is not None, JSON-able: a row per length with its depths,
-    every answer, and how cache and attention of the model were read.
+    every answer, and how cache and attention of the model were read. recall: see `BaseResults.recall`.
     """
     sides = {"model": subject, **({} if base is None else {"base": base})}
     found: dict[str, list[Answer]] = {}
@@ -172,9 +180,15 @@ def measure_test(subject: Any, base: Any, cases: Sequence[Case], *, progress: Pr
 
     for side, model in sides.items():
         count_anew(model)
-        found[side] = answer_cases(model, cases, progress=report)
         if side == "model":
+            found[side] = answer_cases(model, cases, progress=report)
             used = in_use(model, max(case.length for case in cases))
+        else:
+            question = {"retrieval": content_digest([asdict(case) for case in cases])}
+            answers = recall(
+                question, lambda: [asdict(answer) for answer in answer_cases(base, cases, progress=report)]
+            )
+            found[side] = [Answer(**answer) for answer in answers]
     rows = []
     for length in dict.fromkeys(case.length for case in cases):
         chosen = {side: [item for item in answers if item.length == length] for side, answers in found.items()}

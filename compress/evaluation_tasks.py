@@ -6,8 +6,7 @@ own number of tokens are the continuation. The special tokens that the tokenizer
 after it are not.
 
 Multiple choice: ``accuracy`` takes the choice of highest log-likelihood; ``accuracy_norm`` divides it by the length of
-the choice in UTF-8 bytes. The harness's ``acc_norm`` counts characters, which is the same for ASCII text; bytes are its
-``acc_bytes``.
+the choice in characters. They are the harness's ``acc`` and ``acc_norm``.
 
 Prompts: a row with ``question`` becomes ``Question: …\\nAnswer:`` (ARC); a row with ``context`` and ``activity`` gets
 the harness's HellaSwag clean-up of raw text; any other ``context`` stands as it is. Continuations are " " + choice or "
@@ -20,7 +19,7 @@ import inspect
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,7 +69,8 @@ class LastWord(Result):
 class Flips(Result):
     """Items that changed between two runs over the same rows, by index.
 
-    ``accuracy_difference`` is (gained - lost) / items, with the standard error of the paired differences.
+    ``accuracy_difference`` is (gained - lost) / items, ``recovery`` the accuracy over the base's, None where that is 0;
+    both have the standard error of the paired items.
     """
 
     items: int
@@ -78,6 +78,8 @@ class Flips(Result):
     lost: tuple[int, ...]
     accuracy_difference: float
     accuracy_difference_stderr: float | None
+    recovery: float | None
+    recovery_stderr: float | None
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ def multiple_choice(
     """
     pairs: list[Continuation] = []
     groups: list[tuple[int, list[str], int]] = []
-    for where, row in _read_rows(rows, limit):
+    for where, row in read_rows(rows, limit):
         prompt, choices, gold = _choice_row(row, where)
         groups.append((len(pairs), choices, gold))
         pairs.extend(encode_pair(tokenizer, prompt, " " + choice, where=where) for choice in choices)
@@ -132,7 +134,7 @@ def multiple_choice(
     correct, correct_norm = [], []
     for start, choices, gold in groups:
         likelihoods = [score.log_likelihood for score in scores[start : start + len(choices)]]
-        lengths = [len(choice.encode()) for choice in choices]
+        lengths = [len(choice) for choice in choices]
         correct.append(_argmax(likelihoods) == gold)
         correct_norm.append(_argmax([value / size for value, size in zip(likelihoods, lengths, strict=True)]) == gold)
     accuracy, stderr = _share(correct)
@@ -161,9 +163,9 @@ def last_word(
 ) -> LastWord:
     """LAMBADA: rows with ``context`` and ``target``, the word that follows it. Options as in ``multiple_choice``."""
     pairs = []
-    for where, row in _read_rows(rows, limit):
-        context, target = _text_field(row, "context", where), _text_field(row, "target", where)
-        pairs.append(encode_pair(tokenizer, context, " " + target.strip(), where=where))
+    for where, row in read_rows(rows, limit):
+        context, target = _word_row(row, where)
+        pairs.append(encode_pair(tokenizer, context, " " + target, where=where))
     scores = score_continuations(
         model,
         tokenizer,
@@ -193,12 +195,17 @@ def flips(base_items: Sequence[bool], items: Sequence[bool]) -> Flips:
         raise ValueError(f"{len(base_items)} base items and {len(items)} items; both runs must have the same rows")
     pairs = list(zip(base_items, items, strict=True))
     difference, stderr = ratio_mean([float(new) - float(old) for old, new in pairs], [1] * len(pairs))
+    recovery, recovery_stderr = (
+        ratio_mean([*map(float, items)], [*map(int, base_items)]) if any(base_items) else (None,) * 2
+    )
     return Flips(
         items=len(pairs),
         gained=tuple(index for index, (old, new) in enumerate(pairs) if new and not old),
         lost=tuple(index for index, (old, new) in enumerate(pairs) if old and not new),
         accuracy_difference=difference,
         accuracy_difference_stderr=stderr,
+        recovery=recovery,
+        recovery_stderr=recovery_stderr,
     )
 
 
@@ -285,7 +292,17 @@ def _score_batch(
     return scores
 
 
-def _read_rows(rows: Rows, limit: int | None) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def choice_rows(rows: Iterable[tuple[str, Mapping[str, Any]]]) -> Iterator[tuple[str, list[str], int]]:
+    """Prompt, choices and the right choice's index of rows of `multiple_choice`, as `read_rows` gives them."""
+    return (_choice_row(row, where) for where, row in rows)
+
+
+def last_word_rows(rows: Iterable[tuple[str, Mapping[str, Any]]]) -> Iterator[tuple[str, str]]:
+    """Context and word of rows of `last_word`, as `read_rows` gives them."""
+    return (_word_row(row, where) for where, row in rows)
+
+
+def read_rows(rows: Rows, limit: int | None) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Each row with what to call it in a message; ValueError if there is none."""
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}; it must be at least 1, or None for all rows")
@@ -339,6 +356,10 @@ def _choice_row(row: Mapping[str, Any], where: str) -> tuple[str, list[str], int
     return prompt, cleaned, gold
 
 
+def _word_row(row: Mapping[str, Any], where: str) -> tuple[str, str]:
+    return _text_field(row, "context", where), _text_field(row, "target", where).strip()
+
+
 def _text_field(row: Mapping[str, Any], field: str, where: str) -> str:
     value = row.get(field)
     if not isinstance(value, str) or not value.strip():
@@ -354,10 +375,12 @@ def hellaswag_text(text: str) -> str:
 
 
 def _capitalized_ending(context: str) -> str:
-    """The harness begins the unfinished last sentence of a video caption with a capital letter; so does this."""
+    """The harness begins the unfinished last sentence of a video caption with a capital letter, and writes the rest of
+    it in small ones; so does this.
+    """
     if "[" in context:
         return context
-    return re.sub(r"(?<=[.!?] )[a-z](?=[^.!?]*$)", lambda match: match[0].upper(), context)
+    return re.sub(r"(?<=[.!?] )[a-z][^.!?]*$", lambda match: match[0].capitalize(), context)
 
 
 def model_length(model: Any) -> int | None:

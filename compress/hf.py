@@ -86,10 +86,16 @@ def load_base(
     config = read_config(path, trust_remote_code=trust_remote_code)
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"{path} is already quantized; kompakt starts from a float checkpoint")
+    options = placement(device_map, offload)
+    return _from_pretrained(path, config=config, trust_remote_code=trust_remote_code, **options)
+
+
+def placement(device_map: Any, offload: Path | None) -> dict[str, Any]:
+    """Arguments of `from_pretrained` for where the weights go; see `load_base`."""
     options: dict[str, Any] = {} if offload is None else {"offload_folder": str(offload)}
     if device_map is not None:
         options["device_map"] = {"": "disk"} if device_map == "disk" else device_map
-    return _from_pretrained(path, config=config, trust_remote_code=trust_remote_code, **options)
+    return options
 
 
 def _from_pretrained(path: Path, **options: Any) -> PreTrainedModel:
@@ -114,16 +120,15 @@ def _from_pretrained(path: Path, **options: Any) -> PreTrainedModel:
 
 
 def load_compressed(
-    path: Path, *, device_map: Any = None, trust_remote_code: bool = False, **options: Any
+    path: Path, *, device_map: Any = None, offload: Path | None = None, trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """A directory in the compressed-tensors layout, with its weights left packed."""
+    """A directory in the compressed-tensors layout, with its weights left packed. Placement as in `load_base`."""
     config = read_config(path, trust_remote_code=trust_remote_code)
     stored = getattr(config, "quantization_config", None)
     if not isinstance(stored, dict):
         raise ValueError(f"{path}/config.json has no quantization_config; it was not written by kompakt")
     config.quantization_config = KompaktConfig.from_compressed_tensors(stored).in_memory()
-    if device_map is not None:
-        options["device_map"] = device_map
+    options = placement(device_map, offload)
     return _from_pretrained(path, config=config, trust_remote_code=trust_remote_code, **options)
 
 
@@ -133,14 +138,16 @@ def read_written_config(path: Path, *, trust_remote_code: bool = False) -> Any:
     return read_config(path, trust_remote_code=trust_remote_code)
 
 
-def load_written(path: Path, *, device_map: Any = None, trust_remote_code: bool = False) -> PreTrainedModel:
+def load_written(
+    path: Path, *, device_map: Any = None, offload: Path | None = None, trust_remote_code: bool = False
+) -> PreTrainedModel:
     """The model of a directory that kompakt wrote, whether its weights are packed or float; attention as transformers
-    has it.
+    has it. Placement as in `load_base`.
     """
     config = read_written_config(path, trust_remote_code=trust_remote_code)
     check_stored(path, config, lambda plain: meta_model(plain, trust_remote_code=trust_remote_code))
     read = load_base if getattr(config, "quantization_config", None) is None else load_compressed
-    return read(path, device_map=device_map, trust_remote_code=trust_remote_code)
+    return read(path, device_map=device_map, offload=offload, trust_remote_code=trust_remote_code)
 
 
 def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

@@ -9,13 +9,16 @@ output.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.hooks import AlignDevicesHook, SequentialHook
 from torch import nn
+
+from .coverage import experts_of, is_ignored
 
 log = logging.getLogger(__name__)
 
@@ -36,18 +39,26 @@ def decoder_layers(model: Any) -> list[tuple[str, nn.Module]]:
     )
 
 
-def refuse_experts(layers: list[tuple[str, nn.Module]]) -> None:
-    """ValueError naming the module if a layer holds mixture-of-experts weights, which are not nn.Linear and not
-    covered.
+def expert_modules(layers: list[tuple[str, nn.Module]]) -> dict[str, nn.Module]:
+    """Modules that hold the weights of a mixture of experts, by full name: fused into tensors of three dimensions, or
+    one by one in a module `experts`.
     """
-    for name, layer in layers:
-        for child, module in layer.named_modules():
-            fused = any(parameter.ndim == 3 for parameter in module.parameters(recurse=False))
-            if fused or child.rpartition(".")[2] == "experts":
-                raise ValueError(
-                    f"{name}.{child} is a mixture-of-experts module "
-                    f"({type(module).__name__}); experts are not supported yet"
-                )
+    return {f"{name}.{child}": layer.get_submodule(child) for name, layer in layers for child in experts_of(layer)}
+
+
+def refuse_experts(layers: list[tuple[str, nn.Module]], ignore: Collection[str] = ()) -> None:
+    """ValueError if a layer holds a mixture of experts, which no method quantizes, and `ignore` does not keep it."""
+    experts = {name: module for name, module in expert_modules(layers).items() if not is_ignored(name, ignore)}
+    if not experts:
+        return
+    name, module = next(iter(experts.items()))
+    weights = sum(parameter.numel() for module in experts.values() for parameter in module.parameters())
+    total = sum(parameter.numel() for _, layer in layers for parameter in layer.parameters())
+    raise ValueError(
+        f"{name} is a mixture-of-experts module ({type(module).__name__}); {len(experts)} of them hold "
+        f"{weights / total:.0%} of the decoder layers' weights, and experts are not supported yet: add 'experts' to "
+        "weights.ignore to keep them as they are and quantize the rest"
+    )
 
 
 def _hook_of(module: nn.Module) -> Any:
@@ -60,8 +71,8 @@ def _hook_of(module: nn.Module) -> Any:
 def resident(layer: nn.Module, device: torch.device) -> Iterator[nn.Module]:
     """Holds a layer on `device`, whatever accelerate does with it otherwise; puts it back where it was.
 
-    Changed parameters are written back to where offloaded weights are kept. Modules swapped in meanwhile go to the CPU
-    if the layer was offloaded.
+    Changed parameters are written back to where offloaded weights are kept. Of an offloaded layer, modules that were
+    swapped in meanwhile go to the CPU, and those that came from there are what they were, perhaps files (`park`).
     """
     hooked = [(module, hook) for module in layer.modules() if (hook := _hook_of(module)) is not None and hook.offload]
     if not hooked:
@@ -72,6 +83,13 @@ def resident(layer: nn.Module, device: torch.device) -> Iterator[nn.Module]:
         finally:
             layer.to(home)
         return
+    offloaded = {module for module, _ in hooked}
+    parked = {
+        parameter: parameter.data
+        for module in layer.modules()
+        if module not in offloaded
+        for parameter in module.parameters(recurse=False)
+    }
     forwards = []
     module: Any
     for module, hook in hooked:
@@ -86,12 +104,34 @@ def resident(layer: nn.Module, device: torch.device) -> Iterator[nn.Module]:
             module.forward = forward
             _write_back(module, hook)
             hook.post_forward(module, None)
-        present = set(layer.modules())
-        offloaded = {module for module, _ in hooked}
-        for module in present - offloaded:
-            if all(parameter.device.type != "meta" for parameter in module.parameters(recurse=False)):
-                for parameter in module.parameters(recurse=False):
-                    parameter.data = parameter.data.cpu()
+        for module in set(layer.modules()) - offloaded:
+            for parameter in module.parameters(recurse=False):
+                if parameter.device.type != "meta":
+                    found, before = parameter.data.cpu(), parked.get(parameter)
+                    parameter.data = before if before is not None and torch.equal(found, before) else found
+
+
+def park(module: nn.Module, folder: Path) -> None:
+    """Moves the parameters of a module on the CPU into files that are mapped where they were, so that they take memory
+    only as long as there is some to spare. The files must stay as long as the module.
+    """
+    for number, parameter in enumerate(module.parameters()):
+        if parameter.device.type != "cpu" or not parameter.numel():
+            continue
+        size = parameter.numel() * parameter.element_size()
+        storage: Any = torch.UntypedStorage.from_file(str(folder / f"{number}"), shared=True, nbytes=size)
+        mapped: Any = torch.empty(0, dtype=parameter.dtype)
+        mapped.set_(storage, 0, parameter.shape)
+        parameter.data = mapped.copy_(parameter.data)
+
+
+def execute_on(model: nn.Module, device: torch.device) -> nn.Module:
+    """Has accelerate bring the weights of an offloaded model to `device`, one module at a time; returns the model."""
+    for module in model.modules():
+        hook = _hook_of(module)
+        if hook is not None:
+            hook.execution_device = device
+    return model
 
 
 def _write_back(module: nn.Module, hook: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import platform
 import tempfile
@@ -20,10 +19,9 @@ from ..kernels.attention import Mode
 from ..kernels.int4_linear import Backend, available_backends
 from ..quant.method import AttentionPolicy, CachePolicy
 from .artifact import (
+    REPORT,
     cache_tensors,
     check_output,
-    read_cache,
-    read_policies,
     staged,
     weight_bytes,
     write_cache,
@@ -31,20 +29,21 @@ from .artifact import (
     write_sidecar,
     write_tensors,
 )
-from .assess import describe_text, measure_text, read_text, save_json
+from .assess import read_text, save_json
 from .attention_calibration import SEQUENCES, choose_policies
 from .cache_calibration import choose_cache
-from .cache_evaluation import probe_logits
 from .calibration import CalibrationSet, calibration_tokens
 from .card import write_card
 from .coverage import Coverage, cover, resolve_group_size
 from .evaluation import text_windows
 from .fingerprint import take_fingerprint
-from .hf import load_base, load_tokenizer, load_written, resolve_model, save_weights, transformers_version
-from .hf_attention import at_least, check_attention
-from .hf_cache_hooks import cacheable_modules, running
-from .hf_decoder import decoder_layers, layerwise_logits, refuse_experts
+from .hf import load_base, load_tokenizer, resolve_model, save_weights, transformers_version
+from .hf_attention import check_attention
+from .hf_cache_hooks import cacheable_modules
+from .hf_decoder import decoder_layers, refuse_experts
 from .linear import storage
+from .processes import ALONE, Processes, check_shared, joined, own_device
+from .read_back import reload_and_compare, verify_quality
 from .recipe import Recipe
 from .restore import attention_beside, given_back, left_to_restore, refuse_limit, restore_worst, worst_attention
 from .resume import LayerStore, model_files
@@ -75,6 +74,23 @@ class CompressionResult:
     report: dict[str, Any]
     evaluation: dict[str, Any] | None
 
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        return {
+            "output": str(self.output),
+            "recipe": self.recipe.model_dump(mode="json", exclude_none=True),
+            "coverage": [line.as_dict() for line in self.coverage],
+            "report": self.report,
+            "evaluation": self.evaluation,
+        }
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> CompressionResult:
+        """What `as_dict` was made of."""
+        coverage = [Coverage(**{**line, "shape": tuple(line["shape"])}) for line in content["coverage"]]
+        recipe = Recipe.load(content["recipe"])
+        return cls(Path(content["output"]), recipe, coverage, content["report"], content["evaluation"])
+
 
 def compress(
     model: str | Path,
@@ -100,13 +116,53 @@ def compress(
     resume: keep every finished layer beside the output until all is done, and go on from what an interrupted run with
     the same arguments kept (`resume.py`).
 
+    In several processes (`processes.py`), each calibrates on its share of the text, the first one writes and measures,
+    and all return what it found. device is then one of its own for each process, if there are several.
+
     Raises ValueError for bad input, `LimitExceeded` when the recipe's limits cannot be met.
     """
+    with joined() as processes:
+        found = compressed(
+            *(processes, model, recipe, output),
+            overrides=overrides,
+            device=device,
+            device_map=device_map,
+            overwrite=overwrite,
+            strict=strict,
+            resume=resume,
+            max_shard_size=max_shard_size,
+            trust_remote_code=trust_remote_code,
+            command=command,
+            progress=progress,
+        )
+        if processes.size == 1:
+            return found
+        return CompressionResult.from_dict(processes.first_of(found.as_dict()))
+
+
+def compressed(
+    processes: Processes,
+    model: str | Path,
+    recipe: str | Path | dict | Recipe,
+    output: str | Path | None,
+    *,
+    overrides: dict[str, Any] | None,
+    device: str | None,
+    device_map: Any,
+    overwrite: bool,
+    strict: bool,
+    resume: bool,
+    max_shard_size: str,
+    trust_remote_code: bool,
+    command: str | None,
+    progress: Progress,
+) -> CompressionResult:
+    """`compress` in one of its processes; those that are not the first return when the layers are done."""
     started = time.perf_counter()
     loaded = Recipe.load(recipe, overrides)
     source = resolve_model(model)
     output = Path(output) if output is not None else Path(f"{source.resolve().name}-{loaded.name}")
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = own_device(device)
     check_output(output, overwrite=overwrite, expected_bytes=expected_bytes(source, loaded))
     check_kernels(loaded, place, strict)
     if resume and loaded.weights is None:
@@ -122,13 +178,19 @@ def compress(
         needs_text = loaded.needs_data or loaded.evaluation.windows > 0
         tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code) if needs_text else None
         calibration, batches = calibration_batches(loaded, tokenizer, base)
+        check_shared(processes, len(batches), loaded.weights)
         windows = evaluation_windows(loaded, tokenizer)
         store = None
         if resume:
-            store = stack.enter_context(LayerStore.open(output, layer_facts(loaded, source, calibration, place)))
-        staging = stack.enter_context(staged(output, overwrite=overwrite))
+            facts = {**layer_facts(loaded, source, calibration, place), "processes": processes.size}
+            processes.check()
+            store = stack.enter_context(LayerStore.open(output, facts, writes=processes.first))
+        staging = stack.enter_context(staged(output, overwrite=overwrite)) if processes.first else None
         undo = Undo() if loaded.limits.perplexity_increase else None
-        walk = walked(base, loaded, batches, coverage, device=place, undo=undo, store=store, progress=progress)
+        run = {"undo": undo, "store": store, "processes": processes, "offload": offload, "progress": progress}
+        walk = walked(base, loaded, batches, coverage, device=place, **run)
+        if staging is None:
+            return CompressionResult(output, loaded, coverage, {}, None)
         probe = batches[0][:1, :PROBE_TOKENS]
         dense: tuple[str, ...] = ()
         while True:
@@ -136,9 +198,9 @@ def compress(
             cache = cache_policy(base, loaded, calibration, place, progress)
             write_model(base, source, staging, loaded, coverage, max_shard_size)
             write_tensors(staging, {**walk.tensors, **({} if cache is None else cache_tensors(cache))})
-            reload_and_compare(base, staging, probe, place, trust_remote_code, policies, cache)
+            reload_and_compare(base, staging, probe, place, trust_remote_code, policies, cache, offload)
             evaluation = verify_quality(
-                *(staging, source, windows, loaded, place, trust_remote_code, progress, policies, cache)
+                *(staging, source, windows, loaded, place, trust_remote_code, progress, policies, cache, offload)
             )
             if not exceeds(evaluation, loaded):
                 break
@@ -167,6 +229,7 @@ def compress(
             **({} if cache is None else {"kv_cache": write_cache(cache)}),
         }
         write_companions(staging, loaded, report, evaluation, source)
+        write_report(staging, output)
     return CompressionResult(output, loaded, coverage, report, evaluation)
 
 
@@ -184,7 +247,7 @@ def covered(model: Any, layers: list[tuple[str, nn.Module]], recipe: Recipe) -> 
     names = [name for name, _ in layers]
     if recipe.weights is None:
         return recipe, cover(model, names, None)
-    refuse_experts(layers)
+    refuse_experts(layers, recipe.weights.ignore)
     coverage = cover(model, names, recipe.weights)
     return recipe.model_copy(update={"weights": resolve_group_size(recipe.weights, coverage)}), coverage
 
@@ -198,6 +261,8 @@ def walked(
     device: torch.device,
     undo: Undo | None,
     store: LayerStore | None = None,
+    processes: Processes = ALONE,
+    offload: Path | None = None,
     progress: Progress = quiet,
 ) -> WalkResult:
     """The walk that quantizes weights; nothing happens in a recipe without them."""
@@ -210,6 +275,8 @@ def walked(
         seed=seed,
         undo=undo,
         store=store,
+        processes=processes,
+        offload=offload,
         progress=progress,
     )
 
@@ -333,73 +400,6 @@ def write_model(
     save_weights(model, source, staging, scheme, kept, max_shard_size)
 
 
-def reload_and_compare(
-    model: Any,
-    staging: Path,
-    probe: torch.Tensor,
-    device: torch.device,
-    trust_remote_code: bool,
-    policies: dict[str, AttentionPolicy] | None = None,
-    cache: CachePolicy | None = None,
-) -> None:
-    """RuntimeError unless the directory, loaded from disk, gives exactly the logits of the model in memory.
-
-    policies: attention runs by them in both, however short the probe is. cache: logits are compared once more with
-    tokens that read the compressed cache.
-    """
-    policies = policies or {}
-    stored = read_policies(json.loads(json.dumps({"attention": write_policies(policies)})))
-    reloaded = load_written(staging, trust_remote_code=trust_remote_code)
-    logits = []
-    for subject, chosen in ((model, policies), (reloaded, stored)):
-        with running(subject, chosen), at_least(subject, 1):
-            logits.append(layerwise_logits(subject, decoder_layers(subject), probe, device))
-    compare_logits(*logits)
-    if cache is not None:
-        again = read_cache(json.loads(json.dumps({"kv_cache": write_cache(cache)})), staging)
-        assert again is not None
-        compare_logits(
-            probe_logits(model, policies, cache, probe),
-            probe_logits(reloaded, stored, again, probe),
-            "compressed cache: ",
-        )
-
-
-def compare_logits(expected: torch.Tensor, got: torch.Tensor, where: str = "") -> None:
-    """RuntimeError unless they are equal."""
-    if not torch.equal(expected, got):
-        worst = float((expected.float() - got.float()).abs().max())
-        raise RuntimeError(
-            f"{where}the reloaded model differs from the one in memory (largest logit difference {worst:g}); "
-            "nothing was written"
-        )
-
-
-def verify_quality(
-    staging: Path,
-    source: Path,
-    windows: torch.Tensor | None,
-    recipe: Recipe,
-    device: torch.device,
-    trust_remote_code: bool,
-    progress: Progress,
-    policies: dict[str, AttentionPolicy] | None = None,
-    cache: CachePolicy | None = None,
-) -> dict[str, Any] | None:
-    """Perplexity, KL and agreement of the written directory, run by `policies` and `cache`, against the base model."""
-    if windows is None:
-        return None
-    placement = None if device.type == "cpu" else {"": str(device)}
-    compressed = load_written(staging, device_map=placement, trust_remote_code=trust_remote_code)
-    base = load_base(source, device_map=placement, trust_remote_code=trust_remote_code)
-    options = recipe.evaluation
-    with running(compressed, policies or {}, cache):
-        return {
-            "text": describe_text(options, read_text(options.text)[1], windows),
-            **measure_text(compressed, base, windows, options, progress),
-        }
-
-
 def exceeds(evaluation: dict[str, Any] | None, recipe: Recipe) -> bool:
     """Whether the perplexity grew beyond the recipe's limit."""
     limit = recipe.limits.perplexity_increase
@@ -424,6 +424,18 @@ def write_companions(
         save_json(evaluation, staging / "evaluation.json")
     write_card(staging, recipe, report, evaluation, source)
     write_sidecar(staging, report)
+
+
+def write_report(staging: Path, output: Path) -> None:
+    """What is known about the directory as a page in it, under the name that it is about to have."""
+    from .report_page import write_page
+    from .reporting import report
+
+    content = report([staging])
+    content["directories"][0] |= {"directory": str(output), "name": output.name}
+    for group in [*content["comparisons"]["quality"], *content["comparisons"]["speed"]]:
+        group["members"][0]["name"] = output.name
+    write_page(content, staging / REPORT)
 
 
 def describe_calibration(calibration: CalibrationSet) -> dict[str, Any]:

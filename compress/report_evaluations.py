@@ -87,6 +87,7 @@ class Evaluation(_Part):
     speed: dict[str, Speed] | None = None
     choices: dict[str, Any] | None = None
     last_word: dict[str, Any] | None = None
+    harness: dict[str, Any] | None = None
     attention: AttentionUse | None = None
     kv_cache: CacheUse | None = None
 
@@ -127,6 +128,18 @@ def tasks(content: dict[str, Any]) -> list[dict[str, Any]]:
                 "difference": None if difference is None else _pair(difference),
             }
         )
+    return rows + harness_tasks(content.get("harness") or {"results": []})
+
+
+def harness_tasks(content: dict[str, Any]) -> list[dict[str, Any]]:
+    """The same of tasks that lm-eval ran, as far as their metrics are shares of right items."""
+    rows = []
+    for row in content["results"]:
+        if not str(row["metric"]).startswith(("acc", "exact_match")):
+            continue
+        task = f"{row['metric']}, {content['harness']}" + (f", {row['num_fewshot']}-shot" if row["num_fewshot"] else "")
+        pairs = {side: _pair(row[side]) if row.get(side) else None for side in ("model", "base", "difference")}
+        rows.append({"task": task, "file": str(row["task"]), "items": int(row["items"]), **pairs})
     return rows
 
 

@@ -42,17 +42,17 @@ class KeptLayer:
 class LayerStore:
     """The folder of kept layers of one output directory; as a context, it is removed when all went well."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, *, writes: bool = True):
+        self.folder, self.writes = folder, writes
 
     @classmethod
-    def open(cls, output: Path, facts: Mapping[str, Any]) -> LayerStore:
-        """facts: JSON-able, what the layers depend on.
+    def open(cls, output: Path, facts: Mapping[str, Any], *, writes: bool = True) -> LayerStore:
+        """facts: JSON-able, what the layers depend on. writes: False for a process that reads what another one keeps.
 
         Raises ValueError if the folder holds layers of another run, or cannot be written.
         """
         output = output.absolute()
-        store = cls(output.parent / FOLDER.format(name=output.name))
+        store = cls(output.parent / FOLDER.format(name=output.name), writes=writes)
         mark = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
         file = store.folder / FINGERPRINT
         if file.is_file() and file.read_text("utf-8") != mark:
@@ -60,9 +60,13 @@ class LayerStore:
                 f"{store.folder} holds layers of another recipe, model, calibration text, device or version; delete "
                 "it, or run without --resume"
             )
+        if not writes:
+            return store
         try:
             store.folder.mkdir(parents=True, exist_ok=True)
-            file.write_text(mark, "utf-8")
+            partial = file.with_name(f"{FINGERPRINT}.partial-{os.getpid()}")
+            partial.write_text(mark, "utf-8")
+            partial.rename(file)
         except OSError as error:
             raise ValueError(f"layers cannot be kept in {store.folder}: {error.strerror}") from error
         if len(store):
@@ -114,6 +118,8 @@ class LayerStore:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         """Nothing needs to be kept once the output is complete."""
+        if not self.writes:
+            return
         if kind is None or not len(self):
             shutil.rmtree(self.folder, ignore_errors=True)
         else:

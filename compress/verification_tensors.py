@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from typing import Any
 
 import torch
@@ -12,6 +14,9 @@ from .untrusted import StoredTensor
 DTYPES = {"int4": ("weight_packed", "I32"), "fp8": ("weight", "F8_E4M3")}
 """Storage → (tensor of the codes, dtype)."""
 FLOATS = ("F64", "F32", "F16", "BF16")
+LAYER = re.compile(r"[^\d]*\.\d+(?=\.)")
+EXPERT = re.compile(rf"({LAYER.pattern})\..*\bexperts\.\d+\.")
+"""A name of a tensor in a decoder layer, and of one of an expert there; the first group is the layer."""
 
 
 def line_problems(line: dict[str, Any], stored: dict[str, StoredTensor], scheme: WeightScheme | None) -> list[str]:
@@ -46,21 +51,41 @@ def unknown_tensors(lines: list[dict[str, Any]], stored: dict[str, StoredTensor]
     """Stored tensors that belong to no module of the coverage table, and how many are taken for renamed ones.
 
     transformers stores some modules under the names of the original checkpoint (`embed_out` for the head of gpt_neox):
-    a tensor of the shape of a kept module that has none under its own name is taken for that module's.
+    a tensor of the shape of a kept module that has none under its own name is taken for that module's. Mixtures of
+    experts, which are one module in memory, are stored expert by expert: all of a layer together must have the weights
+    of its mixtures.
     """
     names = {line["name"] for line in lines}
     owners = {name.rpartition(".")[0] for name in stored}
     free = [line["shape"] for line in lines if line["name"] not in owners and line["parameters"]]
+    fused, experts = fused_experts(lines, owners), {}
     unknown, renamed = [], 0
     for name, tensor in stored.items():
         if name.rpartition(".")[0] in names:
             continue
-        if list(tensor.shape) in free and tensor.dtype in FLOATS:
+        if (found := EXPERT.match(name)) and found[1] in fused and tensor.dtype in FLOATS:
+            experts.setdefault(found[1], []).append(name)
+        elif list(tensor.shape) in free and tensor.dtype in FLOATS:
             free.remove(list(tensor.shape))
             renamed += 1
         else:
             unknown.append(name)
+    for layer, found in experts.items():
+        if sum(math.prod(stored[name].shape) for name in found) == fused[layer]:
+            renamed += len(found)
+        else:
+            unknown += found
     return unknown, renamed
+
+
+def fused_experts(lines: list[dict[str, Any]], owners: set[str]) -> dict[str, int]:
+    """Weights of the mixtures of experts that are not stored under their own names, by decoder layer."""
+    found: dict[str, int] = {}
+    for line in lines:
+        layer = LAYER.match(line["name"])
+        if layer and len(line["shape"]) == 3 and line["status"] == "kept" and line["name"] not in owners:
+            found[layer[0]] = found.get(layer[0], 0) + line["parameters"]
+    return found
 
 
 def tensor_problem(values: torch.Tensor, key: str, shape: list[int] | None) -> str:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,9 +22,10 @@ from torch import nn
 from ..quant.block import Block
 from ..quant.method import QuantizedWeight, WeightMethod
 from .coverage import Coverage
-from .hf_decoder import LayerCalls, decoder_layers, resident
+from .hf_decoder import LayerCalls, decoder_layers, park, resident
 from .hf_folds import find_folds
 from .linear import CompressedLinear, keep_group_scales_exact
+from .processes import ALONE, Processes
 from .resume import KeptLayer, LayerStore
 
 log = logging.getLogger(__name__)
@@ -120,18 +122,23 @@ def quantize_layers(
     seed: int = 0,
     undo: Undo | None = None,
     store: LayerStore | None = None,
+    processes: Processes = ALONE,
+    offload: Path | None = None,
     progress: Progress = lambda stage, done, total, text: None,
 ) -> WalkResult:
     """Quantizes the covered Linears of `model` in place. `method.group_size` must be resolved.
 
     batches: token ids, (batch, tokens) each. The model may be on any mix of devices, or offloaded by accelerate.
-    store: layers it holds are put in place instead of being quantized, and the others are kept there.
+    store: layers it holds are put in place instead of being quantized, and the others are kept there. processes: those
+    that do the same with the same batches, and share them. offload: a folder that finished layers wait in instead of in
+    memory.
     """
     layers = decoder_layers(model)
     covered = {line.name for line in coverage if line.status == "quantized"}
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    calls = LayerCalls(model, layers, batches)
+    calls = LayerCalls(model, layers, processes.share(batches))
+    order = processes.order([tokens.shape for tokens in batches])
     inputs = [hidden.to(_home(device, calls.hidden)) for hidden in calls.hidden]
     calls.hidden.clear()
     reference = list(inputs) if method.needs_reference else None
@@ -155,11 +162,20 @@ def quantize_layers(
             reference=reference,
             seed=seed + index,
             progress=lambda text, index=index: progress("layers", index, len(layers), text),
+            order=None if order is None else [((*shape, inputs[0].shape[-1]), place) for shape, place in order],
+            combine=processes.sum_statistics,
         )
         kept = store.load(index) if store is not None else None
-        report = quantize_layer(block, method, undo, kept)
-        if store is not None and kept is None:
+        processes.check_same(kept is not None, f"whether {name} is kept from an earlier run")
+        report = quantize_layer(block, method, undo, kept, processes)
+        if store is not None and kept is None and processes.first:
             store.save(index, to_keep(block, report))
+        if offload is not None:
+            for child, module in layer.named_modules():
+                if isinstance(module, CompressedLinear):
+                    place = offload / f"{name}.{child}"
+                    place.mkdir()
+                    park(module, place)
         tensors.update({f"{name}.{key}": tensor.cpu() for key, tensor in block.tensors.items()})
         del block, linears  # or the float weights would stay until the next layer is done
         reports.append(report)
@@ -169,7 +185,13 @@ def quantize_layers(
 
 
 @torch.no_grad()
-def quantize_layer(block: Block, method: WeightMethod, undo: Undo | None, kept: KeptLayer | None = None) -> LayerReport:
+def quantize_layer(
+    block: Block,
+    method: WeightMethod,
+    undo: Undo | None,
+    kept: KeptLayer | None = None,
+    processes: Processes = ALONE,
+) -> LayerReport:
     """Quantizes one layer in place. Its outputs take the places of `block.inputs`, the float ones of `block.reference`.
 
     A layer without Linears to quantize is only run. kept: what an earlier run made of this layer.
@@ -188,11 +210,13 @@ def quantize_layer(block: Block, method: WeightMethod, undo: Undo | None, kept: 
         elif block.linears:
             block.folds = find_folds(block) if method.needs_data else []
             commit(block, method.quantize(block), undo, home)
+        processes.agree(block.module)
         # What is calibrated must not depend on how this device multiplies many tokens.
         keep_group_scales_exact(block.module)
         advance(block, block.inputs)
         keep_group_scales_exact(block.module, False)
         error = relative_error(block.inputs[0].to(block.device), expected, hidden.to(block.device))
+    error = processes.first_of(error)  # which has the first batch
     if kept is not None:
         return still_as_reported(LayerReport(**kept.report), error)
     return LayerReport(block.name, error, time.perf_counter() - started, block.notes)

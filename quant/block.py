@@ -15,7 +15,7 @@ value vector is close to zero, every later token attends to it, and an error the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -97,6 +97,10 @@ class Block:
     (batch, tokens, hidden). arguments: what else the layer is called with, per batch. reference: the float model's
     output of this layer per batch, present when the method's `needs_reference` is set. scale_dtype: the dtype group
     scales are stored in.
+
+    Where several processes share the calibration text, `inputs` is the part of this one. order: for every batch of all
+    processes, the shape of its hidden states and its place in `inputs`, None if it is elsewhere. combine: makes the
+    moments of this process's tokens those of all.
     """
 
     name: str
@@ -111,6 +115,8 @@ class Block:
     reference: list[torch.Tensor] | None = None
     seed: int = 0
     progress: Callable[[str], None] = lambda text: None
+    order: Sequence[tuple[Sequence[int], int | None]] | None = None
+    combine: Callable[[dict[str, InputStatistics]], None] = lambda found: None
     notes: dict[str, Any] = field(default_factory=dict)
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     _columns: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -225,23 +231,35 @@ class Block:
         assert not self._columns, "statistics are collected before anything is folded"
         found: dict[str, InputStatistics] = {}
         generator = torch.Generator(self.device).manual_seed(self.seed)
-        for index in range(len(self.inputs)):
-            calls = self._probe(index, generator)
+        order = (
+            [(hidden.shape, index) for index, hidden in enumerate(self.inputs)] if self.order is None else self.order
+        )
+        for shape, index in order:
+            # Drawn for every batch, so that a batch has the same signs whichever process has it.
+            signs = torch.randint(0, 2, tuple(shape), generator=generator, device=self.device) * 2.0 - 1
+            if index is None:
+                continue
+            calls = self._probe(index, signs)
             while calls:
                 name, x, y, gradient = calls.pop()
                 if name not in found:
                     found[name] = InputStatistics.zeros(x.shape[-1], x.device)
                 found[name].update(x, y, gradient)
-        missing = [name for name in self.linears if name not in found]
+        if self.order is not None:
+            for name, linear in self.linears.items():
+                found.setdefault(name, InputStatistics.zeros(linear.in_features, self.device))
+            found = {name: found[name] for name in self.linears}
+        self.combine(found)
+        missing = [name for name in self.linears if name not in found or found[name].tokens == 0]
         if missing:
             raise ValueError(f"{self.name}: {', '.join(missing)} never ran on the calibration text; add it to `ignore`")
         return found
 
     def _probe(
-        self, index: int, generator: torch.Generator
+        self, index: int, signs: torch.Tensor
     ) -> list[tuple[str, torch.Tensor, torch.Tensor, torch.Tensor | None]]:
         """Every call of a Linear in batch `index`: its name, input (…, in), output (…, out), and the gradient of
-        Σ_t r_t·h_t at that output.
+        Σ_t r_t·h_t at that output. signs: those of r, in the shape of the hidden states.
         """
         calls: list[tuple[str, torch.Tensor, torch.Tensor]] = []
 
@@ -258,7 +276,6 @@ class Block:
         finally:
             for handle in handles:
                 handle.remove()
-        signs = torch.randint(0, 2, output.shape, generator=generator, device=self.device) * 2.0 - 1
         weight = token_weight(output.detach())
         # Mean 1, so that gradients stay in the range of half precision.
         probe = (signs * (weight / weight.mean()).sqrt().unsqueeze(-1)).to(output.dtype)

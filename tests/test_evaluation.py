@@ -350,7 +350,7 @@ def test_multiple_choice(model, tokenizer, batch_size):
         pairs = [encode_pair(tokenizer, prompt, " " + choice) for choice in choices]
         likelihoods = np.array([log_likelihood(model, pair.context, pair.target)[0] for pair in pairs])
         correct.append(bool(likelihoods.argmax() == row["gold"]))
-        sizes = [len(choice.encode("utf-8")) for choice in choices]
+        sizes = [len(choice) for choice in choices]
         correct_norm.append(bool((likelihoods / sizes).argmax() == row["gold"]))
     assert found.correct == tuple(correct) and found.correct_norm == tuple(correct_norm)
     assert found.items == 5
@@ -359,16 +359,16 @@ def test_multiple_choice(model, tokenizer, batch_size):
     json.dumps(found.as_dict(), allow_nan=False)
 
 
-def test_length_normalization_counts_bytes(model, tokenizer, monkeypatch):
-    """Four bytes but two characters: by characters or by tokens the other choice would win."""
+def test_length_normalization_counts_characters(model, tokenizer, monkeypatch):
+    """Four bytes but two characters: by bytes the other choice would win."""
     choices = ["éé", "abc"]
-    likelihoods = iter([-4.0, -3.3])
+    likelihoods = iter([-3.2, -4.5])
     monkeypatch.setattr(
         evaluation_tasks,
         "score_continuations",
         lambda *args, **kwargs: [evaluation_tasks.Score(next(likelihoods), False) for _ in choices],
     )
-    found = multiple_choice(model, tokenizer, [{"question": "?", "choices": choices, "gold": 0}])
+    found = multiple_choice(model, tokenizer, [{"question": "?", "choices": choices, "gold": 1}])
     assert found.correct == (False,)
     assert found.correct_norm == (True,)
 
@@ -421,6 +421,11 @@ def test_flips():
     difference = np.array(new, float) - np.array(base, float)
     assert found.accuracy_difference == pytest.approx(difference.mean())
     assert found.accuracy_difference_stderr == pytest.approx(difference.std(ddof=1) / math.sqrt(6))
+    ratio = sum(new) / sum(base)
+    assert found.recovery == pytest.approx(ratio)
+    residual = np.array(new, float) - ratio * np.array(base, float)
+    assert found.recovery_stderr == pytest.approx(math.sqrt((residual**2).sum() * 6 / 5) / sum(base))
+    assert flips((False, False), (True, False)).recovery is None
     with pytest.raises(ValueError, match="same rows"):
         flips(base, new[:3])
 

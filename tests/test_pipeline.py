@@ -9,7 +9,7 @@ import torch
 from tiny import tiny_directory, write_text
 from transformers import AutoModelForCausalLM
 
-from kompakt.compress import Recipe, compress, load, patch
+from kompakt.compress import Recipe, compress, load, patch, verify
 from kompakt.compress.artifact import read_sidecar
 from kompakt.compress.assess import evaluate
 from kompakt.compress.hf_decoder import decoder_layers
@@ -118,7 +118,12 @@ def test_artifact_is_complete(base, text, tmp_path):
         "tokenizer.json",
         "tokenizer_config.json",
         "generation_config.json",
+        "report.html",
     } <= names
+    page = (tmp_path / "out/report.html").read_text("utf-8")
+    assert "kompakt compress …" in page and "Compression report: out<" in page and ".kompakt-" not in page
+    (tmp_path / "out/report.html").write_text("made again")
+    assert verify(tmp_path / "out", logits=False).passed
     config = json.loads((tmp_path / "out/config.json").read_text())
     group = config["quantization_config"]["config_groups"]["group_0"]
     assert config["quantization_config"]["quant_method"] == "compressed-tensors"

@@ -284,14 +284,14 @@ def test_evaluation_reaches_quantized_attention_or_says_so(base, made, tmp_path)
 
 def test_damage_to_attention_is_noticed_on_reloading(base, tmp_path, monkeypatch):
     """The comparison runs quantized attention in both models, however short its probe is."""
-    from kompakt.compress import pipeline
+    from kompakt.compress import read_back
 
-    honest = pipeline.read_policies
+    honest = read_back.read_policies
 
     def damaged(sidecar):
         return {name: AttentionPolicy("int4_fp8", 4096) for name in honest(sidecar)}
 
-    monkeypatch.setattr(pipeline, "read_policies", damaged)
+    monkeypatch.setattr(read_back, "read_policies", damaged)
     with pytest.raises(RuntimeError, match="the reloaded model differs"):
         compress(base, "sage", tmp_path / "out", overrides=SHORT)
     assert not (tmp_path / "out").exists()
