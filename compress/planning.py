@@ -231,18 +231,19 @@ def plan_cache(model: Any, method: KVCacheMethod, contexts: Sequence[int]) -> Ca
     """What `method` allocates for one sequence: a cache is filled with tokens that have no storage."""
     modules, config = cacheable_modules(model), model.config.get_text_config()
     heads, head_dim = kv_shape(config)
+    statics = method.blank_statics(heads, head_dim)
     numbers: set[Any] = {module.layer_idx for module in modules.values()}
-    kinds = Counter(store.window for store in CompressedCache(config, method).compressed_layers)
+    kinds = Counter(store.window for store in CompressedCache(config, KVCacheMethod()).compressed_layers)
     windows = [
         store.window
-        for store in CompressedCache(config, method, statics={number: {} for number in numbers}).compressed_layers
+        for store in CompressedCache(config, method, statics=dict.fromkeys(numbers, statics)).compressed_layers
     ]
     others = sum(kinds.values()) - len(windows)
     sizes = {}
     for tokens in contexts:
         total = 0
         for window, count in Counter(windows).items():
-            store = TokenStore(replace(method, max_tokens=None), window=window)
+            store = TokenStore(replace(method, max_tokens=None), statics=statics, window=window)
             empty = torch.empty((1, heads, tokens, head_dim), dtype=model.dtype, device="meta")
             store.append(empty, empty)
             total += count * store.nbytes().total

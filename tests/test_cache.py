@@ -12,10 +12,11 @@ from decode_cases import statics_of
 
 from kompakt.compress.cache import TokenStore
 from kompakt.kernels.decode_attention import dequantized
-from kompakt.kernels.kv_codes import KeyMap, rounded
+from kompakt.kernels.kv_codec import Codec
 from kompakt.kernels.kv_pages import PAGE
 from kompakt.quant.kv_fp8 import KVFP8
 from kompakt.quant.kv_int4 import KVINT4
+from kompakt.quant.method import KVCacheMethod
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 HEADS, KEY_DIM, VALUE_DIM = 2, 6, 4
@@ -25,8 +26,8 @@ HEADS, KEY_DIM, VALUE_DIM = 2, 6, 4
 class Plain:
     """A cache as lists: every token's key and value as they came, how many are coded, and where rows start."""
 
-    method: KVFP8 | KVINT4
-    key_map: KeyMap | None
+    method: KVCacheMethod
+    codec: Codec
     key: torch.Tensor
     value: torch.Tensor
     starts: list[int]
@@ -48,8 +49,8 @@ class Plain:
 
     def content(self, coded: int) -> list[torch.Tensor]:
         found = []
-        for dense, key_map in ((self.key, self.key_map), (self.value, None)):
-            found.append(rounded(dense, self.method.kind, key_map))
+        for dense, coded_ in zip((self.key, self.value), self.codec.rounded(self.key, self.value), strict=True):
+            found.append(coded_.clone())
             found[-1][:, :, coded:] = dense[:, :, coded:]
             for row, start in enumerate(self.starts):
                 place = slice(start, start + self.method.sink_tokens)
@@ -90,7 +91,7 @@ def test_any_sequence_of_operations_gives_the_same_tokens(method, window):
         starts = [choose.choice((0, 0, 3, 127, 140)) for _ in range(choose.randint(1, 3))]
         store = TokenStore(made, statics=statics, window=window, starts=starts)
         store.recording = recording = choose.random() < 0.5
-        plain = Plain(made, made.key_map(statics), *some(len(starts), 0, generator), starts=list(starts))
+        plain = Plain(made, made.codec(statics), *some(len(starts), 0, generator), starts=list(starts))
         for _ in range(9):
             operation = choose.choice(("append", "append", "append", "crop", "rows", "repeat", "reset"))
             length = plain.key.shape[2]
@@ -115,7 +116,7 @@ def test_any_sequence_of_operations_gives_the_same_tokens(method, window):
             elif operation == "reset" and choose.random() < 0.3 and length:
                 batch = len(plain.starts)
                 store.forget()
-                plain = Plain(made, made.key_map(statics), *some(batch, 0, generator), starts=[0] * batch)
+                plain = Plain(made, made.codec(statics), *some(batch, 0, generator), starts=[0] * batch)
             else:
                 continue
             done[operation] += 1

@@ -1,0 +1,95 @@
+"""k-means of many small problems at once, on any device: Lloyd's iterations from k-means++ seeds.
+
+::
+
+    seeds      the first point at random, others with probability ∝ |x − nearest seed|², `ROUND` of them at a time
+    assign     argmin_j |x − c_j|² = argmax_j (x·c_j − |c_j|²/2)
+    update     c_j = mean of the points that chose it; a centroid that none chose stays
+
+Most iterations see `SAMPLE` points of each problem, the last `FINAL` all of them. Departures from Arthur and
+Vassilvitskii (2007), both for speed: several seeds are drawn between two updates of the distances, and there is one
+start. Memory: the points, and one block of scores. On a CPU the number of a centroid is put into the last bits of its
+score, so that a plain maximum finds it; scores that differ by less than 2⁻¹⁵ of their size may be taken for equal.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+ROUND = 16
+SAMPLE = 4096
+ITERATIONS, FINAL = 8, 3
+CPU_TOKENS = 256
+"""Points whose scores stay in a core's cache."""
+DEVICE_SCORES = 2**27
+"""Scores that exist at a time elsewhere."""
+
+
+def kmeans(x: Tensor, count: int, *, seed: int = 0) -> Tensor:
+    """Centroids, (problems, count, dim) fp32, of points x, (problems, points, dim) fp32. Same seed, same centroids.
+
+    count: 256 at most. Equal points give equal centroids. ValueError if there are no points.
+    """
+    if x.shape[1] == 0 or not 1 <= count <= 256:
+        raise ValueError(
+            f"{count} centroids of {x.shape[1]} points; at least one point and 1 to 256 centroids are needed"
+        )
+    generator = torch.Generator(x.device).manual_seed(seed)
+    sample = x
+    if x.shape[1] > SAMPLE:
+        chosen = torch.randperm(x.shape[1], generator=generator, device=x.device)[:SAMPLE]
+        sample = x[:, chosen].contiguous()
+    centroids = lloyd(sample, seeds(sample, count, generator), ITERATIONS)
+    return lloyd(x, centroids, FINAL)
+
+
+def seeds(x: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """(problems, count, dim) of the points of x."""
+    rows = torch.arange(x.shape[0], device=x.device)[:, None]
+    first = torch.randint(x.shape[1], (x.shape[0], 1), generator=generator, device=x.device)
+    found = [x[rows, first]]
+    distance = (x - found[0]).square().sum(dim=-1)
+    for start in range(1, count, ROUND):
+        # Where all points are seeds already, any is as good as another.
+        weights = distance.clamp_min(torch.finfo(torch.float32).tiny)
+        chosen = torch.multinomial(weights, min(ROUND, count - start), replacement=True, generator=generator)
+        found.append(x[rows, chosen])
+        nearest = (x[:, :, None] - found[-1][:, None]).square().sum(dim=-1).amin(dim=-1)
+        distance = torch.minimum(distance, nearest)
+    return torch.cat(found, dim=1)
+
+
+def lloyd(x: Tensor, centroids: Tensor, iterations: int) -> Tensor:
+    """Centroids after so many iterations."""
+    problems, _, dim = x.shape
+    count = centroids.shape[1]
+    first = count * torch.arange(problems, device=x.device)[:, None]
+    for _ in range(iterations):
+        chosen = (nearest(x, centroids) + first).flatten()
+        members = torch.bincount(chosen, minlength=problems * count)[:, None]
+        sums = torch.zeros((problems * count, dim), device=x.device).index_add_(0, chosen, x.reshape(-1, dim))
+        means = torch.where(members > 0, sums / members.clamp_min(1), centroids.reshape(-1, dim))
+        centroids = means.view(problems, count, dim)
+    return centroids
+
+
+def nearest(x: Tensor, centroids: Tensor) -> Tensor:
+    """(problems, points) int64, the number of each point's nearest centroid."""
+    problems, points, _ = x.shape
+    count = centroids.shape[1]
+    half = -centroids.square().sum(dim=-1, keepdim=True) / 2
+    if x.device.type != "cpu":
+        step = max(1, DEVICE_SCORES // (problems * count))
+        blocks = [torch.baddbmm(half, centroids, part.mT).argmax(dim=1) for part in x.split(step, dim=1)]
+        return torch.cat(blocks, dim=1)
+    with_half, ones = torch.cat((centroids, half), dim=-1), x.new_ones(points)
+    numbers = torch.arange(count, dtype=torch.int32)[:, None]
+    found = torch.empty((problems, points), dtype=torch.int32)
+    for problem in range(problems):
+        columns = torch.cat((x[problem].T, ones[None]))
+        for start in range(0, points, CPU_TOKENS):
+            scores = with_half[problem] @ columns[:, start : start + CPU_TOKENS]
+            scores.view(torch.int32).bitwise_and_(-256).bitwise_or_(numbers)
+            found[problem, start : start + CPU_TOKENS] = scores.amax(dim=0).view(torch.int32)
+    return found.bitwise_and_(255).long()
