@@ -113,11 +113,6 @@ class Page:
 class Codec:
     """How the tokens of one layer are coded."""
 
-    @property
-    def kind(self) -> str:
-        """Of codes, as in the layout."""
-        raise NotImplementedError
-
     def layout(self, key_dim: int, value_dim: int) -> Layout:
         """Of a page. ValueError for heads that cannot be stored."""
         raise NotImplementedError

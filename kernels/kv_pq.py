@@ -127,14 +127,9 @@ class PQCodec(Codec):
     keys: ProductQuantizer
     values: ProductQuantizer
 
-    @property
-    def kind(self) -> str:
-        """See `Codec.kind`."""
-        return f"pq{self.bits}"
-
     def layout(self, key_dim: int, value_dim: int) -> PQLayout:
         """See `Codec.layout`."""
-        return PQLayout(self.kind, key_dim, value_dim, self.bits)
+        return PQLayout(f"pq{self.bits}", key_dim, value_dim, self.bits)
 
     def check(self, heads: int, key_dim: int, value_dim: int) -> None:
         """See `Codec.check`."""
