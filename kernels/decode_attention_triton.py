@@ -2,8 +2,8 @@
 merged.
 
 A program of `decode_kernel` holds all queries of one KV head and a run of pages; one more program per KV head takes the
-dense tokens. Everything is transposed, Sᵀ = K·Qᵀ and Oᵀ = Vᵀ·Pᵀ, since Hopper's matrix units take only the left operand
-from registers, where codes are unpacked; an INT4 code u as an e4m3 byte is u·2⁻⁹ exactly.
+dense tokens. Over codes everything is transposed, Sᵀ = K·Qᵀ and Oᵀ = Vᵀ·Pᵀ, since Hopper's matrix units take only the
+left operand from registers, where codes are unpacked; an INT4 code u as an e4m3 byte is u·2⁻⁹ exactly.
 
 *Two terms.* Queries and probabilities are multiplied in FP8, each as x = hi + lo/16 with both terms in e4m3: eight bits
 of mantissa instead of four. A tile has at least 16 columns, and the queries of one KV head are rarely more than 8: the
@@ -90,12 +90,12 @@ def parameters(ptr, token, valid, KIND: tl.constexpr):
 
 @triton.jit
 def seen_by(column, valid, position, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
-    """(columns, queries) bool."""
-    seen = valid[:, None] & (position >= 0)[None, :]
+    """bool; column and valid along one axis, position along the other."""
+    seen = valid & (position >= 0)
     if CAUSAL:
-        seen = seen & (column[:, None] <= position[None, :])
+        seen = seen & (column <= position)
     if WINDOW:
-        seen = seen & (column[:, None] > position[None, :] - window)
+        seen = seen & (column > position - window)
     return seen
 
 
@@ -143,10 +143,10 @@ def prepare_kernel(
 @triton.jit
 def dense_tile(
     acc, m, total, q, key_base, value_base, key_stride, value_stride, place, column, valid, position, window, softcap,
-    factor, head_dim, value_dim, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    factor, head_dim, value_dim, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, WIDTH: tl.constexpr,
     VALUE_WIDTH: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """One tile of dense tokens, at `place` in their buffers."""
+    """One tile of dense tokens, at `place` in their buffers. acc: (rows, VALUE_WIDTH)."""
     channel, value_channel = tl.arange(0, WIDTH), tl.arange(0, VALUE_WIDTH)
     k = tl.load(
         key_base + place[:, None] * key_stride + channel[None, :],
@@ -158,16 +158,29 @@ def dense_tile(
         mask=valid[:, None] & (value_channel < value_dim)[None, :],
         other=0.0,
     )
-    s = fold(multiply(k, q.T, INTERPRET), BLOCK, ROWS) * factor
+    s = multiply(q, k.T, INTERPRET) * factor
     if SOFTCAP:
         s = capped(s, softcap)
-    s = tl.where(seen_by(column, valid, position, window, True, WINDOW), s, float("-inf"))
-    new_m = tl.maximum(m, tl.max(s, axis=0))
-    p = tl.math.exp2(s - new_m[None, :])
+    seen = seen_by(column[None, :], valid[None, :], position[:, None], window, True, WINDOW)
+    s = tl.where(seen, s, float("-inf"))
+    new_m = tl.maximum(m, tl.max(s, axis=1))
+    p = tl.math.exp2(s - new_m[:, None])
     alpha = tl.math.exp2(m - new_m)
-    total = total * alpha + tl.sum(p, axis=0)
-    o = multiply(v.T, two_terms(p, False, v.dtype, BLOCK, ROWS, INTERPRET), INTERPRET)
-    return acc * doubled(alpha, ROWS)[None, :] + o, new_m, total
+    total = total * alpha + tl.sum(p, axis=1)
+    return acc * alpha[:, None] + multiply(p.to(v.dtype), v, INTERPRET), new_m, total
+
+
+@triton.jit
+def store_state(ptr, part, row, m, total, ROWS: tl.constexpr):
+    """Maximum and sum of weights of a part."""
+    tl.store(ptr + part * 2 * ROWS + row, m, mask=row < ROWS)
+    tl.store(ptr + part * 2 * ROWS + ROWS + row, total, mask=row < ROWS)
+
+
+@triton.jit
+def position_of(row, tokens, QUERIES: tl.constexpr, GROUP: tl.constexpr):
+    """Columns of queries; rows that are no query have none."""
+    return tl.where(row < QUERIES * GROUP, tokens - QUERIES + row // GROUP, -1)
 
 
 @triton.jit
@@ -177,6 +190,57 @@ def readable(column, coded, lowest, sink_start, sink_tokens, SINKS: tl.constexpr
     if SINKS:
         valid = valid & ((column < sink_start) | (column >= sink_start + sink_tokens))
     return valid
+
+
+@triton.jit
+def dense_part(
+    q_base, table_ptr, ring_key, ring_value, sink_key, sink_value, part_ptr, state_ptr, qh, qt, rkt, rvt, skt, svt,
+    tokens, coded, lowest, page_begin, page_end, last, part, offset, sink_start, window, ring_length, sink_tokens,
+    factor, softcap, QUERIES: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr, HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr, VALUES: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, STAGES: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """One program of 16-bit tokens: the last one of a KV head takes sinks and recent tokens, the others bf16 pages.
+
+    Pointers are those of its row and KV head; offset: of its bytes in a page. Rows of a tile are queries, of which the
+    matrix units take no fewer than 16.
+    """
+    QUERY_ROWS: tl.constexpr = 16 if ROWS < 16 else ROWS
+    row, value_channel = tl.arange(0, QUERY_ROWS), tl.arange(0, VALUE_WIDTH)
+    position = position_of(row, tokens, QUERIES, GROUP)
+    m = tl.full((QUERY_ROWS,), LOWEST, tl.float32)
+    total = tl.zeros((QUERY_ROWS,), tl.float32)
+    acc = tl.zeros((QUERY_ROWS, VALUE_WIDTH), tl.float32)
+    q = load_queries(q_base, qh, qt, QUERIES, GROUP, HEAD_DIM, QUERY_ROWS, WIDTH)
+    if last:
+        if SINKS:
+            for start in tl.range(0, sink_tokens, BLOCK, num_stages=1):
+                place = start + tl.arange(0, BLOCK)
+                column = sink_start + place
+                valid = (place < sink_tokens) & (column < coded) & (column >= lowest)
+                acc, m, total = dense_tile(
+                    acc, m, total, q, sink_key, sink_value, skt, svt, place, column, valid, position, window, softcap,
+                    factor, HEAD_DIM, VALUE_DIM, WINDOW, SOFTCAP, WIDTH, VALUE_WIDTH, INTERPRET,
+                )  # fmt: skip
+        # Few tiles: room for more programs is worth more than loads ahead.
+        for start in tl.range(tl.maximum(coded, lowest), tokens, BLOCK, num_stages=1):
+            column = start + tl.arange(0, BLOCK)
+            acc, m, total = dense_tile(
+                acc, m, total, q, ring_key, ring_value, rkt, rvt, column % ring_length, column, column < tokens,
+                position, window, softcap, factor, HEAD_DIM, VALUE_DIM, WINDOW, SOFTCAP, WIDTH, VALUE_WIDTH, INTERPRET,
+            )  # fmt: skip
+    elif KIND == "bf16":
+        for tile in tl.range(2 * page_begin, 2 * page_end, num_stages=STAGES):
+            record = record_at(tl.load(table_ptr + tile // 2), offset).to(tl.pointer_type(tl.bfloat16))
+            column = tile * BLOCK + tl.arange(0, BLOCK)
+            valid = readable(column, coded, lowest, sink_start, sink_tokens, SINKS)
+            acc, m, total = dense_tile(
+                acc, m, total, q, record, record + VALUES // 2, HEAD_DIM, VALUE_DIM, column % PAGE_, column, valid,
+                position, window, softcap, factor, HEAD_DIM, VALUE_DIM, WINDOW, SOFTCAP, WIDTH, VALUE_WIDTH, INTERPRET,
+            )  # fmt: skip
+    place = part_ptr + (part * ROWS + row)[:, None] * VALUE_DIM + value_channel[None, :]
+    tl.store(place, acc, mask=(row < ROWS)[:, None] & (value_channel < VALUE_DIM)[None, :])
+    store_state(state_ptr, part, row, m, total, ROWS)
 
 
 @triton.jit
@@ -227,69 +291,40 @@ def decode_kernel(
     split = tl.program_id(1)
     kv_heads = heads // GROUP
     batch, kv_head = plane // kv_heads, plane % kv_heads
-    row = tl.arange(0, ROWS)
     if LENGTHS_:
         tokens, coded = tl.load(length_ptr), tl.load(length_ptr + 1)
         if WINDOW:
             first = tl.maximum(tokens - QUERIES - window + 1, 0)
-    # Rows that are no query have no position.
-    position = tl.where(row < QUERIES * GROUP, tokens - QUERIES + row // GROUP, -1)
     lowest = first
     if STARTS:
         lowest = tl.maximum(lowest, tl.load(start_ptr + batch).to(tl.int32))
     sink_start = tl.load(sink_start_ptr + batch).to(tl.int32)
-    m = tl.full((ROWS,), LOWEST, tl.float32)
-    total = tl.zeros((ROWS,), tl.float32)
-    acc = tl.zeros((VALUE_WIDTH, 2 * ROWS), tl.float32)
     value_channel = tl.arange(0, VALUE_WIDTH)
     first_page = lowest // PAGE_
     pages = tl.maximum(tl.cdiv(coded, PAGE_) - first_page, 0)
     run = tl.cdiv(pages, splits)
     page_begin = first_page + split * run
     page_end = tl.minimum(page_begin + run, first_page + pages)
-    q_base = q_ptr + batch * qb + kv_head * GROUP * qh
-    factor = scaling * LOG2E
-    if split == splits:
-        q = load_queries(q_base, qh, qt, QUERIES, GROUP, HEAD_DIM, ROWS, WIDTH)
-        if SINKS:
-            for start in tl.range(0, sink_tokens, BLOCK, num_stages=1):
-                place = start + tl.arange(0, BLOCK)
-                column = sink_start + place
-                valid = (place < sink_tokens) & (column < coded) & (column >= lowest)
-                acc, m, total = dense_tile(
-                    acc, m, total, q, sink_key + batch * skb + kv_head * skh, sink_value + batch * svb + kv_head * svh,
-                    skt, svt, place, column, valid, position, window, softcap, factor, HEAD_DIM, VALUE_DIM,
-                    WINDOW, SOFTCAP, ROWS, WIDTH, VALUE_WIDTH, INTERPRET,
-                )  # fmt: skip
-        begin = tl.maximum(coded, lowest)
-        # Few tiles: room for more programs is worth more than loads ahead.
-        for start in tl.range(begin, tokens, BLOCK, num_stages=1):
-            column = start + tl.arange(0, BLOCK)
-            acc, m, total = dense_tile(
-                acc, m, total, q, ring_key + batch * rkb + kv_head * rkh, ring_value + batch * rvb + kv_head * rvh,
-                rkt, rvt, column % ring_length, column, column < tokens, position, window, softcap, factor,
-                HEAD_DIM, VALUE_DIM, WINDOW, SOFTCAP, ROWS, WIDTH, VALUE_WIDTH, INTERPRET,
-            )  # fmt: skip
-        values = fold(acc, VALUE_WIDTH, ROWS)
-    elif KIND == "bf16":
-        q = load_queries(q_base, qh, qt, QUERIES, GROUP, HEAD_DIM, ROWS, WIDTH)
-        for tile in tl.range(2 * page_begin, 2 * page_end, num_stages=STAGES):
-            address = tl.load(table_ptr + tile // 2)
-            record = record_at(address, plane * RECORD).to(tl.pointer_type(tl.bfloat16))
-            column = tile * BLOCK + tl.arange(0, BLOCK)
-            valid = readable(column, coded, lowest, sink_start, sink_tokens, SINKS)
-            acc, m, total = dense_tile(
-                acc, m, total, q, record, record + VALUES // 2, HEAD_DIM, VALUE_DIM, column % PAGE_, column, valid,
-                position, window, softcap, factor, HEAD_DIM, VALUE_DIM, WINDOW, SOFTCAP, ROWS, WIDTH, VALUE_WIDTH,
-                INTERPRET,
-            )  # fmt: skip
-        values = fold(acc, VALUE_WIDTH, ROWS)
-    else:
+    part = plane * (splits + 1) + split
+    if (KIND == "bf16") | (split == splits):
+        dense_part(
+            q_ptr + batch * qb + kv_head * GROUP * qh, table_ptr, ring_key + batch * rkb + kv_head * rkh,
+            ring_value + batch * rvb + kv_head * rvh, sink_key + batch * skb + kv_head * skh,
+            sink_value + batch * svb + kv_head * svh, part_ptr, state_ptr, qh, qt, rkt, rvt, skt, svt, tokens, coded,
+            lowest, page_begin, page_end, split == splits, part, plane * RECORD, sink_start, window, ring_length,
+            sink_tokens, scaling * LOG2E, softcap, QUERIES, GROUP, KIND, HEAD_DIM, VALUE_DIM, VALUES, WINDOW, SOFTCAP,
+            SINKS, ROWS, WIDTH, VALUE_WIDTH, STAGES, INTERPRET,
+        )  # fmt: skip
+    elif KIND != "bf16":
         INT4: tl.constexpr = KIND == "int4"
         HALF: tl.constexpr = PAGE_ // 2
         TOKENS: tl.constexpr = HALF if INT4 else PAGE_
         KEYS: tl.constexpr = WIDTH // 2 if INT4 else WIDTH
         STORED: tl.constexpr = HEAD_DIM // 2 if INT4 else HEAD_DIM
+        row = tl.arange(0, ROWS)
+        position = position_of(row, tokens, QUERIES, GROUP)
+        m = tl.full((ROWS,), LOWEST, tl.float32)
+        acc = tl.zeros((VALUE_WIDTH, 2 * ROWS), tl.float32)
         q_row, channel = tl.arange(0, 2 * ROWS), tl.arange(0, KEYS)
         prepared = codes_ptr + (plane * 2 * ROWS + q_row)[:, None] * HEAD_DIM + channel[None, :]
         q_low = tl.load(prepared, mask=(channel < STORED)[None, :], other=0.0)
@@ -313,7 +348,7 @@ def decode_kernel(
             token = tl.arange(0, TOKENS)
             column = page * PAGE_ + token
             valid = readable(column, coded, lowest, sink_start, sink_tokens, SINKS)
-            seen = seen_by(column, valid, position, window, False, WINDOW)
+            seen = seen_by(column[:, None], valid[:, None], position[None, :], window, False, WINDOW)
             s, over, least = page_logits(
                 record, token, q_low, q_high, weight, sums, shift, valid, seen, softcap, HEAD_DIM, KEY_PARAMETERS,
                 VALUE_PARAMETERS, KIND, SOFTCAP, ROWS, WIDTH, TOKENS, INTERPRET,
@@ -322,7 +357,7 @@ def decode_kernel(
                 token_b = HALF + token
                 column = page * PAGE_ + token_b
                 valid = readable(column, coded, lowest, sink_start, sink_tokens, SINKS)
-                seen = seen_by(column, valid, position, window, False, WINDOW)
+                seen = seen_by(column[:, None], valid[:, None], position[None, :], window, False, WINDOW)
                 s_b, over_b, least_b = page_logits(
                     record, token_b, q_low, q_high, weight, sums, shift, valid, seen, softcap, HEAD_DIM, KEY_PARAMETERS,
                     VALUE_PARAMETERS, KIND, SOFTCAP, ROWS, WIDTH, TOKENS, INTERPRET,
@@ -335,8 +370,8 @@ def decode_kernel(
                 least_tile = least_tile * alpha[None, :] + w * least[:, None] + w_b * least_b[:, None]
                 place = record + VALUES + value_channel[:, None] * HALF + tl.arange(0, HALF)[None, :]
                 v_low, v_high = nibbles(tl.load(place, mask=(value_channel < VALUE_DIM)[:, None], other=0), INTERPRET)
-                o = multiply(v_low, two_terms(w, True, tl.float32, TOKENS, ROWS, INTERPRET), INTERPRET)
-                o += multiply(v_high, two_terms(w_b, True, tl.float32, TOKENS, ROWS, INTERPRET), INTERPRET)
+                o = multiply(v_low, two_terms(w, TOKENS, ROWS, INTERPRET), INTERPRET)
+                o += multiply(v_high, two_terms(w_b, TOKENS, ROWS, INTERPRET), INTERPRET)
             else:
                 new_m = tl.maximum(m, tl.max(s, axis=0))
                 alpha = tl.math.exp2(m - new_m)
@@ -344,7 +379,7 @@ def decode_kernel(
                 sum_tile = sum_tile * alpha[None, :] + w * over[:, None]
                 place = (record + VALUES).to(tl.pointer_type(tl.float8e4nv)) + value_channel[:, None] * PAGE_
                 v = tl.load(place + token[None, :], mask=(value_channel < VALUE_DIM)[:, None], other=0.0)
-                o = multiply(v, two_terms(w, True, tl.float32, TOKENS, ROWS, INTERPRET), INTERPRET)
+                o = multiply(v, two_terms(w, TOKENS, ROWS, INTERPRET), INTERPRET)
             acc = acc * doubled(alpha, ROWS)[None, :] + o
             m = new_m
         total = tl.sum(sum_tile, axis=0) * (1.0 / 448.0)
@@ -354,11 +389,9 @@ def decode_kernel(
         values += tl.sum(least_tile, axis=0)[None, :] * (1.0 / 448.0)
         if not SOFTCAP:
             m = tl.where(total == 0.0, m, m + shift)
-    part = plane * (splits + 1) + split
-    place = part_ptr + (part * ROWS + row)[None, :] * VALUE_DIM + value_channel[:, None]
-    tl.store(place, values, mask=(value_channel < VALUE_DIM)[:, None])
-    tl.store(state_ptr + part * 2 * ROWS + row, m)
-    tl.store(state_ptr + part * 2 * ROWS + ROWS + row, total)
+        place = part_ptr + (part * ROWS + row)[None, :] * VALUE_DIM + value_channel[:, None]
+        tl.store(place, values, mask=(value_channel < VALUE_DIM)[:, None])
+        store_state(state_ptr, part, row, m, total, ROWS)
 
 
 @triton.jit(do_not_specialize=["parts", "heads", "queries"])
@@ -423,7 +456,9 @@ def decode_triton(
     kv_heads, value_dim = kv.sink_key.shape[1], kv.sink_value.shape[3]
     planes, group = batch * kv_heads, heads // kv_heads
     rows = max(8, triton.next_power_of_2(queries * group))
-    width, value_width = padded_width(head_dim), padded_width(value_dim)
+    # An e4m3 product takes at least 32 channels, and two INT4 codes share a byte.
+    width = max({"int4": 64, "fp8": 32, "bf16": 16}[layout.kind], padded_width(head_dim))
+    value_width = padded_width(value_dim)
     multiprocessors = 1 if interpret else torch.cuda.get_device_properties(query.device).multi_processor_count
     # A launch that is to be that of later tokens too is made for many pages.
     pages = -(-kv.coded // PAGE) - kv.first // PAGE if kv.lengths is None else MAX_SPLITS

@@ -56,17 +56,10 @@ def doubled(x, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def two_terms(
-    p, FP8: tl.constexpr, dtype: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, INTERPRET: tl.constexpr
-):
-    """p, no more than 448, as an operand: first and second terms beside each other."""
-    if FP8:
-        rest = (p - to_e4m3(p, INTERPRET).to(tl.float32)) * LOW
-        result = to_e4m3(beside(p, rest, ROWS, COLUMNS), INTERPRET)
-    else:
-        rest = p - p.to(dtype).to(tl.float32)
-        result = beside(p, rest, ROWS, COLUMNS).to(dtype)
-    return result
+def two_terms(p, ROWS: tl.constexpr, COLUMNS: tl.constexpr, INTERPRET: tl.constexpr):
+    """p, no more than 448, as an e4m3 operand: first and second terms beside each other."""
+    rest = (p - to_e4m3(p, INTERPRET).to(tl.float32)) * LOW
+    return to_e4m3(beside(p, rest, ROWS, COLUMNS), INTERPRET)
 
 
 @triton.jit
@@ -84,8 +77,8 @@ def record_at(address, offset):
 
 @triton.jit
 def load_queries(base, qh, qt, QUERIES, GROUP, HEAD_DIM, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    """(2 · ROWS, WIDTH) in 16 bit, zeros where a second term would be."""
-    row, channel = tl.arange(0, 2 * ROWS), tl.arange(0, WIDTH)
+    """(ROWS, WIDTH) in 16 bit, zeros where no query is."""
+    row, channel = tl.arange(0, ROWS), tl.arange(0, WIDTH)
     known = (row < QUERIES * GROUP)[:, None] & (channel < HEAD_DIM)[None, :]
     place = (row % GROUP)[:, None] * qh + (row // GROUP)[:, None] * qt + channel[None, :]
     return tl.load(base + place, mask=known, other=0.0)

@@ -115,9 +115,43 @@ def stack_bytes(compiled: Any) -> int:
     return int(found)
 
 
+def unwritten_registers(compiled: Any) -> list[str]:
+    """Instructions of Hopper that read a uniform register which none before them writes: the assembler of CUDA 12.8
+    makes such addresses of matrix operands in rows of 32 bytes, and the kernel then reads anywhere.
+    """
+    written: set[int] = set()
+    found = []
+    for line in machine_code(compiled).splitlines():
+        match = re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)\s+(.*?)\s*;", line)
+        if match is None:
+            continue
+        operation, operands = match[1], [part.strip() for part in match[2].split(",")]
+        # Some name a predicate before their result.
+        place = next((index for index, part in enumerate(operands[:2]) if re.fullmatch(r"UR\d+", part)), None)
+        writes = place is not None and re.match(r"U(?!R\b)|R2UR|S2UR|CS2UR|VOTE|REDUX", operation) is not None
+        reads = ", ".join(operands[place + 1 :] if writes and place is not None else operands)
+        needed = set()
+        for register in re.finditer(r"(gdesc\[)?UR(\d+)(\.64)?", reads):
+            first, count = int(register[2]), 2 if register[3] or (".64" in operation and writes) else 1
+            if register[1]:  # left operand below, right one above; a left one in registers has no address
+                count = 2 if re.search(r"R\d+, R\d+(\.reuse)?, gdesc", reads) else 4
+                first += 4 - count if count == 2 else 0
+            needed |= set(range(first, first + count))
+        if needed - written:
+            found.append(line.strip())
+        if writes and place is not None:
+            first = int(operands[place][2:])
+            size = 4 if ".128" in operation else 2 if re.search(r"\.(64|WIDE)", operation) else 1
+            written |= set(range(first, first + size))
+    return found
+
+
 def short_id(value: object) -> str:
     return str(getattr(value, "arch", value)).removeprefix("torch.")
 
 
 def fits(compiled: Any, target: GPUTarget) -> bool:
-    return compiled.metadata.shared <= SHARED_MEMORY[target.arch]
+    """Room in shared memory, and sound addresses."""
+    return compiled.metadata.shared <= SHARED_MEMORY[target.arch] and not (
+        target == SM90 and unwritten_registers(compiled)
+    )

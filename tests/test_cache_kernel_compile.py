@@ -35,7 +35,7 @@ from kompakt.kernels.kv_pages import PageLayout, Pages, TokenCodec
 
 
 def compile_decode(target: GPUTarget, kernel: str, kind: str, head_dim: int, **changes: Any):
-    """One query of 32 heads over 8 and 4,097 tokens, bf16."""
+    """The newest queries, default one, of 32 heads over 8 and 4,097 tokens, bf16."""
     statics = statics_of(8, head_dim) if kind == "int4" else {}
     store = TokenStore(METHODS[kind](), statics=statics, window=changes.get("window"))
     x = meta(1, 8, 4096, head_dim, dtype=BF16)
@@ -45,7 +45,7 @@ def compile_decode(target: GPUTarget, kernel: str, kind: str, head_dim: int, **c
     module = decode_attention_triton
     others = {"prepare_kernel", "decode_kernel", "merge_kernel"} - {kernel}
     with mock.patch.multiple(module, **{name: Recorder() for name in others}):
-        query = meta(1, 32, 1, head_dim, dtype=BF16)
+        query = meta(1, 32, changes.get("queries", 1), head_dim, dtype=BF16)
         return compile_launch(
             module, kernel, lambda: module.decode_triton(query, store.read(None, 1), call, None, None), target
         )
@@ -89,6 +89,7 @@ def test_ends_of_decode_attention(target, kernel):
 @pytest.mark.parametrize("kind", list(METHODS))
 def test_decode_attention(kind, head_dim):
     compiled = compile_decode(SM90, "decode_kernel", kind, head_dim)
+    assert fits(compiled, SM90)
     # Room for as many programs as `launch_config` counts on.
     programs = {64: 3, 128: 3 if kind == "int4" else 2, 256: 1}[head_dim]
     assert programs * (compiled.metadata.shared + 1024) <= SHARED_MEMORY[90]
@@ -98,6 +99,15 @@ def test_decode_attention(kind, head_dim):
     assert "cp.async.cg.shared.global" in ptx
     assert (re.search(r"m64n16k32\.f32\.e4m3\.e4m3 \{[^}]*\}, \{", ptx) is not None) == (kind == "int4")
     assert stack_bytes(compiled) <= (0 if head_dim < 256 else 200)
+
+
+@pytest.mark.parametrize(
+    ("kind", "head_dim", "queries"),
+    [("int4", 8, 1), ("int4", 32, 3), ("int4", 96, 1), ("int4", 128, 16), ("int4", 192, 4), ("fp8", 8, 1), ("fp8", 16, 4)]
+    + [("fp8", 80, 16), ("fp8", 128, 4), ("bf16", 16, 1), ("bf16", 64, 16), ("bf16", 128, 8)],
+)
+def test_other_shapes(kind, head_dim, queries):
+    assert fits(compile_decode(SM90, "decode_kernel", kind, head_dim, queries=queries, window=300), SM90)
 
 
 @pytest.mark.parametrize("target", [SM89, GFX942], ids=short_id)

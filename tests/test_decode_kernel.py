@@ -136,13 +136,13 @@ MUTATIONS = {
     "start of a row": ("tl.maximum(lowest, tl.load(start", "tl.minimum(lowest, tl.load(start", "padding"),
     "position of a row": ("tokens - QUERIES + row // GROUP", "tokens - QUERIES + row % QUERIES", "several queries"),
     "causality": (
-        "column[:, None] <= position[None, :])",
-        "column[:, None] <= position[None, :] + 1)",
+        "column <= position)",
+        "column <= position + 1)",
         "several queries",
     ),
     "edge of the window": (
-        "column[:, None] > position[None, :] - w",
-        "column[:, None] >= position[None, :] - w",
+        "column > position - w",
+        "column >= position - w",
         "several in a window",
     ),
     "soft cap": ("s = capped(s + shift[None, :], softcap)", "s = s + shift[None, :]", "softcap"),
