@@ -5,8 +5,9 @@
     y = (x − m)·E        code_s = argmin_j |y_s − c_sj|²        x̂ = ŷ·Dᵀ + m,  ŷ_s = c_s,code_s
 
 for each KV head with vectors m, maps E and D and centroids c of its own, found on calibration text (`quant/kv_pq.py`).
-Sub-vector s holds `width` of the channels of y, some of which may be zero in E and D. A head of d channels at b bits
-takes d·b/8 bytes, no parameters beside them. Nothing of it costs a reader anything per token: with queries mapped once,
+Sub-vector s holds `width` of the channels of y, 2 or 4, some of which may be zero in E and D. A head of d channels at
+b bits takes d·b/8 bytes, no parameters beside them. None of it costs a reader anything per token: with queries mapped
+once,
 
     q·k̂ = (q·D)·ŷ + q·m        Σ p·v̂ = (Σ p·ŷ)·Dᵀ + m·Σ p
 
@@ -18,11 +19,17 @@ a layer or a model, and the damaged token.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .kv_codec import PAGE, Codec, Coded, Layout, Part
+from .kv_codec import PAGE, Codec, Coded, Layout, Page, Part
+
+if TYPE_CHECKING:
+    from .decode_attention import CompressedKV, Reading
+    from .kv_append import Appendable
+    from .kv_pages import Pages
 
 CENTROIDS = 256
 DAMAGED = CENTROIDS - 1
@@ -40,18 +47,35 @@ def sub_vectors(bits: int, head_dim: int) -> int:
 
 @dataclass(frozen=True)
 class PQLayout(Layout):
-    """Codes lie token by token. bits: per channel."""
+    """Codes of keys lie token by token, those of values sub-vector by sub-vector. bits: per channel."""
 
     bits: int
 
     @property
     def parts(self) -> tuple[Part, Part, Part, Part]:
         """See `Layout.parts`."""
-        keys, values = (
-            Part((PAGE, sub_vectors(self.bits, dim)), torch.uint8) for dim in (self.key_dim, self.value_dim)
-        )
+        keys, values = (sub_vectors(self.bits, dim) for dim in (self.key_dim, self.value_dim))
         nothing = Part((PAGE, 0), torch.uint8)
-        return keys, nothing, values, nothing
+        return Part((PAGE, keys), torch.uint8), nothing, Part((values, PAGE), torch.uint8), nothing
+
+    @property
+    def page_of(self) -> type[Page]:
+        """See `Layout.page_of`."""
+        return PQPage
+
+
+@dataclass(frozen=True)
+class PQPage(Page):
+    """key_codes: (..., PAGE, sub_vectors). value_codes: (..., sub_vectors, PAGE)."""
+
+    def write(self, place: slice, keys: Coded, values: Coded) -> None:
+        """See `Page.write`."""
+        self.key_codes[..., place, :] = keys[0]
+        self.value_codes[..., place] = values[0].transpose(-1, -2)
+
+    def read(self) -> tuple[Coded, Coded]:
+        """See `Page.read`."""
+        return with_nothing(self.key_codes), with_nothing(self.value_codes.transpose(-1, -2))
 
 
 @dataclass(frozen=True)
@@ -162,6 +186,39 @@ class PQCodec(Codec):
     def decode_values(self, values: Coded) -> Tensor:
         """See `Codec.decode_values`."""
         return self.values.numbers(values[0])
+
+    def write(self, key: Tensor, value: Tensor, columns: tuple[int, int], pages: Pages, **options: Any) -> None:
+        """See `Codec.write`."""
+        from .kv_pq_triton import write_pq
+
+        write_pq(key, value, columns, pages, self, ring=options["ring"])
+
+    def read(self, key: Tensor, value: Tensor, columns: tuple[int, int], pages: Pages) -> None:
+        """See `Codec.read`."""
+        from .kv_pq_triton import read_pq
+
+        read_pq(key, value, columns, pages, self)
+
+    def append(self, key: Tensor, value: Tensor, to: Appendable, *, interpret: bool) -> None:
+        """See `Codec.append`."""
+        from .kv_pq_triton import append_pq
+
+        append_pq(key, value, to, self)
+
+    def attend(
+        self,
+        query: Tensor,
+        kv: CompressedKV,
+        call: Reading,
+        sinks: Tensor | None,
+        key_starts: Tensor | None,
+        *,
+        interpret: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """See `Codec.attend`."""
+        from .decode_pq_triton import decode_pq
+
+        return decode_pq(query, kv, call, sinks, key_starts, self, interpret=interpret)
 
 
 def with_nothing(codes: Tensor) -> Coded:

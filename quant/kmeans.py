@@ -49,14 +49,16 @@ def seeds(x: Tensor, count: int, generator: torch.Generator) -> Tensor:
     rows = torch.arange(x.shape[0], device=x.device)[:, None]
     first = torch.randint(x.shape[1], (x.shape[0], 1), generator=generator, device=x.device)
     found = [x[rows, first]]
+    size = x.square().sum(dim=-1)
     distance = (x - found[0]).square().sum(dim=-1)
     for start in range(1, count, ROUND):
         # Where all points are seeds already, any is as good as another.
         weights = distance.clamp_min(torch.finfo(torch.float32).tiny)
         chosen = torch.multinomial(weights, min(ROUND, count - start), replacement=True, generator=generator)
         found.append(x[rows, chosen])
-        nearest = (x[:, :, None] - found[-1][:, None]).square().sum(dim=-1).amin(dim=-1)
-        distance = torch.minimum(distance, nearest)
+        # |x − c|² = |x|² + 2 · (|c|²/2 − x·c)
+        half = found[-1].square().sum(dim=-1, keepdim=True) / 2
+        distance = torch.minimum(distance, size + 2 * torch.baddbmm(half, found[-1], x.mT, alpha=-1).amin(dim=1))
     return torch.cat(found, dim=1)
 
 
