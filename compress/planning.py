@@ -216,11 +216,14 @@ def cover_attention(model: Any, layer_names: list[str], recipe: Recipe) -> list[
 
 @dataclass(frozen=True)
 class CachePlan:
-    """A compressed cache. bytes: tokens → bytes of one sequence, as allocated. layers: compressed, and left dense."""
+    """A compressed cache. bytes: tokens → bytes of one sequence, as allocated. layers: compressed, and left dense.
+    codebook_bytes: what codes need of all layers, once for all sequences.
+    """
 
     bytes: dict[int, int]
     compressed_layers: int
     dense_layers: int
+    codebook_bytes: int
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able."""
@@ -248,7 +251,8 @@ def plan_cache(model: Any, method: KVCacheMethod, contexts: Sequence[int]) -> Ca
             store.append(empty, empty)
             total += count * store.nbytes().total
         sizes[tokens] = total + others * 2 * heads * head_dim * tokens * model.dtype.itemsize
-    return CachePlan(sizes, len(windows), others)
+    codebooks = sum(tensor.nbytes for tensor in statics.values())
+    return CachePlan(sizes, len(windows), others, len(windows) * codebooks)
 
 
 def _inside(layer: str, linears: dict[str, nn.Linear]) -> list[nn.Linear]:

@@ -58,6 +58,10 @@ MAX_TOKENS = 2**17
 class KVPQ(KVCacheMethod):
     """Product-quantized codes of past keys and values. bits: per channel, codebooks not counted. seed: of k-means."""
 
+    calibrated: ClassVar[str] = (
+        "Codes are numbers of centroids, 256 for each sub-vector of every layer's and KV head's keys and values, which "
+        "were found on calibration text, with the maps that cut heads into sub-vectors."
+    )
     sequences: ClassVar[int] = 8
 
     bits: Literal[4, 3, 2] = 4

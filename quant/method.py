@@ -197,6 +197,8 @@ class KVCacheMethod:
 
     __pydantic_config__ = ConfigDict(extra="forbid")  # pyright: ignore[reportUnannotatedClassAttribute]
     kind: ClassVar[Kind] = "fp8"
+    calibrated: ClassVar[str] = ""
+    """A sentence on what calibration text was used for."""
     sequences: ClassVar[int] = 2
     """Windows of calibration text that it looks at, at most."""
 
