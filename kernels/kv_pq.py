@@ -151,6 +151,13 @@ class PQCodec(Codec):
     keys: ProductQuantizer
     values: ProductQuantizer
 
+    def __post_init__(self) -> None:
+        """ValueError for quantizers of other bits."""
+        for quantizer in (self.keys, self.values):
+            head_dim, vectors = quantizer.mean.shape[1], quantizer.centroids.shape[1]
+            if vectors != sub_vectors(self.bits, head_dim):
+                raise ValueError(f"{vectors} sub-vectors of {head_dim} channels are no codes of {self.bits} bits each")
+
     def layout(self, key_dim: int, value_dim: int) -> PQLayout:
         """See `Codec.layout`."""
         return PQLayout(f"pq{self.bits}", key_dim, value_dim, self.bits)
@@ -158,13 +165,10 @@ class PQCodec(Codec):
     def check(self, heads: int, key_dim: int, value_dim: int) -> None:
         """See `Codec.check`."""
         for part, quantizer, dim in (("keys", self.keys, key_dim), ("values", self.values, value_dim)):
-            if tuple(quantizer.mean.shape) != (heads, dim) or quantizer.centroids.shape[1] != sub_vectors(
-                self.bits, dim
-            ):
+            if tuple(quantizer.mean.shape) != (heads, dim):
                 raise ValueError(
                     f"the cache was calibrated for {part} of {quantizer.mean.shape[0]} KV heads of "
-                    f"{quantizer.mean.shape[1]} channels in {quantizer.centroids.shape[1]} bytes, and {heads} of {dim} "
-                    f"come at {self.bits} bits; it belongs to another model"
+                    f"{quantizer.mean.shape[1]} channels, and {heads} of {dim} come; it belongs to another model"
                 )
 
     def to(self, device: torch.device) -> PQCodec:
