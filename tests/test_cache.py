@@ -89,7 +89,7 @@ def append_and_compare(store: TokenStore, plain: Plain, count: int, generator: t
 @pytest.mark.parametrize("method", [KVFP8, KVINT4, KVPQ])
 def test_any_sequence_of_operations_gives_the_same_tokens(method, window):
     done = dict.fromkeys(("append", "crop", "rows", "repeat", "reset"), 0)
-    for seed in range(40 if method is KVPQ else 100):
+    for seed in range(16 if method is KVPQ else 100):
         choose, generator = random.Random(seed), torch.Generator().manual_seed(seed)
         options = {"sink_tokens": choose.choice((0, 4, 9)), "recent_tokens": choose.choice((0, 1, 5, 128, 150))}
         made = method(**options)
@@ -132,7 +132,7 @@ def test_any_sequence_of_operations_gives_the_same_tokens(method, window):
         append_and_compare(other, same, 1, generator)
         if not recording and window is not None:
             assert len(store.pages) * PAGE <= window + 300 + 2 * PAGE
-    assert min(done.values()) > (1 if method is KVPQ else 5), done
+    assert min(done.values()) > (0 if method is KVPQ else 5), done
 
 
 def test_long_prompt_and_single_tokens_code_the_same():
