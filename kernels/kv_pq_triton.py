@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 PAGE_ = tl.constexpr(PAGE)
 CENTROIDS_ = tl.constexpr(CENTROIDS)
 DAMAGED_ = tl.constexpr(DAMAGED)
-TILE = tl.constexpr(32)
+TILE = tl.constexpr(64)
 HALF = tl.constexpr(PAGE // 2)
 """Tokens that a program reads."""
 CHANNELS = tl.constexpr(32)

@@ -22,7 +22,7 @@ SAMPLE = 4096
 ITERATIONS, FINAL = 8, 3
 CPU_TOKENS = 256
 """Points whose scores stay in a core's cache."""
-DEVICE_SCORES = 2**27
+DEVICE_SCORES = 2**25
 """Scores that exist at a time elsewhere."""
 
 
@@ -70,21 +70,40 @@ def drawn(distance: Tensor, count: int, generator: torch.Generator) -> Tensor:
 
 def lloyd(x: Tensor, centroids: Tensor, iterations: int, generator: torch.Generator) -> Tensor:
     """Centroids after so many iterations."""
-    problems, _, dim = x.shape
-    count = centroids.shape[1]
-    first = count * torch.arange(problems, device=x.device)[:, None]
+    rows, count = torch.arange(x.shape[0], device=x.device)[:, None], centroids.shape[1]
     for _ in range(iterations):
-        chosen = (nearest(x, centroids) + first).flatten()
-        members = torch.bincount(chosen, minlength=problems * count)[:, None]
-        sums = torch.zeros((problems * count, dim), device=x.device).index_add_(0, chosen, x.reshape(-1, dim))
-        means = (sums / members.clamp_min(1)).view(problems, count, dim)
-        empty = (members == 0).view(problems, count)
-        if bool(empty.any()):
-            distance = (x - means.reshape(-1, dim)[chosen].view_as(x)).square().sum(dim=-1)
-            other = x[torch.arange(problems, device=x.device)[:, None], drawn(distance, count, generator)]
-            means = torch.where(empty[..., None], other, means)
-        centroids = means
+        chosen = nearest(x, centroids)
+        sums, members = totals(x, chosen, count)
+        centroids = sums / members.clamp_min(1)[..., None]
+        if bool((members == 0).any()):
+            distance = (x - centroids[rows, chosen]).square().sum(dim=-1)
+            others = x[rows, drawn(distance, count, generator)]
+            centroids = torch.where((members == 0)[..., None], others, centroids)
     return centroids
+
+
+def totals(x: Tensor, chosen: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Sums, (problems, count, dim), and numbers, (problems, count), of the points that chose each centroid; in an order
+    that is the same every time, which atomic sums of a GPU are not."""
+    problems, points, dim = x.shape
+    if x.device.type == "cpu":
+        place = (chosen + count * torch.arange(problems)[:, None]).flatten()
+        sums = torch.zeros((problems * count, dim)).index_add_(0, place, x.reshape(-1, dim))
+        return sums.view(problems, count, dim), torch.bincount(place, minlength=problems * count).view(problems, count)
+    return totals_in_blocks(x, chosen, count)
+
+
+def totals_in_blocks(x: Tensor, chosen: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """`totals` as products with rows of zeros and ones, any device."""
+    problems, points, dim = x.shape
+    sums, members = x.new_zeros((problems, count, dim)), x.new_zeros((problems, count))
+    step = max(1, DEVICE_SCORES // (problems * count))
+    for start in range(0, points, step):
+        part = slice(start, start + step)
+        one = (chosen[:, None, part] == torch.arange(count, device=x.device)[:, None]).float()
+        sums += one @ x[:, part]
+        members += one.sum(dim=-1)
+    return sums, members
 
 
 def nearest(x: Tensor, centroids: Tensor) -> Tensor:
@@ -93,9 +112,7 @@ def nearest(x: Tensor, centroids: Tensor) -> Tensor:
     count = centroids.shape[1]
     half = -centroids.square().sum(dim=-1, keepdim=True) / 2
     if x.device.type != "cpu":
-        step = max(1, DEVICE_SCORES // (problems * count))
-        blocks = [torch.baddbmm(half, centroids, part.mT).argmax(dim=1) for part in x.split(step, dim=1)]
-        return torch.cat(blocks, dim=1)
+        return nearest_in_blocks(x, centroids)
     with_half, ones = torch.cat((centroids, half), dim=-1), x.new_ones(points)
     numbers = torch.arange(count, dtype=torch.int32)[:, None]
     found = torch.empty((problems, points), dtype=torch.int32)
@@ -106,3 +123,11 @@ def nearest(x: Tensor, centroids: Tensor) -> Tensor:
             scores.view(torch.int32).bitwise_and_(-256).bitwise_or_(numbers)
             found[problem, start : start + CPU_TOKENS] = scores.amax(dim=0).view(torch.int32)
     return found.bitwise_and_(255).long()
+
+
+def nearest_in_blocks(x: Tensor, centroids: Tensor) -> Tensor:
+    """`nearest`, exactly, any device."""
+    half = -centroids.square().sum(dim=-1, keepdim=True) / 2
+    step = max(1, DEVICE_SCORES // (x.shape[0] * centroids.shape[1]))
+    blocks = [torch.baddbmm(half, centroids, part.mT).argmax(dim=1) for part in x.split(step, dim=1)]
+    return torch.cat(blocks, dim=1)

@@ -58,6 +58,16 @@ def test_more_points_than_the_sample(monkeypatch):
     assert (inertia(x, kmeans(x, 40)) < 1.2 * whole).all()
 
 
+def test_blocks_of_other_devices_give_the_same(monkeypatch):
+    x, centroids = points(3, 999, 2), points(3, 40, 2, seed=1)
+    monkeypatch.setattr(clustering, "DEVICE_SCORES", 10000)
+    chosen = clustering.nearest_in_blocks(x, centroids)
+    assert torch.equal(chosen, torch.cdist(x.double(), centroids.double()).argmin(dim=-1))
+    sums, members = clustering.totals_in_blocks(x, chosen, 40)
+    wanted, counts = clustering.totals(x, chosen, 40)
+    assert torch.allclose(sums, wanted, rtol=1e-5, atol=1e-3) and torch.equal(members.long(), counts)
+
+
 def test_same_seed_same_centroids():
     x = points(2, 700, 2)
     assert torch.equal(kmeans(x, 30), kmeans(x, 30))
@@ -239,3 +249,11 @@ def test_mistakes_are_named():
     given.value[0, 0, 20, 3] = torch.nan
     with pytest.raises(ValueError, match="NaN or infinite on the calibration text"):
         KVPQ().statics(given)
+
+
+@pytest.mark.gpu
+def test_gpu_trains_as_a_cpu_does():
+    x = points(3, 9000, 2)
+    here, there = kmeans(x, 64), kmeans(x.cuda(), 64)
+    assert torch.equal(there, kmeans(x.cuda(), 64))
+    assert (inertia(x, there.cpu()) < 1.1 * inertia(x, here)).all()
