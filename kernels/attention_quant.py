@@ -79,8 +79,8 @@ def padded_tokens(tokens: int) -> int:
 
 
 def padded_width(head_dim: int) -> int:
-    """Channels of storage: a power of two, at least 16."""
-    return max(16, 1 << (head_dim - 1).bit_length())
+    """Channels of storage: a power of two, at least 64: a product takes 32 bytes, and INT4 codes share one."""
+    return max(64, 1 << (head_dim - 1).bit_length())
 
 
 def sampling_step(tokens: int) -> int:

@@ -4,15 +4,21 @@ import triton
 import triton.language as tl
 
 from .attention_quant_triton import to_e4m3
+from .kv_pages import PAGE
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LOW = tl.constexpr(16.0)
 """A second term is kept so many times as large."""
+LOWEST = tl.constexpr(-1.0e38)
+"""Start of the running maximum; finite, so that a run without a visible token leaves no NaN."""
+BLOCK = tl.constexpr(64)
+"""Dense tokens of a tile."""
+PAGE_ = tl.constexpr(PAGE)
 
 
 @triton.jit
-def nibbles(x, INTERPRET: tl.constexpr):
-    """uint8 with two codes → e4m3 of u·2⁻⁹ for the low one and the high one."""
+def nibbles(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr, INTERPRET: tl.constexpr):
+    """(ROWS, COLUMNS) uint8 with two codes → (ROWS, 2 · COLUMNS) e4m3 of u·2⁻⁹: the low ones, then the high ones."""
     if INTERPRET:
         low, high = x & 15, x >> 4
     else:
@@ -24,16 +30,53 @@ def nibbles(x, INTERPRET: tl.constexpr):
             is_pure=True,
             pack=4,
         )
-    return low.to(tl.float8e4nv, bitcast=True), high.to(tl.float8e4nv, bitcast=True)
+    return beside(low.to(tl.float8e4nv, bitcast=True), high.to(tl.float8e4nv, bitcast=True), ROWS, COLUMNS)
 
 
 @triton.jit
-def multiply(a, b, INTERPRET: tl.constexpr):
-    """a · b from zero, FP32."""
+def multiply(a, b, to, INTERPRET: tl.constexpr):
+    """a · b, FP32, added to `to` unless that is None: in the matrix unit's accumulator."""
     if INTERPRET:
-        result = tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+        result = tl.dot(a.to(tl.float32), b.to(tl.float32), to, input_precision="ieee")
     else:
-        result = tl.dot(a, b, max_num_imprecise_acc=a.shape[1])
+        result = tl.dot(a, b, to)
+    return result
+
+
+@triton.jit
+def second_added(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """(ROWS, 2 · COLUMNS) → (ROWS, COLUMNS): first terms, and second ones at what they are worth."""
+    first, second = tl.split(x.reshape(ROWS, 2, COLUMNS).permute(0, 2, 1))
+    return first + second * (1.0 / LOW)
+
+
+@triton.jit
+def fast_exp2(x, INTERPRET: tl.constexpr):
+    """2ˣ, zero below 2⁻¹²⁶: without the instructions that keep smaller ones."""
+    if INTERPRET:
+        result = tl.math.exp2(x)
+    else:
+        result = tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+    return result
+
+
+@triton.jit
+def fast_log2(x, INTERPRET: tl.constexpr):
+    """log₂ x of x from 2⁻¹²⁶."""
+    if INTERPRET:
+        result = tl.math.log2(x)
+    else:
+        result = tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+    return result
+
+
+@triton.jit
+def fast_reciprocal(x, INTERPRET: tl.constexpr):
+    """1 / x of x from 2⁻¹²⁶ to 2¹²⁶."""
+    if INTERPRET:
+        result = 1.0 / x
+    else:
+        result = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
     return result
 
 
@@ -56,10 +99,18 @@ def doubled(x, COLUMNS: tl.constexpr):
 
 
 @triton.jit
+def first_term(x):
+    """FP32 rounded to the four bits of mantissa of e4m3; in integers, since the assembler of CUDA 12.8 takes codes that
+    are also read back out of a register that holds none. Below 2⁻⁶ it is finer than e4m3, by less than 2⁻¹⁰."""
+    bits = x.to(tl.int32, bitcast=True)
+    return ((bits + 0x80000) & -1048576).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def two_terms(p, ROWS: tl.constexpr, COLUMNS: tl.constexpr, INTERPRET: tl.constexpr):
     """p, no more than 448, as an e4m3 operand: first and second terms beside each other."""
-    rest = (p - to_e4m3(p, INTERPRET).to(tl.float32)) * LOW
-    return to_e4m3(beside(p, rest, ROWS, COLUMNS), INTERPRET)
+    first = first_term(p)
+    return to_e4m3(beside(first, (p - first) * LOW, ROWS, COLUMNS), INTERPRET)
 
 
 @triton.jit
@@ -98,3 +149,25 @@ def turned(x, ROWS: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr):
         if (1 << bit) < SIZE:
             x = crossed(x, ROWS, WIDTH, 1 << bit)
     return x * SIZE**-0.5
+
+
+@triton.jit
+def position_of(row, tokens, QUERIES: tl.constexpr, GROUP: tl.constexpr):
+    """Columns of queries; rows that are no query have none."""
+    return tl.where(row < QUERIES * GROUP, tokens - QUERIES + row // GROUP, -1)
+
+
+@triton.jit
+def readable(column, coded, lowest, sink_start, sink_tokens, SINKS: tl.constexpr):
+    """Which columns of a page are read as codes."""
+    valid = (column < coded) & (column >= lowest)
+    if SINKS:
+        valid = valid & ((column < sink_start) | (column >= sink_start + sink_tokens))
+    return valid
+
+
+@triton.jit
+def store_state(ptr, part, row, m, total, ROWS: tl.constexpr):
+    """Maximum and sum of weights of a part."""
+    tl.store(ptr + part * 2 * ROWS + row, m, mask=row < ROWS)
+    tl.store(ptr + part * 2 * ROWS + ROWS + row, total, mask=row < ROWS)

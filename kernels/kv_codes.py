@@ -57,15 +57,20 @@ def quantize_tokens(x: Tensor, kind: Kind) -> tuple[Tensor, Tensor]:
     """
     check_kind(kind, x.shape[-1])
     values = x.float()
+
+    def divided(numbers: Tensor, by: float) -> Tensor:
+        # On CUDA torch divides by a Python number through its reciprocal, which may be off by one rounding.
+        return numbers / torch.full_like(numbers, by)
+
     if kind == "bf16":
         return x.to(torch.bfloat16), values.new_empty((*x.shape[:-1], 0))
     if kind == "fp8":
-        scale = (values.abs().amax(dim=-1) / E4M3_MAX).clamp_min(MIN_SCALE)
+        scale = divided(values.abs().amax(dim=-1), E4M3_MAX).clamp_min(MIN_SCALE)
         scale = torch.where(scale.isfinite(), scale, torch.nan)[..., None]
         codes = (values * scale.reciprocal()).clamp(-E4M3_MAX, E4M3_MAX)
         return torch.where(scale.isnan(), 0.0, codes).to(torch.float8_e4m3fn), scale
     low = outwards(values.amin(dim=-1), down=True)
-    scale = outwards(((values.amax(dim=-1) - low) / LEVELS).clamp_min(MIN_SCALE), down=False)
+    scale = outwards(divided(values.amax(dim=-1) - low, LEVELS).clamp_min(MIN_SCALE), down=False)
     damaged = ~(scale.isfinite() & low.isfinite())
     scale, low = (torch.where(damaged, torch.nan, part)[..., None] for part in (scale, low))
     codes = ((values - low) * scale.reciprocal()).round().clamp(0, LEVELS)

@@ -232,10 +232,10 @@ def write_ref(key: Tensor, value: Tensor, columns: tuple[int, int], pages: Pages
 
 
 def read_tokens(key: Tensor, value: Tensor, columns: tuple[int, int], pages: Pages, *, interpret: bool = False) -> None:
-    """Fills dense keys and values with what pages hold.
+    """Fills the first tokens of dense keys and values with what pages hold.
 
     Args:
-        key: (batch, num_kv_heads, stop − start, head_dim) floating, contiguous.
+        key: (batch, num_kv_heads, at least stop − start, head_dim) floating, contiguous.
         value: (batch, num_kv_heads, stop − start, value_head_dim), likewise.
         columns: start and stop; their pages are there.
     """

@@ -245,14 +245,14 @@ def stored_values(
     return x
 
 
-@triton.jit(do_not_specialize=["start", "stop", "heads"])
+@triton.jit(do_not_specialize=["start", "stop", "length", "heads"])
 def read_kernel(
-    key_ptr, value_ptr, table_ptr, mean_ptr, factor_ptr, start, stop, heads,
+    key_ptr, value_ptr, table_ptr, mean_ptr, factor_ptr, start, stop, length, heads,
     KIND: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, KEY_PARAMETERS: tl.constexpr,
     VALUES: tl.constexpr, VALUE_PARAMETERS: tl.constexpr, RECORD: tl.constexpr, MEAN: tl.constexpr,
     FACTORS: tl.constexpr, ROTATE: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Grid (pages, batch · KV heads, keys or values). key, value: (batch · KV heads, stop − start, channels)."""
+    """Grid (pages, batch · KV heads, keys or values). key, value: (batch · KV heads, length, channels)."""
     plane = tl.program_id(1).to(tl.int64)
     kv_head = plane % heads
     page = start // PAGE_ + tl.program_id(0)
@@ -261,7 +261,7 @@ def read_kernel(
     token = tl.arange(0, PAGE_)
     column = page * PAGE_ + token
     wanted = ((column >= start) & (column < stop))[:, None]
-    row = (plane * (stop - start) + column - start)[:, None]
+    row = (plane * length + column - start)[:, None]
     if tl.program_id(2) == 0:
         channel = tl.arange(0, WIDTH)
         inside = (channel < HEAD_DIM)[None, :]
@@ -325,5 +325,6 @@ def read_triton(key: Tensor, value: Tensor, columns: tuple[int, int], pages: Pag
     start, stop = columns
     mean, factors = (None, None) if pages.key_map is None else (pages.key_map.mean, pages.key_map.factors)
     read_kernel[(-(-stop // PAGE) - start // PAGE, batch * heads, 2)](
-        key, value, pages.table(), mean, factors, start, stop, heads, **constants(pages.layout, pages.key_map)
-    )
+        key, value, pages.table(), mean, factors, start, stop, key.shape[2], heads,
+        **constants(pages.layout, pages.key_map),
+    )  # fmt: skip

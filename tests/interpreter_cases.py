@@ -3,7 +3,7 @@
 TRITON_INTERPRET must be set before triton is imported, hence a process of its own; all cases of a file share it, so
 that start-up is paid once. The test file declares
 
-- ``KERNEL``: the module that holds the kernel;
+- ``KERNEL``: the module that holds the kernel; ``PARTS``, if there are any: modules that it is made of;
 - ``INTERPRETER_CASES``: name → function that raises AssertionError when the kernel is wrong;
 - ``MUTATIONS``: name → (text, replacement, case): the case is run on a copy of the kernel broken by that
   replacement, and must raise.
@@ -22,7 +22,7 @@ import tempfile
 import traceback
 import types
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from unittest import mock
 
@@ -68,17 +68,29 @@ def run_case(case: Callable[[], None]) -> str:
     return ""
 
 
-def run_mutation(kernel: str, text: str, replacement: str, case: Callable[[], None], folder: Path) -> str:
-    """Empty string if ``case`` catches the broken copy of ``kernel``."""
-    original = importlib.import_module(kernel)
-    assert original.__file__ is not None
-    source = Path(original.__file__).read_text()
-    if text not in source:
+def source_file(module: str) -> Path:
+    found = importlib.import_module(module).__file__
+    assert found is not None
+    return Path(found)
+
+
+def run_mutation(
+    kernel: str, parts: Sequence[str], text: str, replacement: str, case: Callable[[], None], folder: Path
+) -> str:
+    """Empty string if ``case`` catches a broken copy of ``kernel``, or of the first of its ``parts`` with the text."""
+    module = next((name for name in (kernel, *parts) if text in source_file(name).read_text()), None)
+    if module is None:
         return f"{kernel} no longer contains {text!r}"
-    broken_file = folder / f"broken_{len(list(folder.iterdir()))}.py"
-    broken_file.write_text(source.replace(text, replacement))
-    broken = load_file(broken_file, f"kompakt.kernels.{broken_file.stem}")
-    with mock.patch.dict(sys.modules, {kernel: broken}):
+    number = len(list(folder.iterdir()))
+    broken_file = folder / f"broken_{number}.py"
+    broken_file.write_text(source_file(module).read_text().replace(text, replacement))
+    with mock.patch.dict(sys.modules):
+        broken = load_file(broken_file, f"kompakt.kernels.{broken_file.stem}")
+        sys.modules[module] = broken
+        # What imports the broken part is loaded anew; parts are named after those that they import.
+        for name in (*parts, kernel) if module != kernel else ():
+            if name != module:
+                sys.modules[name] = load_file(source_file(name), f"kompakt.kernels.fresh_{number}_{name[16:]}")
         try:
             case()
         except AssertionError:
@@ -96,7 +108,8 @@ def main(test_file: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name, (text, replacement, case_name) in module.MUTATIONS.items():
             case = module.INTERPRETER_CASES[case_name]
-            results[name] = run_mutation(module.KERNEL, text, replacement, case, Path(folder))
+            parts = getattr(module, "PARTS", ())
+            results[name] = run_mutation(module.KERNEL, parts, text, replacement, case, Path(folder))
     print(json.dumps(results))
 
 

@@ -16,6 +16,7 @@ from kompakt.kernels.decode_attention import MAX_ROWS, decode_ref, decode_refusa
 from kompakt.kernels.decode_chunks import decode_chunks
 
 KERNEL = "kompakt.kernels.decode_attention_triton"
+PARTS = [f"kompakt.kernels.decode_{part}_triton" for part in ("tiles", "ends", "dense", "codes")]
 CASES = {
     "plain": DecodeCase(),
     "grouped 9/3": DecodeCase(heads=(9, 3), starts=(0, 0)),
@@ -71,7 +72,7 @@ def check_splits(pages: int, multiprocessors: int) -> None:
     kernel = importlib.import_module(KERNEL)
     case = DecodeCase(lengths=(128 * pages + 50, 1))
     config = functools.partial(kernel.launch_config, multiprocessors=multiprocessors)
-    with mock.patch.object(kernel, "launch_config", lambda kind, planes, pages, _: config(kind, planes, pages)):
+    with mock.patch.object(kernel, "launch_config", lambda kind, planes, _: config(kind, planes)):
         check(case, interpret=True)
 
 
@@ -115,13 +116,12 @@ MUTATIONS = {
         "(column <= coded) & (column >= lowest)\n    if",
         "cut",
     ),
-    "halves of a byte": ("low, high = nibbles(codes, INTERPRET)", "high, low = nibbles(codes, INTERPRET)", "plain"),
-    "second half of a page": ("token_b = HALF + token", "token_b = token", "plain"),
+    "halves of a byte": ("beside(low.to(", "beside(high.to(", "plain"),
     "least value of keys": ("s += least[:, None] * sums", "s += 0.0 * sums", "no map of keys"),
-    "least value of values": ("w_b * least_b[:, None]", "w_b * least[:, None]", "plain"),
-    "scale of values": ("s + tl.math.log2(scale)[:, None]", "s", "uneven values"),
-    "sum of weights": ("+ w * over[:, None] + w_b", "+ w + w_b", "uneven values"),
-    "second term of queries": ("q_row < ROWS, 1.0, 1.0 / LOW)", "q_row < ROWS, 1.0, 0.0)", "fp8, plain"),
+    "least value of values": ("w * least[:, None]", "w * over[:, None]", "plain"),
+    "scale of values": ("s = s * weight[None, :] + bias[:, None]", "s = s * weight[None, :]", "uneven values"),
+    "sum of weights": ("+ w * over[:, None]", "+ w", "uneven values"),
+    "second term of queries": ("first + second * (1.0 / LOW)", "first", "fp8, plain"),
     "second term of probabilities": ("UNIT, UNIT / LOW)", "UNIT, 0.0)", "fp8, plain"),
     "mean of keys": ("tl.where(total == 0.0, m, m + shift)", "m", "plain"),
     "factors of keys": ("q *= tl.load(factor_ptr", "q += 0.0 * tl.load(factor_ptr", "plain"),
@@ -136,18 +136,22 @@ MUTATIONS = {
     "start of a row": ("tl.maximum(lowest, tl.load(start", "tl.minimum(lowest, tl.load(start", "padding"),
     "position of a row": ("tokens - QUERIES + row // GROUP", "tokens - QUERIES + row % QUERIES", "several queries"),
     "causality": (
-        "column <= position)",
-        "column <= position + 1)",
+        "column[None, :] <= position[:, None])",
+        "column[None, :] <= position[:, None] + 1)",
         "several queries",
     ),
-    "edge of the window": (
-        "column > position - w",
-        "column >= position - w",
-        "several in a window",
+    "edge of the window": ("position[:, None] - window)", "position[:, None] - window + 1)", "several in a window"),
+    "soft cap": (
+        "s = capped(s * weight[None, :] + shift[None, :], softcap)",
+        "s = s * weight[None, :] + shift[None, :]",
+        "softcap",
     ),
-    "soft cap": ("s = capped(s + shift[None, :], softcap)", "s = s + shift[None, :]", "softcap"),
     "maximum of a run": ("acc = acc * doubled(alpha, ROWS)[None, :] + o\n", "acc = acc + o\n", "uneven values"),
-    "runs of pages": ("run = tl.cdiv(pages, splits)", "run = pages // splits", "uneven runs of pages"),
+    "runs of pages": (
+        "run = tl.cdiv(pages + DENSE, splits)",
+        "run = (pages + DENSE) // splits",
+        "uneven runs of pages",
+    ),
     "sink logit": ("denominator += tl.math.exp2", "denominator -= tl.math.exp2", "sink logits"),
     "weights of parts": ("acc * alpha[:, None] + values * weight", "acc * alpha[:, None] + 0.0 * weight", "many parts"),
     "earlier parts": ("acc * alpha[:, None] + values * weight", "acc + values * weight", "many parts"),
@@ -163,6 +167,11 @@ MUTATIONS = {
         "lengths on the device",
     ),
     "lse": ("(top + tl.math.log2(", "(tl.math.log2(", "plain"),
+    "masked parameters of INT4": ("tl.where(valid, word, 0x3F80)", "word", "damaged token"),
+    "window of codes": ("> position[None, :] - window", ">= position[None, :] - window", "several in a window"),
+    "first whole page": ("tl.cdiv(unmasked, PAGE_)", "unmasked // PAGE_", "plain"),
+    "last whole page": ("coded // PAGE_, whole", "tl.cdiv(coded, PAGE_), whole", "cut"),
+    "pages left out": ("(index >= skipped, gap", "(index > skipped, gap", "cut"),
     "masked parameters": ("tl.where(valid, scale, 1.0)", "scale", "damaged token, fp8"),
 }
 

@@ -125,7 +125,8 @@ def check_read(case: WriteCase, *, interpret: bool, device: str = "cpu") -> None
     key, value, pages, _ = case.make(device)
     write_ref(key, value, case.columns, pages, ring=case.ring > 0)
     start, stop = case.columns
-    found, wanted = ([x.new_full((2, 3, stop - start, x.shape[3]), torch.nan) for x in (key, value)] for _ in range(2))
+    shape = (2, 3, stop - start + 5)
+    found, wanted = ([x.new_full((*shape, x.shape[3]), torch.nan) for x in (key, value)] for _ in range(2))
     read_tokens(*found, case.columns, pages, interpret=interpret)
     read_ref(*wanted, case.columns, pages)
     for got, expected in zip(found, wanted, strict=True):
@@ -141,6 +142,7 @@ INTERPRETER_CASES |= {
     for name in ("plain", "over pages", "head_dim 96, 80", "as they are", "fp8, over pages", "bf16, over pages")
 }
 MUTATIONS = {
+    "room for more tokens": ("plane * length + column", "plane * (stop - start) + column", "read, plain"),
     "halves of keys read": ("(upper[None, :], byte >> 4", "(upper[None, :], byte >> 3", "read, plain"),
     "halves of values read": ("(token >= LATER)[None, :], byte", "(token >= 0)[None, :], byte", "read, plain"),
     "factors read": ("x *= tl.load(factor_ptr", "x += 0.0 * tl.load(factor_ptr", "read, plain"),
