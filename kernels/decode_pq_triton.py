@@ -7,7 +7,7 @@ the channels of one place in all sub-vectors are an operand of the matrix units:
     S = Σ_i Q'_i·Ŷ_iᵀ        A_i = Σ P·Ŷ_i        O = (Σ_i A_i·D_iᵀ) + m·Σ P
 
 with D of the values applied once per program. Queries, probabilities and centroids are multiplied in bf16. The dense
-tokens and the merging of parts are those of `decode_attention_triton.py`.
+tokens and the merging of parts are those of `decode_dense_triton.py` and `decode_ends_triton.py`.
 
 Not timed on a GPU yet. What gathers cost is known from sketches: through L1 they run at 1.4 to 1.8 per clock and
 multiprocessor, which bounds 4 bits of 128 channels to less than the speed of dense bf16.
@@ -23,19 +23,11 @@ import triton.language as tl
 from torch import Tensor
 
 from .attention_quant import padded_width
-from .decode_attention_triton import (
-    LOG2E,
-    LOWEST,
-    dense_part,
-    merge_kernel,
-    position_of,
-    readable,
-    seen_by,
-    store_state,
-)
-from .decode_tiles_triton import capped, multiply, record_at
+from .decode_dense_triton import dense_part
+from .decode_ends_triton import merge_kernel
+from .decode_tiles_triton import LOG2E, LOWEST, PAGE_, capped, multiply, position_of, readable, record_at, store_state
 from .kv_pages import PAGE
-from .kv_pq_triton import CENTROIDS_, DAMAGED_, PAGE_, shapes, vector_width
+from .kv_pq_triton import CENTROIDS_, DAMAGED_, shapes, vector_width
 
 if TYPE_CHECKING:
     from .decode_attention import CompressedKV, Reading
@@ -100,7 +92,7 @@ def added(acc, codes, p, cent_ptr, head, vector, index: tl.constexpr, VECTORS: t
     """Two accumulators (rows, sub-vectors) and weighted values of a tile. p: bf16."""
     word = centroid_words(cent_ptr, head, vector, codes, index, VECTORS, SUB)
     first, second = two_channels(word, INTERPRET)
-    return acc[0] + multiply(p, first, INTERPRET), acc[1] + multiply(p, second, INTERPRET)
+    return multiply(p, first, acc[0], INTERPRET), multiply(p, second, acc[1], INTERPRET)
 
 
 @triton.jit
@@ -180,16 +172,19 @@ def decode_pq_kernel(
             damaged = (tl.load(record + token * KEY_VECTORS) == DAMAGED_) | (tl.load(values + token) == DAMAGED_)
             word = centroid_words(key_cent, kv_head, key_vector[None, :], codes, 0, KEY_VECTORS, SUB)
             k0, k1 = two_channels(word, INTERPRET)
-            s = multiply(q0, k0.T, INTERPRET) + multiply(q1, k1.T, INTERPRET)
+            s = multiply(q1, k1.T, multiply(q0, k0.T, None, INTERPRET), INTERPRET)
             if SUB == 4:
                 word = centroid_words(key_cent, kv_head, key_vector[None, :], codes, 1, KEY_VECTORS, SUB)
                 k2, k3 = two_channels(word, INTERPRET)
-                s += multiply(q2, k2.T, INTERPRET) + multiply(q3, k3.T, INTERPRET)
+                s = multiply(q3, k3.T, multiply(q2, k2.T, s, INTERPRET), INTERPRET)
             s += shift[:, None]
             if SOFTCAP:
                 s = capped(s, softcap)
             s = tl.where(damaged[None, :], float("nan"), s)
-            seen = seen_by(column[None, :], valid[None, :], position[:, None], window, False, WINDOW)
+            # Coded tokens come before every query; rows that are no query have no position, and see nothing.
+            seen = valid[None, :] & (position >= 0)[:, None]
+            if WINDOW:
+                seen = seen & (column[None, :] > position[:, None] - window)
             s = tl.where(seen, s, float("-inf"))
             new_m = tl.maximum(m, tl.max(s, axis=1))
             p = tl.math.exp2(s - new_m[:, None])
@@ -271,7 +266,7 @@ def decode_pq(
     )  # fmt: skip
     merge_kernel[(batch * heads * queries,)](
         part, state, sinks, out, lse, parts, heads, queries, group, value_dim, SINK_LOGITS=sinks is not None,
-        ROWS=rows, PARTS=min(16, triton.next_power_of_2(parts)), VALUE_WIDTH=padded_width(value_dim), num_warps=4,
-        enable_fp_fusion=True,
+        ROWS=rows, PARTS=min(16, triton.next_power_of_2(parts)), VALUE_WIDTH=padded_width(value_dim), PDL=False,
+        num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     return out, lse

@@ -85,7 +85,7 @@ def lloyd(x: Tensor, centroids: Tensor, iterations: int, generator: torch.Genera
 def totals(x: Tensor, chosen: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Sums, (problems, count, dim), and numbers, (problems, count), of the points that chose each centroid; in an order
     that is the same every time, which atomic sums of a GPU are not."""
-    problems, points, dim = x.shape
+    problems, _, dim = x.shape
     if x.device.type == "cpu":
         place = (chosen + count * torch.arange(problems)[:, None]).flatten()
         sums = torch.zeros((problems * count, dim)).index_add_(0, place, x.reshape(-1, dim))
