@@ -101,7 +101,11 @@ def cache_plan(content: dict[str, Any]) -> list[str]:
         return []
     dense = content["kv_cache"]["dense_layers"]
     covered = f"the cache of {content['kv_cache']['compressed_layers']} layers is compressed"
-    return ["", f"{covered}, that of {dense} stays dense" if dense else covered]
+    if dense:
+        covered += f", that of {dense} stays dense"
+    if codebooks := content["kv_cache"]["codebook_bytes"]:
+        covered += f"; codebooks take {codebooks / 1e6:,.1f} MB, once for all sequences"
+    return ["", covered]
 
 
 def layers(report: dict[str, Any]) -> Any:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..kernels.decode_attention import CompressedKV
 from ..kernels.kv_append import Appendable, append_token
-from ..kernels.kv_pages import PAGE, Page, PageLayout, Pages, write_tokens
+from ..kernels.kv_pages import PAGE, Page, Pages, write_tokens
 from ..quant.method import KVCacheMethod
 from .page_pool import PagePool, Slot
 
@@ -67,7 +67,7 @@ class TokenStore:
         starts: list[int] | None = None,
     ):
         self.method, self.window = method, window
-        self.key_map = method.key_map(statics or {})
+        self.codec = method.codec(statics or {})
         self.starts = None if starts is None else list(starts)
         self.recording = False
         self.version = 0
@@ -119,9 +119,7 @@ class TokenStore:
         batch, heads, _, head_dim = key.shape
         if self.starts is not None and len(self.starts) != batch:
             raise ValueError(f"the cache was made for a batch of {len(self.starts)}, and {batch} rows come")
-        if self.key_map is not None:
-            self.key_map.check(heads, head_dim)
-        PageLayout(self.method.kind, head_dim, value.shape[3])
+        self.codec.check(heads, head_dim, value.shape[3])
         if self.key is None:
             return
         assert self.value is not None
@@ -149,9 +147,8 @@ class TokenStore:
         self.sink_starts = sent(starts, torch.int64, key.device)
         self.key, self.value = (x.new_empty((batch, heads, capacity, x.shape[3])) for x in (key, value))
         self.sink_key, self.sink_value = (x.new_zeros((batch, heads, sink_tokens, x.shape[3])) for x in (key, value))
-        layout = PageLayout(self.method.kind, key.shape[3], value.shape[3])
-        self.pool = PagePool(layout, batch, heads, key.device)
-        self.key_map = None if self.key_map is None else self.key_map.to(key.device)
+        self.pool = PagePool(self.codec.layout(key.shape[3], value.shape[3]), batch, heads, key.device)
+        self.codec = self.codec.to(key.device)
 
     @torch.no_grad()
     def append(self, key: Tensor, value: Tensor) -> None:
@@ -315,7 +312,7 @@ class TokenStore:
         """All pages; one object until a page comes or goes."""
         if self.located is None:
             assert self.pool is not None
-            self.located = Pages(self.pool.layout, self.pages, self.table, self.key_map)
+            self.located = Pages(self.pool.layout, self.pages, self.table, self.codec)
         return self.located
 
     def table(self) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..quant.method import AttentionInputs, CachePolicy, KVCacheMethod
-from .attention_calibration import SEQUENCES, observe_attention
+from .attention_calibration import observe_attention
 from .hf_cache_hooks import cacheable_modules
 
 log = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ def choose_cache(
             found[name] = {key: tensor.cpu() for key, tensor in method.statics(inputs).items()}
             progress("kv_cache", len(found), len(modules), name)
 
-    reasons = observe_attention(model, tokens[:SEQUENCES], visit, device=device)
+    reasons = observe_attention(model, tokens[: method.sequences], visit, device=device)
     for name in modules:
         if name not in found:
             log.warning("the cache of %s stays dense: %s", name, reasons.get(name, "it was not called"))

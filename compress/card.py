@@ -11,7 +11,7 @@ import jinja2
 import yaml
 
 from ..kernels.attention import MODES
-from ..quant.method import AttentionPolicy
+from ..quant.method import AttentionPolicy, kv_cache_methods
 from .artifact import read_policies
 from .recipe import Recipe
 
@@ -210,7 +210,7 @@ def cache_sentence(content: dict[str, Any] | None, measured: dict[str, Any] | No
     )
     text += f"least the last {content['recent_tokens']} stay dense."
     if any(content["layers"].values()):
-        text += " Keys lose a mean, are divided by factors and rotated, as far as calibration text showed a need."
+        text += f" {kv_cache_methods()[content['method']].calibrated}"
     if content["max_tokens"] is not None:
         text += f" Sequences of more than {content['max_tokens']:,} tokens are refused."
     if measured is not None and measured["bits_per_element"] is not None:

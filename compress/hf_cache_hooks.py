@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..quant.method import AttentionPolicy, CachePolicy, KVCacheMethod
@@ -81,7 +82,7 @@ def run_by(model: Any, attention: Mapping[str, AttentionPolicy], cache: CachePol
     unknown = [name for name in cache.layers if name not in modules]
     if unknown:
         raise ValueError(f"the model has no cache of a module {unknown[0]}; it has, e.g., {next(iter(modules))}")
-    statics = {modules[name].layer_idx: tensors for name, tensors in cache.layers.items()}
+    statics = {modules[name].layer_idx: beside(modules[name], tensors) for name, tensors in cache.layers.items()}
     attach(model, layers, cached=True)
     maker = CacheMaker(model.config.get_text_config(), cache.method, statics)  # pyright: ignore[reportArgumentType]
     setattr(model, ATTRIBUTE, maker)
@@ -90,6 +91,12 @@ def run_by(model: Any, attention: Mapping[str, AttentionPolicy], cache: CachePol
     setattr(base, ATTRIBUTE, maker)
     base.register_forward_pre_hook(give_cache, with_kwargs=True)
     record_steps(model)
+
+
+def beside(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Static tensors on the device of a module, once for all caches; where they are if its weights are offloaded."""
+    device = next((parameter.device for parameter in module.parameters()), torch.device("meta"))
+    return {name: tensor if device.type == "meta" else tensor.to(device) for name, tensor in tensors.items()}
 
 
 def run_as_before(model: Any) -> None:

@@ -105,7 +105,7 @@ def expected_model(config: Any, build: Callable[[Any], nn.Module]) -> nn.Module:
 def check_statics(model: Any, layers: Mapping[str, Mapping[str, Tensor]]) -> None:
     """ValueError unless the static tensors of a cache are finite and fit the model's keys and values.
 
-    layers: attention module → tensors, each a single number or (num_kv_heads, head_dim, …).
+    layers: attention module → tensors, each a single number, (num_kv_heads, head_dim) or (num_kv_heads, …).
     """
     text = model.config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
@@ -114,7 +114,8 @@ def check_statics(model: Any, layers: Mapping[str, Mapping[str, Tensor]]) -> Non
         width = getattr(modules.get(name), "head_dim", None)
         for key, tensor in tensors.items():
             shaped = tensor.numel() == 1 or (tensor.ndim >= 2 and tensor.shape[0] == heads)
-            fits = width is None or tensor.numel() == 1 or (shaped and tensor.shape[1] == width)
+            # Of more dimensions, what the second one is depends on the codes; `check_cache` makes them.
+            fits = width is None or tensor.numel() == 1 or (shaped and (tensor.ndim > 2 or tensor.shape[1] == width))
             if not shaped or not fits or not bool(tensor.float().isfinite().all()):
                 raise ValueError(
                     f"{name[:120]}.{key[:40]} has shape {tuple(tensor.shape)}; what a cache keeps is finite numbers "

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..kernels.kv_pages import Page, PageLayout
+from ..kernels.kv_codec import Layout, Page
 
 Slot = tuple[int, int]
 """Number of a block and of a page in it."""
@@ -20,7 +20,7 @@ Slot = tuple[int, int]
 class PagePool:
     """Pages of `batch` rows and `heads` KV heads."""
 
-    def __init__(self, layout: PageLayout, batch: int, heads: int, device: torch.device):
+    def __init__(self, layout: Layout, batch: int, heads: int, device: torch.device):
         self.layout, self.device = layout, device
         self.shape = (batch, heads, layout.record_bytes)
         self.blocks: list[Tensor] = []
@@ -67,5 +67,5 @@ class PagePool:
         """Bytes allocated for codes, and for their parameters."""
         total = sum(block.nbytes for block in self.blocks)
         records = self.capacity * self.shape[0] * self.shape[1]
-        parameters = 2 * records * self.layout.parameter_bytes
+        parameters = records * self.layout.parameter_bytes
         return total - parameters, parameters

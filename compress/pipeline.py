@@ -363,13 +363,14 @@ def check_outer(model: Any, layer_names: list[str]) -> None:
 def calibration_batches(recipe: Recipe, tokenizer: Any, model: Any) -> tuple[CalibrationSet | None, list[torch.Tensor]]:
     """Calibration text, if a slot needs it, and token batches for the walk over weights.
 
-    Weight methods that use no data get random tokens, only to measure each layer's error. Attention alone is judged on
-    a few sequences, and no more are drawn.
+    Weight methods that use no data get random tokens, only to measure each layer's error. Attention and caches look at
+    a few sequences, and no more are drawn where there is nothing else.
     """
     options = recipe.calibration
     for_weights = recipe.weights is not None and recipe.weights.needs_data
     if recipe.needs_data and not for_weights:
-        options = options.model_copy(update={"samples": min(options.samples, SEQUENCES)})
+        cache = recipe.kv_cache.sequences if recipe.kv_cache is not None and recipe.kv_cache.needs_data else 0
+        options = options.model_copy(update={"samples": min(options.samples, max(SEQUENCES, cache))})
     found = calibration_tokens(tokenizer, options) if recipe.needs_data else None
     if found is not None and (for_weights or recipe.weights is None):
         return found, list(found.tokens.split(options.batch_size))

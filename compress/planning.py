@@ -216,11 +216,14 @@ def cover_attention(model: Any, layer_names: list[str], recipe: Recipe) -> list[
 
 @dataclass(frozen=True)
 class CachePlan:
-    """A compressed cache. bytes: tokens → bytes of one sequence, as allocated. layers: compressed, and left dense."""
+    """A compressed cache. bytes: tokens → bytes of one sequence, as allocated. layers: compressed, and left dense.
+    codebook_bytes: what codes need of all layers, once for all sequences.
+    """
 
     bytes: dict[int, int]
     compressed_layers: int
     dense_layers: int
+    codebook_bytes: int
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able."""
@@ -231,23 +234,25 @@ def plan_cache(model: Any, method: KVCacheMethod, contexts: Sequence[int]) -> Ca
     """What `method` allocates for one sequence: a cache is filled with tokens that have no storage."""
     modules, config = cacheable_modules(model), model.config.get_text_config()
     heads, head_dim = kv_shape(config)
+    statics = method.blank_statics(heads, head_dim)
     numbers: set[Any] = {module.layer_idx for module in modules.values()}
-    kinds = Counter(store.window for store in CompressedCache(config, method).compressed_layers)
+    kinds = Counter(store.window for store in CompressedCache(config, KVCacheMethod()).compressed_layers)
     windows = [
         store.window
-        for store in CompressedCache(config, method, statics={number: {} for number in numbers}).compressed_layers
+        for store in CompressedCache(config, method, statics=dict.fromkeys(numbers, statics)).compressed_layers
     ]
     others = sum(kinds.values()) - len(windows)
     sizes = {}
     for tokens in contexts:
         total = 0
         for window, count in Counter(windows).items():
-            store = TokenStore(replace(method, max_tokens=None), window=window)
+            store = TokenStore(replace(method, max_tokens=None), statics=statics, window=window)
             empty = torch.empty((1, heads, tokens, head_dim), dtype=model.dtype, device="meta")
             store.append(empty, empty)
             total += count * store.nbytes().total
         sizes[tokens] = total + others * 2 * heads * head_dim * tokens * model.dtype.itemsize
-    return CachePlan(sizes, len(windows), others)
+    codebooks = sum(tensor.nbytes for tensor in statics.values())
+    return CachePlan(sizes, len(windows), others, len(windows) * codebooks)
 
 
 def _inside(layer: str, linears: dict[str, nn.Linear]) -> list[nn.Linear]:

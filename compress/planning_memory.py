@@ -102,15 +102,16 @@ class MemoryModel:
         if self.recipe.weights is not None:
             yield self.calibration(layers, extra)
         if self.recipe.attention is not None and self.recipe.attention.needs_data:
-            yield Stage("attention", self.attention([layer for layer, _ in layers]), {"base model": self.base_bytes})
+            need = self.attention([layer for layer, _ in layers], SEQUENCES)
+            yield Stage("attention", need, {"base model": self.base_bytes})
         if self.recipe.kv_cache is not None and self.recipe.kv_cache.needs_data:
-            need = self.attention([layer for layer, _ in layers])
+            need = self.attention([layer for layer, _ in layers], self.recipe.kv_cache.sequences)
             yield Stage("key-value cache", need, {"base model": self.base_bytes})
 
-    def attention(self, layers: list[nn.Module]) -> dict[str, int]:
+    def attention(self, layers: list[nn.Module], sequences: int) -> dict[str, int]:
         """Judging attention: hidden states and one pass of every sequence, then logits of some rows of one."""
         options, config = self.recipe.calibration, self.model.config.get_text_config()
-        tokens = min(options.samples, SEQUENCES) * options.length
+        tokens = min(options.samples, sequences) * options.length
         logits = FLOAT32 * REFERENCE_ROWS * options.length * config.num_attention_heads
         return {
             "decoder layer": max(_bytes(layer) for layer in layers),

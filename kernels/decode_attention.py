@@ -12,8 +12,8 @@ computed online in FP32 over blocks of at most `PAGE` tokens, so that no more of
 *Storage* (`CompressedKV`). Tokens have columns 0, 1, … in the order in which they came, pads included. Columns below
 `coded` are in pages, page p holding columns [p·PAGE, (p + 1)·PAGE); the columns after them are dense. The first
 `sink_tokens` of every row are kept dense beside their codes, from the column on where that row begins; once they are
-coded, a reader takes them from there and passes over their codes. Codes are those of `kv_codes.py`, laid out as in
-`kv_pages.py`.
+coded, a reader takes them from there and passes over their codes. What codes are, and
+how they lie in a page, is up to `kv_codec.py`.
 
 *Mask.* Query i of Q has the column p = tokens − Q + i and sees the columns j with first ≤ j, key_starts ≤ j ≤ p, and
 with a window w, j > p − w. A query that sees no token gets zeros and lse = −∞. A sink logit is one more logit per head
@@ -132,7 +132,7 @@ def decode_refusal(query: Tensor, kv: CompressedKV) -> str | None:
         refusal = f"the kernel takes bf16 and fp16, not {query.dtype} with a cache of {kv.sink_key.dtype}"
     if refusal is None and head_dim > MAX_HEAD_DIM:
         refusal = f"head_dim {head_dim} exceeds the kernel's {MAX_HEAD_DIM}"
-    return refusal
+    return kv.pages.codec.decode_refusal(query, kv) if refusal is None else refusal
 
 
 def fits_one_launch(query: Tensor, kv: CompressedKV) -> bool:
@@ -158,11 +158,9 @@ def run_decode(
         from .decode_chunks import decode_chunks
 
         return decode_chunks(query, kv, call, sinks, key_starts)
-    from .decode_attention_triton import decode_triton
-
     sinks = None if sinks is None else sinks.contiguous()
     with launching_on(query):
-        out, lse = decode_triton(query, kv, call, sinks, key_starts, interpret=interpret)
+        out, lse = kv.pages.codec.attend(query, kv, call, sinks, key_starts, interpret=interpret)
     return out.transpose(1, 2), lse
 
 
@@ -317,6 +315,5 @@ def check_storage(kv: CompressedKV) -> None:
     layout = kv.pages.layout
     if (layout.key_dim, layout.value_dim) != (head_dim, value_dim):
         raise ValueError(f"pages hold heads of {layout.key_dim} and {layout.value_dim} channels, not {head_dim}")
-    if kv.pages.key_map is not None:
-        kv.pages.key_map.check(kv_heads, head_dim)
+    kv.pages.codec.check(kv_heads, head_dim, value_dim)
     kv.pages.check(kv.first // PAGE, -(-kv.coded // PAGE), batch, kv_heads)

@@ -41,11 +41,9 @@ class Appendable:
 
 def append_token(key: Tensor, value: Tensor, to: Appendable, *, interpret: bool = False) -> None:
     """Appends in place. key, value: (batch, num_kv_heads, 1, head_dim), post-RoPE, of one dtype with the ring."""
-    if launched(key.device, "append_token", interpret=interpret):
-        from .kv_append_triton import append_triton
-
+    if launched(to.pages.codec, key.device, "append_token", interpret=interpret):
         with launching_on(key):
-            append_triton(key, value, to, interpret=interpret)
+            to.pages.codec.append(key, value, to, interpret=interpret)
         return
     append_ref(key, value, to)
 

@@ -1,6 +1,6 @@
-"""A page: `PAGE` coded tokens of one row and KV head, one run of bytes that a kernel reads as it lies.
+"""Pages: `PAGE` coded tokens of one row and KV head each, one run of bytes that a kernel reads as it lies.
 
-::
+What is in them is up to a `kv_codec.Codec`. Here are the codecs that code every token on its own (`TokenCodec`)::
 
     key codes | key parameters | value codes | value parameters        padded to a multiple of 16 bytes
 
@@ -14,97 +14,52 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .activations import FP8_CAPABILITY, launching_on, log_fallback, triton_refusal
+from .activations import launching_on, log_fallback
+from .kv_codec import PAGE, Codec, Coded, Layout, Page, Part
 from .kv_codes import KeyMap, Kind, check_kind, dequantize_tokens, quantize_tokens
 
-PAGE = 128
-ALIGNMENT = 16
 CODE_DTYPES = {"fp8": torch.float8_e4m3fn, "int4": torch.uint8, "bf16": torch.bfloat16}
 PARAMETERS = {"fp8": (1, torch.float32), "int4": (2, torch.bfloat16), "bf16": (0, torch.float32)}
 """Numbers per token, and their dtype."""
 
 
 @dataclass(frozen=True)
-class PageLayout:
-    """How a page of one row and KV head lies in memory. key_dim, value_dim: channels of a head."""
-
-    kind: Kind
-    key_dim: int
-    value_dim: int
+class PageLayout(Layout):
+    """Of tokens that are coded each on its own."""
 
     def __post_init__(self) -> None:
         """ValueError for a kind that is unknown or cannot store such heads."""
         check_kind(self.kind, self.key_dim)
         check_kind(self.kind, self.value_dim)
 
-    def code_bytes(self, head_dim: int) -> int:
-        """Of a page's keys or values."""
-        return PAGE * head_dim * CODE_DTYPES[self.kind].itemsize // (2 if self.kind == "int4" else 1)
+    @property
+    def parts(self) -> tuple[Part, Part, Part, Part]:
+        """See `Layout.parts`."""
+        packed, dtype = 2 if self.kind == "int4" else 1, CODE_DTYPES[self.kind]
+        values = (PAGE, self.value_dim) if self.kind == "bf16" else (self.value_dim, PAGE // packed)
+        count, parameter = PARAMETERS[self.kind]
+        parameters = Part((PAGE, count), parameter)
+        return Part((PAGE, self.key_dim // packed), dtype), parameters, Part(values, dtype), parameters
 
     @property
-    def parameter_bytes(self) -> int:
-        """Of a page's keys, and as many of its values."""
-        count, dtype = PARAMETERS[self.kind]
-        return PAGE * count * dtype.itemsize
-
-    @property
-    def offsets(self) -> tuple[int, int, int, int]:
-        """First byte of each part: key codes, key parameters, value codes, value parameters."""
-        keys = self.code_bytes(self.key_dim)
-        values = keys + self.parameter_bytes
-        return 0, keys, values, values + self.code_bytes(self.value_dim)
-
-    @property
-    def record_bytes(self) -> int:
-        """Of one row and KV head."""
-        used = self.offsets[3] + self.parameter_bytes
-        return -(-used // ALIGNMENT) * ALIGNMENT
-
-    def page(self, records: Tensor) -> Page:
-        """Views. records: (..., record_bytes) uint8."""
-        count, dtype = PARAMETERS[self.kind]
-        codes = CODE_DTYPES[self.kind]
-
-        def part(index: int, size: int, kind: torch.dtype, shape: tuple[int, int]) -> Tensor:
-            start = self.offsets[index]
-            return records[..., start : start + size].view(kind).unflatten(-1, shape)
-
-        packed = 2 if self.kind == "int4" else 1
-        value_shape = (PAGE, self.value_dim) if self.kind == "bf16" else (self.value_dim, PAGE // packed)
-        if count == 0:
-            empty = records.new_empty((*records.shape[:-1], PAGE, 0), dtype=dtype)
-            parameters = (empty, empty)
-        else:
-            parameters = tuple(part(index, self.parameter_bytes, dtype, (PAGE, count)) for index in (1, 3))
-        return Page(
-            self.kind,
-            part(0, self.code_bytes(self.key_dim), codes, (PAGE, self.key_dim // packed)),
-            parameters[0],
-            part(2, self.code_bytes(self.value_dim), codes, value_shape),
-            parameters[1],
-        )
+    def page_of(self) -> type[Page]:
+        """See `Layout.page_of`."""
+        return TokenPage
 
 
 @dataclass(frozen=True)
-class Page:
-    """Views of a page of many rows and heads, written in place.
-
-    key_codes: (..., PAGE, key_dim), half as many bytes for INT4. value_codes: (..., value_dim, PAGE), half as many
+class TokenPage(Page):
+    """key_codes: (..., PAGE, key_dim), half as many bytes for INT4. value_codes: (..., value_dim, PAGE), half as many
     bytes for INT4; (..., PAGE, value_dim) for bf16. key_parameters, value_parameters: (..., PAGE, n).
     """
 
-    kind: Kind
-    key_codes: Tensor
-    key_parameters: Tensor
-    value_codes: Tensor
-    value_parameters: Tensor
-
-    def write(self, place: slice, keys: tuple[Tensor, Tensor], values: tuple[Tensor, Tensor]) -> None:
-        """Puts tokens into a page, which keeps its others. keys, values: codes and parameters of `quantize_tokens`."""
+    def write(self, place: slice, keys: Coded, values: Coded) -> None:
+        """See `Page.write`; codes and parameters are those of `quantize_tokens`."""
         codes = keys[0]
         if self.kind == "int4":
             low, high = codes.chunk(2, dim=-1)
@@ -126,8 +81,8 @@ class Page:
         """INT4 codes of values, (..., value_dim, PAGE) uint8, one in each byte."""
         return torch.cat((self.value_codes & 15, self.value_codes >> 4), dim=-1)
 
-    def read(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """Codes and parameters of the keys, and of the values, as `quantize_tokens` gave them."""
+    def read(self) -> tuple[Coded, Coded]:
+        """See `Page.read`."""
         keys, values = self.key_codes, self.value_codes
         if self.kind == "int4":
             keys = torch.cat((keys & 15, keys >> 4), dim=-1)
@@ -138,16 +93,85 @@ class Page:
 
 
 @dataclass(frozen=True)
+class TokenCodec(Codec):
+    """Codes of `kv_codes.py`, each token on its own. key_map: what is done to keys before they are coded."""
+
+    kind: Kind
+    key_map: KeyMap | None = None
+
+    def layout(self, key_dim: int, value_dim: int) -> PageLayout:
+        """See `Codec.layout`."""
+        return PageLayout(self.kind, key_dim, value_dim)
+
+    def check(self, heads: int, key_dim: int, value_dim: int) -> None:
+        """See `Codec.check`."""
+        if self.key_map is not None:
+            self.key_map.check(heads, key_dim)
+        self.layout(key_dim, value_dim)
+
+    def to(self, device: torch.device) -> TokenCodec:
+        """See `Codec.to`."""
+        return TokenCodec(self.kind, None if self.key_map is None else self.key_map.to(device))
+
+    def encode_keys(self, key: Tensor) -> Coded:
+        """See `Codec.encode_keys`."""
+        return quantize_tokens(key if self.key_map is None else self.key_map.encode(key), self.kind)
+
+    def encode_values(self, value: Tensor) -> Coded:
+        """See `Codec.encode_values`."""
+        return quantize_tokens(value, self.kind)
+
+    def decode_keys(self, keys: Coded) -> Tensor:
+        """See `Codec.decode_keys`."""
+        key = dequantize_tokens(*keys, self.kind)
+        return key if self.key_map is None else self.key_map.decode(key)
+
+    def decode_values(self, values: Coded) -> Tensor:
+        """See `Codec.decode_values`."""
+        return dequantize_tokens(*values, self.kind)
+
+    def write(self, key: Tensor, value: Tensor, columns: tuple[int, int], pages: Pages, **options: Any) -> None:
+        """See `Codec.write`."""
+        from .kv_pages_triton import write_triton
+
+        write_triton(key, value, columns, pages, **options)
+
+    def read(self, key: Tensor, value: Tensor, columns: tuple[int, int], pages: Pages) -> None:
+        """See `Codec.read`."""
+        from .kv_pages_triton import read_triton
+
+        read_triton(key, value, columns, pages)
+
+    def append(self, key: Tensor, value: Tensor, to: Any, *, interpret: bool) -> None:
+        """See `Codec.append`."""
+        from .kv_append_triton import append_triton
+
+        append_triton(key, value, to, interpret=interpret)
+
+    def attend(self, *call: Any, interpret: bool) -> tuple[Tensor, Tensor]:
+        """See `Codec.attend`."""
+        from .decode_attention_triton import decode_triton
+
+        return decode_triton(*call, interpret=interpret)
+
+
+@dataclass(frozen=True)
 class Pages:
     """Where tokens are. pages: by number, (batch, num_kv_heads, …). table: gives their addresses by number,
-    int64 on the device. key_map: what is done to keys before they are coded. found: ranges of pages known to be there.
+    int64 on the device. codec: what wrote them. found: ranges of pages known to be there.
     """
 
-    layout: PageLayout
+    layout: Layout
     pages: Mapping[int, Page]
     table: Callable[[], Tensor]
-    key_map: KeyMap | None = None
+    codec: Codec
     found: set[tuple[int, ...]] = field(default_factory=set, compare=False)
+
+    @property
+    def key_map(self) -> KeyMap | None:
+        """Of a `TokenCodec`."""
+        assert isinstance(self.codec, TokenCodec)
+        return self.codec.key_map
 
     def check(self, first: int, last: int, batch: int, heads: int) -> None:
         """ValueError unless pages [first, last) are there and hold such rows and heads; looked at once."""
@@ -175,18 +199,16 @@ def write_tokens(
         columns: first and last + 1; their pages are there.
         ring: a column's token lies at its number modulo `tokens`; else tokens are those of the columns in order.
     """
-    if launched(key.device, "write_tokens", interpret=interpret):
-        from .kv_pages_triton import write_triton
-
+    if launched(pages.codec, key.device, "write_tokens", interpret=interpret):
         with launching_on(key):
-            write_triton(key, value, columns, pages, ring=ring, interpret=interpret)
+            pages.codec.write(key, value, columns, pages, ring=ring, interpret=interpret)
         return
     write_ref(key, value, columns, pages, ring=ring)
 
 
-def launched(device: torch.device, op: str, *, interpret: bool) -> bool:
+def launched(codec: Codec, device: torch.device, op: str, *, interpret: bool) -> bool:
     """Whether a kernel runs; if not, the reason is logged."""
-    refusal = None if interpret else triton_refusal(device, FP8_CAPABILITY)
+    refusal = None if interpret else codec.refusal(device)
     if refusal is not None and device.type != "meta":
         log_fallback(op, refusal)
     return refusal is None
@@ -198,9 +220,7 @@ def write_ref(key: Tensor, value: Tensor, columns: tuple[int, int], pages: Pages
     if ring:
         place = torch.arange(start, stop, device=key.device) % key.shape[2]
         key, value = key[:, :, place], value[:, :, place]
-    kind = pages.layout.kind
-    keys = quantize_tokens(key if pages.key_map is None else pages.key_map.encode(key), kind)
-    values = quantize_tokens(value, kind)
+    keys, values = pages.codec.encode_keys(key), pages.codec.encode_values(value)
     for number in range(start // PAGE, -(-stop // PAGE)):
         low, high = max(start, number * PAGE), min(stop, (number + 1) * PAGE)
         source = slice(low - start, high - start)
@@ -221,11 +241,9 @@ def read_tokens(key: Tensor, value: Tensor, columns: tuple[int, int], pages: Pag
     """
     if columns[0] >= columns[1]:
         return
-    if launched(key.device, "read_tokens", interpret=interpret):
-        from .kv_pages_triton import read_triton
-
+    if launched(pages.codec, key.device, "read_tokens", interpret=interpret):
         with launching_on(key):
-            read_triton(key, value, columns, pages)
+            pages.codec.read(key, value, columns, pages)
         return
     read_ref(key, value, columns, pages)
 
@@ -244,5 +262,4 @@ def read_ref(key: Tensor, value: Tensor, columns: tuple[int, int], pages: Pages)
 def read_page(pages: Pages, number: int) -> tuple[Tensor, Tensor]:
     """Keys and values of a page, (batch, num_kv_heads, PAGE, head_dim) fp32."""
     keys, values = pages.pages[number].read()
-    key, value = (dequantize_tokens(*part, pages.layout.kind) for part in (keys, values))
-    return key if pages.key_map is None else pages.key_map.decode(key), value
+    return pages.codec.decode_keys(keys), pages.codec.decode_values(values)

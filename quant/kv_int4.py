@@ -46,6 +46,9 @@ class KVINT4(KVCacheMethod):
     """
 
     kind: ClassVar[Kind] = "int4"
+    calibrated: ClassVar[str] = (
+        "Keys lose a mean, are divided by factors and rotated, as far as calibration text showed a need."
+    )
 
     key_transform: Transform = "auto"
 

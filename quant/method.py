@@ -25,7 +25,9 @@ import torch
 from pydantic import ConfigDict, Field
 
 from ..kernels.attention import MODES, Mode
+from ..kernels.kv_codec import Codec
 from ..kernels.kv_codes import KeyMap, Kind
+from ..kernels.kv_pages import TokenCodec
 
 if TYPE_CHECKING:
     from .block import Block
@@ -190,11 +192,15 @@ class KVCacheMethod:
     sink_tokens: tokens at the start of every sequence that stay dense. recent_tokens: the last tokens that stay dense;
     older ones are coded a page at a time. max_tokens: a longer sequence is refused, None for no limit.
 
-    A subclass says in which codes it stores tokens (`kind` of `kernels.kv_codes`).
+    A subclass says in which codes it stores tokens: by `kind`, of `kernels.kv_codes`, or by a `codec` of its own.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")  # pyright: ignore[reportUnannotatedClassAttribute]
     kind: ClassVar[Kind] = "fp8"
+    calibrated: ClassVar[str] = ""
+    """A sentence on what calibration text was used for."""
+    sequences: ClassVar[int] = 2
+    """Windows of calibration text that it looks at, at most."""
 
     sink_tokens: Annotated[int, Field(ge=0)] = 4
     recent_tokens: Annotated[int, Field(ge=0)] = 128
@@ -209,9 +215,18 @@ class KVCacheMethod:
         """Named tensors of one layer that its tokens are coded with, found on calibration text."""
         raise NotImplementedError
 
+    def blank_statics(self, heads: int, head_dim: int) -> dict[str, torch.Tensor]:
+        """Tensors without content, on the meta device, for counting bytes: of the shapes that `statics` gives where
+        codes need them, and none where these can do without."""
+        return {}
+
     def key_map(self, statics: Mapping[str, torch.Tensor]) -> KeyMap | None:
         """What is done to a layer's keys before they are coded. statics: of the layer; empty without calibration."""
         return None
+
+    def codec(self, statics: Mapping[str, torch.Tensor]) -> Codec:
+        """What codes a layer's tokens. statics: of the layer; empty without calibration."""
+        return TokenCodec(self.kind, self.key_map(statics))
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from transformers.cache_utils import DynamicLayer
 
 from kompakt.compress.hf_cache import CACHE, CompressedCache
 from kompakt.compress.hf_cache_hooks import cacheable_modules, run_by
-from kompakt.kernels.kv_codes import rounded
 from kompakt.kernels.kv_pages import PAGE
 from kompakt.quant.method import CachePolicy, KVCacheMethod
 
@@ -47,7 +46,7 @@ class ReferenceLayer(DynamicLayer):
     def __init__(self, method: KVCacheMethod, window: int | None, starts: list[int] | None, statics: Any = None):
         super().__init__()
         self.method, self.window, self.starts, self.coded = method, window, starts, 0
-        self.key_map = method.key_map(statics or {})
+        self.codec = method.codec(statics or {})
         self.is_sliding = window is not None
         self.sliding_window = window
 
@@ -60,13 +59,13 @@ class ReferenceLayer(DynamicLayer):
             return key_states, value_states
         limit = self.coded if key_states.shape[2] == 1 else min(self.coded, past)
         first = self.get_mask_sizes_of(past, 0)[1]
+        coded = self.codec.rounded(self.keys, self.values)
         return tuple(
-            self.rounded(dense, limit, key_map)[:, :, first:]
-            for dense, key_map in ((self.keys, self.key_map), (self.values, None))
+            self.kept(found.to(dense.dtype), dense, limit)[:, :, first:]
+            for found, dense in zip(coded, (self.keys, self.values), strict=True)
         )
 
-    def rounded(self, dense: torch.Tensor, limit: int, key_map: Any) -> torch.Tensor:
-        found = rounded(dense, self.method.kind, key_map).to(dense.dtype)
+    def kept(self, found: torch.Tensor, dense: torch.Tensor, limit: int) -> torch.Tensor:
         found[:, :, limit:] = dense[:, :, limit:]
         for row in range(dense.shape[0]):
             start = 0 if self.starts is None else self.starts[row % len(self.starts)]

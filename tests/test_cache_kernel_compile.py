@@ -32,7 +32,7 @@ from kompakt.kernels import decode_attention_triton, decode_ends_triton, kv_appe
 from kompakt.kernels.decode_attention import Reading
 from kompakt.kernels.kv_append import LENGTHS, Appendable
 from kompakt.kernels.kv_codes import KeyMap
-from kompakt.kernels.kv_pages import PageLayout, Pages
+from kompakt.kernels.kv_pages import PageLayout, Pages, TokenCodec
 
 
 def compile_decode(target: GPUTarget, kernel: str, kind: str, head_dim: int, *, portable: bool = False, **changes: Any):
@@ -63,7 +63,7 @@ def compile_pages(target: GPUTarget, kernel: str, kind: str, head_dim: int):
     x, layout = meta(1, 8, 512, head_dim, dtype=BF16), PageLayout(kind, head_dim, head_dim)  # pyright: ignore
     channels = meta(8, head_dim, dtype=FP32)
     key_map = KeyMap(channels, channels, rotated=True) if kind == "int4" else None
-    pages = Pages(layout, {}, lambda: meta(4, dtype=torch.int64), key_map)
+    pages = Pages(layout, {}, lambda: meta(4, dtype=torch.int64), TokenCodec(kind, key_map))  # pyright: ignore
     starts, lengths = meta(1, dtype=torch.int64), meta(LENGTHS, dtype=torch.int32)
     calls = {
         "write_kernel": lambda: kv_pages_triton.write_triton(x, x, (0, 512), pages, ring=False),

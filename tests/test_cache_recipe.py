@@ -22,11 +22,15 @@ from kompakt.compress.recipe import EvaluationOptions, Recipe
 from kompakt.compress.restore import LimitExceeded
 from kompakt.quant.kv_fp8 import KVFP8
 from kompakt.quant.kv_int4 import KVINT4
+from kompakt.quant.kv_pq import KVPQ, PARTS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TOKENS = torch.randint(3, 200, (2, 300), generator=torch.Generator().manual_seed(3))
 FAST = {"calibration.samples": 4, "calibration.length": 64, "evaluation.window": 400, "evaluation.windows": 2}
-RECIPES = ("kv-fp8", "kv-int4", "w4a8-kv4", "w4a8-sage-kv4")
+RECIPES = ("kv-fp8", "kv-int4", "kv-pq2", "w4a8-kv4", "w4a8-pq4", "w4a8-sage-kv4")
+METHOD = {"kv-fp8": "kv_fp8", "kv-pq2": "kv_pq", "w4a8-pq4": "kv_pq"}
+
+PQ_TENSORS = sorted(f"{part}_{name}" for part in ("key", "value") for name in PARTS)
 
 
 @pytest.fixture(scope="module")
@@ -85,17 +89,20 @@ def test_what_is_written(name, made, base):
     sidecar = read_sidecar(directory)
     policy = read_cache(sidecar, directory)
     assert policy is not None and list(policy.layers) == [f"model.layers.{index}.self_attn" for index in range(4)]
-    keys = [] if name == "kv-fp8" else ["key_factors", "key_mean", "key_rotated"]
+    keys = {"kv_fp8": [], "kv_pq": PQ_TENSORS}.get(METHOD.get(name, ""), ["key_factors", "key_mean", "key_rotated"])
     # A layer may be best off with its keys as they are.
     assert all(sorted(tensors) in (keys, []) for tensors in policy.layers.values())
     assert any(sorted(tensors) == keys for tensors in policy.layers.values())
-    shapes = {"key_factors": (2, 16), "key_mean": (2, 16), "key_rotated": (1,)}
+    shapes: dict[str, tuple[int, ...]] = {"key_factors": (2, 16), "key_mean": (2, 16), "key_rotated": (1,)}
+    if METHOD.get(name) == "kv_pq":
+        bits = 2 if name == "kv-pq2" else 4
+        shapes = {key: tuple(tensor.shape) for key, tensor in KVPQ(bits=bits).blank_statics(2, 16).items()}
     assert all(t.shape == shapes[key] for tensors in policy.layers.values() for key, t in tensors.items())
-    assert sidecar["kv_cache"]["method"] == {"kv-fp8": "kv_fp8"}.get(name, "kv_int4")
+    assert sidecar["kv_cache"]["method"] == METHOD.get(name, "kv_int4")
     stock = AutoModelForCausalLM.from_pretrained(directory)
     assert type(stock(TOKENS)[CACHE]) is DynamicCache
     found = made[name].evaluation["kv_cache"]
-    bits = {"kv-fp8": 10.0}.get(name, 6.0)
+    bits = {"kv-fp8": 10.0, "kv-pq2": 2.0, "w4a8-pq4": 4.0}.get(name, 6.0)
     assert found == {
         "protocol": "chunks",
         "chunk": 128,
@@ -108,7 +115,8 @@ def test_what_is_written(name, made, base):
     assert "the first 4 tokens and at least the last 16 stay dense" in card
     assert f"Coded tokens take {bits:.3f} bits per element" in card
     assert "544 of 800 positions had coded tokens to read" in card
-    assert ("Keys lose a mean, are divided by factors and rotated" in card) == (name != "kv-fp8")
+    assert ("Keys lose a mean, are divided by factors and rotated" in card) == (name not in METHOD)
+    assert ("Codes are numbers of centroids, 256 for each sub-vector" in card) == (METHOD.get(name) == "kv_pq")
 
 
 def test_evaluation_reads_codes(made, base, text):
@@ -253,6 +261,14 @@ def test_plan_counts_what_is_allocated(base):
     run_as_before(model)
     assert (found.compressed_cache.compressed_layers, found.compressed_cache.dense_layers) == (4, 0)
     assert "key-value cache" in [stage.name for stage in found.stages]
+    assert found.compressed_cache.codebook_bytes == 0
+    codes = plan(base, "kv-pq4", contexts=(1000,)).compressed_cache
+    assert codes is not None
+    # 768 tokens in pages, 2 × 16 channels, in two layers' heads; then 260 places that are dense.
+    heads = 4 * 2 * 2
+    assert codes.bytes[1000] == heads * 16 * (768 // 2 + (128 + 128 + 4) * model.dtype.itemsize)
+    tensors = KVPQ().blank_statics(2, 16).values()
+    assert codes.codebook_bytes == 4 * sum(tensor.nbytes for tensor in tensors)
     assert plan(base, "kv-fp8").as_dict()["kernels"]["decode_attention"]["used"]
     assert plan(base, "w4a16-rtn").compressed_cache is None
 

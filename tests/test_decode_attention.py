@@ -12,7 +12,7 @@ from decode_cases import filled
 from kompakt.compress.cache import TokenStore
 from kompakt.kernels.decode_attention import CompressedKV, Reading, decode_attention, decode_ref, dequantized
 from kompakt.kernels.kv_codes import KeyMap
-from kompakt.kernels.kv_pages import PAGE, PageLayout
+from kompakt.kernels.kv_pages import PAGE, PageLayout, TokenCodec
 from kompakt.quant.kv_fp8 import KVFP8
 from kompakt.quant.kv_int4 import KVINT4
 
@@ -143,6 +143,9 @@ def test_queries_in_16_bit_lose_no_more_than_their_rounding():
     assert (out.double() - wanted).abs().max() <= 2.0**-8 * wanted.abs().max()
 
 
+OTHER_MODEL = TokenCodec("int4", KeyMap(torch.ones(2, 8)))
+
+
 def mistake(**changes: Any) -> Any:
     """A call with some arguments replaced."""
 
@@ -188,7 +191,7 @@ def mistake(**changes: Any) -> Any:
             "heads of 16 and 8 channels, not 16",
         ),
         (
-            mistake(kv=lambda kv: replace(kv, pages=replace(kv.pages, found=set(), key_map=KeyMap(torch.ones(2, 8))))),
+            mistake(kv=lambda kv: replace(kv, pages=replace(kv.pages, found=set(), codec=OTHER_MODEL))),
             "calibrated for 2 KV heads of 8",
         ),
         (mistake(kv=lambda kv: replace(kv, sink_starts=torch.zeros(1))), "do not belong together"),

@@ -99,7 +99,7 @@ def test_caches_are_those_of_the_recipes(tmp_path, monkeypatch):
     # As transformers' caches keep them, and queries as a model gives them.
     assert problem.key.is_contiguous() and problem.value.is_contiguous()
     assert replace(CASE, queries=2).draw(CPU).query.transpose(1, 2).is_contiguous()
-    key_map = fill("int4", problem).key_map
+    key_map = fill("int4", problem).where().key_map
     assert key_map.rotated and key_map.mean.shape == key_map.factors.shape == (3, 16)
     # Keys have offsets of 4 per channel, which the mean takes off.
     assert key_map.encode(problem.key).mean(dim=2).abs().max() < 1 < problem.key.float().mean(dim=2).abs().max()

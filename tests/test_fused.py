@@ -19,7 +19,7 @@ from kernel_cases import skip_below
 from torch import nn
 
 from kompakt.compress import hf_fused
-from kompakt.compress.hf_capture import capture_of, captured
+from kompakt.compress.hf_capture import everywhere, steps_of
 from kompakt.compress.hf_fused import FOUND, ROTARY, fused, fused_on
 from kompakt.kernels.activations import FP8_CAPABILITY, log_fallback
 from kompakt.quant.kv_int4 import KVINT4
@@ -169,12 +169,12 @@ def test_steps_are_fused_where_kernels_run():
     """And nowhere else: neither on a CPU, nor the first pass over a prompt."""
     model = patched(long_model("qwen3"), KVINT4(recent_tokens=20))
     options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
-    with counted("rms_norm") as norm, counted("apply_rotary") as rotary, captured(model):
+    with counted("rms_norm") as norm, counted("apply_rotary") as rotary, everywhere(model):
         wanted = model.generate(LONG[:, :140], **options)
         assert not norm.called and not rotary.called
         with mock.patch.object(hf_fused, "triton_refusal", return_value=None):
             assert torch.equal(model.generate(LONG[:, :140], **options), wanted)
-        assert (norm.call_count, rotary.call_count, capture_of(model).plain) == (3 * 9, 3 * 2, 6)
+        assert (norm.call_count, rotary.call_count, steps_of(model).plain) == (3 * 9, 3 * 2, 6)
 
 
 def test_a_gpu_without_the_kernels_is_named(caplog):

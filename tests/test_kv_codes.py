@@ -19,6 +19,7 @@ from kompakt.kernels.kv_codes import (
 from kompakt.kernels.kv_pages import PAGE, PageLayout
 from kompakt.quant.kv_fp8 import KVFP8
 from kompakt.quant.kv_int4 import KVINT4, mean_and_factors, output_error
+from kompakt.quant.kv_pq import KVPQ
 from kompakt.quant.method import AttentionInputs, kv_cache_methods
 
 EPS = torch.finfo(torch.float32).eps
@@ -122,7 +123,7 @@ def test_mistakes_are_named():
 
 
 def test_methods_are_found():
-    assert kv_cache_methods() == {"kv_fp8": KVFP8, "kv_int4": KVINT4}
+    assert kv_cache_methods() == {"kv_fp8": KVFP8, "kv_int4": KVINT4, "kv_pq": KVPQ}
     assert (KVFP8().kind, KVINT4().kind) == ("fp8", "int4")
     assert not KVFP8().needs_data and KVINT4().needs_data and not KVINT4(key_transform="none").needs_data
 

@@ -12,7 +12,16 @@ from torch import Tensor
 
 from kompakt.kernels.activations import FP8_CAPABILITY
 from kompakt.kernels.kv_codes import KINDS, Kind
-from kompakt.kernels.kv_pages import PAGE, PageLayout, Pages, read_ref, read_tokens, write_ref, write_tokens
+from kompakt.kernels.kv_pages import (
+    PAGE,
+    PageLayout,
+    Pages,
+    TokenCodec,
+    read_ref,
+    read_tokens,
+    write_ref,
+    write_tokens,
+)
 from kompakt.quant.kv_int4 import KVINT4
 
 KERNEL = "kompakt.kernels.kv_pages_triton"
@@ -43,13 +52,13 @@ class WriteCase:
             key = key.transpose(1, 2).contiguous().transpose(1, 2)
         key, value = key.to(device, self.dtype), value.to(device, self.dtype)
         records = torch.randint(0, 256, (last, 2, 3, layout.record_bytes), dtype=torch.uint8).to(device)
-        key_map = KVINT4().key_map(statics)
+        codec = TokenCodec(self.kind, KVINT4().key_map(statics))
         addresses = [record.data_ptr() for record in records]
         pages = Pages(
             layout,
             {number: layout.page(record) for number, record in enumerate(records)},
             lambda: torch.tensor(addresses, device=device),
-            None if key_map is None else key_map.to(torch.device(device)),
+            codec.to(torch.device(device)),
         )
         return key, value, pages, records
 
@@ -93,7 +102,7 @@ def check(case: WriteCase, *, interpret: bool, device: str = "cpu") -> None:
     write_tokens(key, value, case.columns, pages, ring=case.ring > 0, interpret=interpret)
     expected = before.clone()
     layout = pages.layout
-    wanted = Pages(layout, {n: layout.page(record) for n, record in enumerate(expected)}, pages.table, pages.key_map)
+    wanted = Pages(layout, {n: layout.page(record) for n, record in enumerate(expected)}, pages.table, pages.codec)
     write_ref(key, value, case.columns, wanted, ring=case.ring > 0)
     assert not torch.equal(before, expected)
     wrong = (records != expected).nonzero()

@@ -1,0 +1,337 @@
+"""Triton kernels of `kv_pq.py`: tokens of a page coded and written, one token appended, pages read again.
+
+Coding is split over pages, KV heads and runs of `RUN` sub-vectors. A program holds a page's tokens in registers, maps
+them onto the channels of one sub-vector at a time and takes the least of 256 scores |c|²/2 − y·c, `TILE` centroids at a
+time. Sums over channels are in FP32, in another order than the reference's: where two centroids are about as near, the
+other one may be taken. An appended token is coded from where it came, so that no program waits for the one that puts it
+into the ring.
+
+Not timed on a GPU yet.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .attention_quant import padded_width
+from .kv_append_triton import put
+from .kv_pages import PAGE, Pages
+from .kv_pq import CENTROIDS, DAMAGED, PQCodec, ProductQuantizer
+
+if TYPE_CHECKING:
+    from .kv_append import Appendable
+
+PAGE_ = tl.constexpr(PAGE)
+CENTROIDS_ = tl.constexpr(CENTROIDS)
+DAMAGED_ = tl.constexpr(DAMAGED)
+TILE = tl.constexpr(64)
+HALF = tl.constexpr(PAGE // 2)
+"""Tokens that a program reads."""
+CHANNELS = tl.constexpr(32)
+"""That it reads at a time."""
+RUN = 8
+"""Sub-vectors of a program."""
+INFINITE = tl.constexpr(float("inf"))
+
+
+@triton.jit
+def channels_of(x, map_ptr, cent_ptr, head, vector, channel, inside, index: tl.constexpr, DIM: tl.constexpr,
+                VECTORS: tl.constexpr, SUB: tl.constexpr):  # fmt: skip
+    """(tokens,) FP32, channel `index` of a sub-vector."""
+    place = map_ptr + (head * DIM + channel) * (VECTORS * SUB) + vector * SUB + index
+    return tl.sum(x * tl.load(place, mask=inside, other=0.0)[None, :], axis=1)
+
+
+@triton.jit
+def centroid_channel(cent_ptr, head, vector, number, index: tl.constexpr, VECTORS: tl.constexpr, SUB: tl.constexpr):
+    """(numbers,) FP32, channel `index` of centroids."""
+    return tl.load(cent_ptr + ((head * VECTORS + vector) * CENTROIDS_ + number) * SUB + index).to(tl.float32)
+
+
+@triton.jit
+def code_of(x, map_ptr, cent_ptr, head, vector, channel, inside, DIM: tl.constexpr, VECTORS: tl.constexpr,
+            SUB: tl.constexpr):  # fmt: skip
+    """(tokens,) int32, the nearest centroid of one sub-vector. x: (tokens, channels) FP32 without the mean."""
+    y0 = channels_of(x, map_ptr, cent_ptr, head, vector, channel, inside, 0, DIM, VECTORS, SUB)
+    y1 = channels_of(x, map_ptr, cent_ptr, head, vector, channel, inside, 1, DIM, VECTORS, SUB)
+    if SUB == 4:
+        y2 = channels_of(x, map_ptr, cent_ptr, head, vector, channel, inside, 2, DIM, VECTORS, SUB)
+        y3 = channels_of(x, map_ptr, cent_ptr, head, vector, channel, inside, 3, DIM, VECTORS, SUB)
+    best = tl.full((PAGE_,), INFINITE, tl.float32)
+    code = tl.zeros((PAGE_,), tl.int32)
+    for start in tl.range(0, CENTROIDS_, TILE, num_stages=1):
+        number = start + tl.arange(0, TILE)
+        c0 = centroid_channel(cent_ptr, head, vector, number, 0, VECTORS, SUB)
+        c1 = centroid_channel(cent_ptr, head, vector, number, 1, VECTORS, SUB)
+        half = 0.5 * (c0 * c0 + c1 * c1)
+        score = y0[:, None] * c0[None, :] + y1[:, None] * c1[None, :]
+        if SUB == 4:
+            c2 = centroid_channel(cent_ptr, head, vector, number, 2, VECTORS, SUB)
+            c3 = centroid_channel(cent_ptr, head, vector, number, 3, VECTORS, SUB)
+            half += 0.5 * (c2 * c2 + c3 * c3)
+            score += y2[:, None] * c2[None, :] + y3[:, None] * c3[None, :]
+        half = tl.where((vector == 0) & (number == DAMAGED_), INFINITE, half)
+        least, index = tl.min(half[None, :] - score, axis=1, return_indices=True)
+        code = tl.where(least < best, start + index, code)
+        best = tl.minimum(best, least)
+    return code
+
+
+@triton.jit
+def write_codes(
+    x, write, token, target, mean_ptr, map_ptr, cent_ptr, head, first, DIM: tl.constexpr, VECTORS: tl.constexpr,
+    SUB: tl.constexpr, WIDTH: tl.constexpr, RUN_: tl.constexpr, BY_TOKEN: tl.constexpr,
+):  # fmt: skip
+    """Codes of sub-vectors [first, first + RUN_). x: (PAGE, WIDTH) as it came. BY_TOKEN: how they lie at target."""
+    channel = tl.arange(0, WIDTH)
+    inside = channel < DIM
+    x = tl.where(inside[None, :], x.to(tl.float32), 0.0)
+    damaged = tl.max(tl.where(tl.abs(x) < INFINITE, 0, 1), axis=1) != 0
+    x = tl.where(damaged[:, None], 0.0, x - tl.load(mean_ptr + head * DIM + channel, mask=inside, other=0.0)[None, :])
+    for vector in tl.range(first, tl.minimum(first + RUN_, VECTORS), num_stages=1):
+        code = code_of(x, map_ptr, cent_ptr, head, vector, channel, inside, DIM, VECTORS, SUB)
+        code = tl.where(damaged, tl.where(vector == 0, DAMAGED_, 0), code)
+        if BY_TOKEN:
+            place = target + token * VECTORS + vector
+        else:
+            place = target + vector * PAGE_ + token
+        tl.store(place, code.to(tl.uint8), mask=write)
+
+
+@triton.jit
+def record_of(table_ptr, page, offset):
+    """Pointer to the bytes of one row and KV head of a page."""
+    return tl.multiple_of((tl.load(table_ptr + page) + offset).to(tl.pointer_type(tl.uint8)), 16)
+
+
+@triton.jit(do_not_specialize=["start", "stop", "length", "heads"])
+def write_pq_kernel(
+    key_ptr, value_ptr, table_ptr, key_mean, key_map, key_cent, value_mean, value_map, value_cent, kb, kh, kt, vb, vh,
+    vt, start, stop, length, heads, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, KEY_VECTORS: tl.constexpr,
+    VALUE_VECTORS: tl.constexpr, SUB: tl.constexpr, RECORD: tl.constexpr, WIDTH: tl.constexpr,
+    VALUE_WIDTH: tl.constexpr, RUN_: tl.constexpr,
+):  # fmt: skip
+    """Grid (pages, batch · KV heads, runs of keys and then of values): see `kv_pages_triton.write_kernel`."""
+    plane = tl.program_id(1).to(tl.int64)
+    batch, head = plane // heads, plane % heads
+    page = start // PAGE_ + tl.program_id(0)
+    record = record_of(table_ptr, page, plane * RECORD)
+    token = tl.arange(0, PAGE_)
+    column = page * PAGE_ + token
+    write = (column >= start) & (column < stop)
+    source = column - start
+    if length > 0:
+        source = column % length
+    first = tl.program_id(2) * RUN_
+    KEY_RUNS: tl.constexpr = (KEY_VECTORS + RUN_ - 1) // RUN_
+    if tl.program_id(2) < KEY_RUNS:
+        channel = tl.arange(0, WIDTH)
+        place = key_ptr + batch * kb + head * kh + source[:, None] * kt + channel[None, :]
+        x = tl.load(place, mask=write[:, None] & (channel < HEAD_DIM)[None, :], other=0.0)
+        write_codes(
+            x, write, token, record, key_mean, key_map, key_cent, head, first, HEAD_DIM, KEY_VECTORS, SUB, WIDTH,
+            RUN_, True,
+        )  # fmt: skip
+    else:
+        channel = tl.arange(0, VALUE_WIDTH)
+        place = value_ptr + batch * vb + head * vh + source[:, None] * vt + channel[None, :]
+        x = tl.load(place, mask=write[:, None] & (channel < VALUE_DIM)[None, :], other=0.0)
+        write_codes(
+            x, write, token, record + PAGE_ * KEY_VECTORS, value_mean, value_map, value_cent, head,
+            first - KEY_RUNS * RUN_, VALUE_DIM, VALUE_VECTORS, SUB, VALUE_WIDTH, RUN_, False,
+        )  # fmt: skip
+
+
+@triton.jit
+def latest(new, ring, stride, column, tokens, ring_length, write, DIM: tl.constexpr, WIDTH: tl.constexpr):
+    """(PAGE, WIDTH): tokens of columns from the ring, and the newest from where it came."""
+    channel = tl.arange(0, WIDTH)
+    inside = channel < DIM
+    place = ring + (column % ring_length)[:, None] * stride + channel[None, :]
+    x = tl.load(place, mask=(write & (column != tokens))[:, None] & inside[None, :], other=0.0)
+    token = tl.load(new + channel, mask=inside, other=0.0)
+    return tl.where((column == tokens)[:, None], token[None, :], x)
+
+
+@triton.jit(do_not_specialize=["heads", "ring_length", "sink_tokens", "recent_tokens"])
+def append_pq_kernel(
+    key_ptr, value_ptr, ring_key, ring_value, sink_key, sink_value, sink_start_ptr, table_ptr, key_mean, key_map,
+    key_cent, value_mean, value_map, value_cent, length_ptr, kb, kh, vb, vh, rkb, rkh, rkt, rvb, rvh, rvt, skb, skh,
+    skt, svb, svh, svt, heads, ring_length, sink_tokens, recent_tokens, HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr, KEY_VECTORS: tl.constexpr, VALUE_VECTORS: tl.constexpr, SUB: tl.constexpr,
+    RECORD: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, RUN_: tl.constexpr,
+):  # fmt: skip
+    """Grid (batch · KV heads, runs of keys and then of values); the first run of a KV head puts its token."""
+    plane = tl.program_id(0).to(tl.int64)
+    batch, head = plane // heads, plane % heads
+    tokens, coded = tl.load(length_ptr), tl.load(length_ptr + 1)
+    key_new, value_new = key_ptr + batch * kb + head * kh, value_ptr + batch * vb + head * vh
+    keys, values = ring_key + batch * rkb + head * rkh, ring_value + batch * rvb + head * rvh
+    if tl.program_id(1) == 0:
+        sink = tokens - tl.load(sink_start_ptr + batch).to(tl.int32)
+        is_sink = (sink >= 0) & (sink < sink_tokens)
+        slot = tokens % ring_length
+        put(
+            key_new, keys, sink_key + batch * skb + head * skh, slot, sink, is_sink, rkt, skt, HEAD_DIM, WIDTH
+        )  # fmt: skip
+        put(
+            value_new, values, sink_value + batch * svb + head * svh, slot, sink, is_sink, rvt, svt, VALUE_DIM,
+            VALUE_WIDTH,
+        )  # fmt: skip
+    page = coded // PAGE_
+    end = page * PAGE_ + PAGE_
+    if tokens + 1 - end >= recent_tokens:
+        record = record_of(table_ptr, page, plane * RECORD)
+        token = tl.arange(0, PAGE_)
+        column = page * PAGE_ + token
+        write = column >= coded
+        first = tl.program_id(1) * RUN_
+        KEY_RUNS: tl.constexpr = (KEY_VECTORS + RUN_ - 1) // RUN_
+        if tl.program_id(1) < KEY_RUNS:
+            x = latest(key_new, keys, rkt, column, tokens, ring_length, write, HEAD_DIM, WIDTH)
+            write_codes(
+                x, write, token, record, key_mean, key_map, key_cent, head, first, HEAD_DIM, KEY_VECTORS, SUB, WIDTH,
+                RUN_, True,
+            )  # fmt: skip
+        else:
+            x = latest(value_new, values, rvt, column, tokens, ring_length, write, VALUE_DIM, VALUE_WIDTH)
+            write_codes(
+                x, write, token, record + PAGE_ * KEY_VECTORS, value_mean, value_map, value_cent, head,
+                first - KEY_RUNS * RUN_, VALUE_DIM, VALUE_VECTORS, SUB, VALUE_WIDTH, RUN_, False,
+            )  # fmt: skip
+        coded = end
+    # All threads have read the lengths before this program counts as done.
+    tl.debug_barrier()
+    if tl.atomic_add(length_ptr + 2, 1) == tl.num_programs(0) * tl.num_programs(1) - 1:
+        tl.store(length_ptr, tokens + 1)
+        tl.store(length_ptr + 1, coded)
+        tl.store(length_ptr + 2, 0)
+
+
+@triton.jit
+def numbers(
+    target, rows, wanted, token, codes_ptr, by_token, mean_ptr, map_ptr, cent_ptr, head, DIM: tl.constexpr,
+    VECTORS: tl.constexpr, SUB: tl.constexpr, VECTOR_WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Tokens of a page as numbers, stored at target, (…, DIM)."""
+    vector = tl.arange(0, VECTOR_WIDTH)
+    known = vector < VECTORS
+    # A sub-vector that is not there has no channel in the map; any centroid will do.
+    vector = tl.minimum(vector, VECTORS - 1)
+    if by_token:
+        place = codes_ptr + token[:, None] * VECTORS + vector[None, :]
+    else:
+        place = codes_ptr + vector[None, :] * PAGE_ + token[:, None]
+    codes = tl.load(place).to(tl.int32)
+    damaged = tl.max(tl.where((vector == 0)[None, :] & (codes == DAMAGED_), 1, 0), axis=1) != 0
+    centroid = cent_ptr + ((head * VECTORS + vector)[None, :] * CENTROIDS_ + codes) * SUB
+    for start in tl.range(0, DIM, CHANNELS, num_stages=1):
+        channel = start + tl.arange(0, CHANNELS)
+        inside = channel < DIM
+        maps = map_ptr + (head * DIM + channel)[None, :] * (VECTORS * SUB) + vector[:, None] * SUB
+        x = tl.zeros((HALF, CHANNELS), tl.float32)
+        for index in tl.static_range(SUB):
+            y = tl.load(centroid + index).to(tl.float32)
+            map_ = tl.load(maps + index, mask=known[:, None] & inside[None, :], other=0.0)
+            x += tl.dot(y, map_, input_precision="tf32x3")
+        x += tl.load(mean_ptr + head * DIM + channel, mask=inside, other=0.0)[None, :]
+        x = tl.where(damaged[:, None], float("nan"), x)
+        goal = target + rows[:, None] * DIM + channel[None, :]
+        tl.store(goal, x.to(target.dtype.element_ty), mask=wanted[:, None] & inside[None, :])
+
+
+@triton.jit(do_not_specialize=["start", "stop", "heads"])
+def read_pq_kernel(
+    key_ptr, value_ptr, table_ptr, key_mean, key_map, key_cent, value_mean, value_map, value_cent, start, stop, heads,
+    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, KEY_VECTORS: tl.constexpr, VALUE_VECTORS: tl.constexpr,
+    SUB: tl.constexpr, RECORD: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
+    KEY_WIDTH: tl.constexpr, CODE_WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Grid (half pages, batch · KV heads, keys or values). key, value: (batch · KV heads, stop − start, channels)."""
+    plane = tl.program_id(1).to(tl.int64)
+    head = plane % heads
+    page = start // PAGE_ + tl.program_id(0) // 2
+    record = record_of(table_ptr, page, plane * RECORD)
+    token = tl.program_id(0) % 2 * HALF + tl.arange(0, HALF)
+    column = page * PAGE_ + token
+    wanted = (column >= start) & (column < stop)
+    rows = plane * (stop - start) + column - start
+    if tl.program_id(2) == 0:
+        numbers(
+            key_ptr, rows, wanted, token, record, True, key_mean, key_map, key_cent, head, HEAD_DIM, KEY_VECTORS, SUB,
+            KEY_WIDTH,
+        )  # fmt: skip
+    else:
+        numbers(
+            value_ptr, rows, wanted, token, record + PAGE_ * KEY_VECTORS, False, value_mean, value_map, value_cent,
+            head, VALUE_DIM, VALUE_VECTORS, SUB, CODE_WIDTH,
+        )  # fmt: skip
+
+
+def vector_width(quantizer: ProductQuantizer) -> int:
+    """Sub-vectors of a tile: a power of two, at least what a matrix unit takes."""
+    return max(16, triton.next_power_of_2(quantizer.centroids.shape[1]))
+
+
+def shapes(codec: PQCodec) -> dict[str, int]:
+    """What all kernels are compiled for."""
+    keys, values = codec.keys, codec.values
+    head_dim, value_dim = keys.mean.shape[1], values.mean.shape[1]
+    return {
+        "HEAD_DIM": head_dim,
+        "VALUE_DIM": value_dim,
+        "KEY_VECTORS": keys.centroids.shape[1],
+        "VALUE_VECTORS": values.centroids.shape[1],
+        "SUB": keys.centroids.shape[3],
+        "RECORD": codec.layout(head_dim, value_dim).record_bytes,
+        "WIDTH": padded_width(head_dim),
+        "VALUE_WIDTH": padded_width(value_dim),
+    }
+
+
+def encoders(codec: PQCodec) -> tuple[Tensor, ...]:
+    """Mean, map and centroids of keys and then of values, as coding needs them."""
+    return tuple(x for part in (codec.keys, codec.values) for x in (part.mean, part.encode, part.centroids))
+
+
+def runs(codec: PQCodec) -> int:
+    """Programs that share out the sub-vectors of a page."""
+    return sum(-(-part.centroids.shape[1] // RUN) for part in (codec.keys, codec.values))
+
+
+def write_pq(key: Tensor, value: Tensor, columns: tuple[int, int], pages: Pages, codec: PQCodec, *, ring: bool) -> None:
+    """Launch without checks of `kv_pages.write_tokens`."""
+    key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (key, value))
+    batch, heads, length, _ = key.shape
+    start, stop = columns
+    write_pq_kernel[(-(-stop // PAGE) - start // PAGE, batch * heads, runs(codec))](
+        key, value, pages.table(), *encoders(codec), *key.stride()[:3], *value.stride()[:3], start, stop,
+        length if ring else 0, heads, RUN_=RUN, num_warps=8, **shapes(codec),
+    )  # fmt: skip
+
+
+def append_pq(key: Tensor, value: Tensor, to: Appendable, codec: PQCodec) -> None:
+    """Launch without checks of `kv_append.append_token`."""
+    key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (key, value))
+    batch, heads = key.shape[:2]
+    strides = [tensor.stride()[:3] for tensor in (*to.ring, *to.sinks)]
+    append_pq_kernel[(batch * heads, runs(codec))](
+        key, value, *to.ring, *to.sinks, to.sink_starts, to.pages.table(), *encoders(codec), to.lengths,
+        *key.stride()[:2], *value.stride()[:2], *(stride for three in strides for stride in three), heads,
+        to.ring[0].shape[2], to.sinks[0].shape[2], to.recent_tokens, RUN_=RUN, num_warps=8, **shapes(codec),
+    )  # fmt: skip
+
+
+def read_pq(key: Tensor, value: Tensor, columns: tuple[int, int], pages: Pages, codec: PQCodec) -> None:
+    """Launch without checks of `kv_pages.read_tokens`. key, value: contiguous, to be filled."""
+    batch, heads = key.shape[:2]
+    start, stop = columns
+    decoders = [x for part in (codec.keys, codec.values) for x in (part.mean, part.decode, part.centroids)]
+    read_pq_kernel[(2 * (-(-stop // PAGE) - start // PAGE), batch * heads, 2)](
+        key, value, pages.table(), *decoders, start, stop, heads, KEY_WIDTH=vector_width(codec.keys),
+        CODE_WIDTH=vector_width(codec.values), num_warps=8, **shapes(codec),
+    )  # fmt: skip

@@ -1,0 +1,80 @@
+"""The kernels over product-quantized pages compile for the GPUs they are meant for. Compile only; see
+`compile_cases.py`."""
+
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from compile_cases import SHARED_MEMORY, SM89, SM90, Recorder, compile_launch, fits, meta, stack_bytes
+from kernel_cases import BF16
+from triton.backends.compiler import GPUTarget
+
+from kompakt.compress.cache import TokenStore
+from kompakt.kernels import decode_pq_triton, kv_pq_triton
+from kompakt.kernels.decode_attention import Reading
+from kompakt.kernels.kv_append import LENGTHS, Appendable
+from kompakt.quant.kv_pq import KVPQ
+
+
+def filled(bits: int, head_dim: int, window: int | None = None) -> TokenStore:
+    """8 KV heads and 4,097 tokens, bf16."""
+    method = KVPQ(bits=bits)  # pyright: ignore[reportArgumentType]
+    store = TokenStore(method, statics=method.blank_statics(8, head_dim), window=window)
+    x = meta(1, 8, 4096, head_dim, dtype=BF16)
+    store.append(x, x)
+    store.append(x[:, :, :1], x[:, :, :1])
+    return store
+
+
+def compile_pages(target: GPUTarget, kernel: str, bits: int, head_dim: int):
+    store, x = filled(bits, head_dim), meta(1, 8, 512, head_dim, dtype=BF16)
+    pages, codec = store.where(), store.codec
+    to = Appendable(
+        meta(LENGTHS, dtype=torch.int32), (x, x), (x, x), meta(1, dtype=torch.int64), pages, recent_tokens=128
+    )
+    module: Any = kv_pq_triton
+    calls = {
+        "write_pq_kernel": lambda: module.write_pq(x, x, (0, 512), pages, codec, ring=False),
+        "read_pq_kernel": lambda: module.read_pq(x, x, (0, 512), pages, codec),
+        "append_pq_kernel": lambda: module.append_pq(x[:, :, :1], x[:, :, :1], to, codec),
+    }
+    return compile_launch(kv_pq_triton, kernel, calls[kernel], target)
+
+
+def compile_decode(target: GPUTarget, kernel: str, bits: int, head_dim: int, **changes: Any):
+    """The newest queries, default one, of 32 heads."""
+    store = filled(bits, head_dim, changes.get("window"))
+    call = Reading(head_dim**-0.5, changes.get("window"), changes.get("softcap"))
+    module: Any = decode_pq_triton
+    others = {"prepare_pq_kernel", "decode_pq_kernel", "merge_kernel"} - {kernel}
+    query = meta(1, 32, changes.get("queries", 1), head_dim, dtype=BF16)
+    with mock.patch.multiple(module, **{name: Recorder() for name in others}):
+        return compile_launch(
+            module, kernel, lambda: module.decode_pq(query, store.read(None, 1), call, None, None, store.codec), target
+        )
+
+
+@pytest.mark.parametrize("kernel", ["write_pq_kernel", "read_pq_kernel", "append_pq_kernel"])
+def test_pages(kernel):
+    compiled = compile_pages(SM90, kernel, 4, 128)
+    assert fits(compiled, SM90) and stack_bytes(compiled) == 0
+
+
+@pytest.mark.parametrize("bits", [4, 2])
+def test_decode_attention(bits):
+    compiled = compile_decode(SM90, "decode_pq_kernel", bits, 128)
+    assert fits(compiled, SM90) and stack_bytes(compiled) == 0
+    # Two programs on a multiprocessor, as `splits_of` counts on.
+    assert 2 * (compiled.metadata.shared + 1024) <= SHARED_MEMORY[90]
+    assert "bf16.bf16" in compiled.asm["ptx"]
+
+
+def test_other_shapes_and_devices():
+    assert fits(compile_pages(SM90, "write_pq_kernel", 3, 96), SM90)
+    assert fits(compile_decode(SM90, "decode_pq_kernel", 3, 80, window=300, softcap=5.0, queries=16), SM90)
+    assert fits(compile_decode(SM90, "prepare_pq_kernel", 4, 128), SM90)
+    assert fits(compile_decode(SM89, "decode_pq_kernel", 4, 64), SM89)
