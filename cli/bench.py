@@ -367,6 +367,52 @@ def cache(
     session.show(result, lambda content: [cache_table(content)], as_json)
 
 
+@bench.command()
+def sparsity(
+    context: typer.Context,
+    model: o.Model,
+    levels: Annotated[
+        str, typer.Option(help="Shares of the causal tiles, comma-separated.", metavar="X,Y")
+    ] = "0.125,0.25",
+    dataset: o.Dataset = "builtin",
+    samples: o.Samples = 3,
+    length: o.Length = 4096,
+    seed: o.Seed = 0,
+    text: o.Text = "builtin",
+    window: o.Window = 4096,
+    windows: o.Windows = 4,
+    retrieval: o.Retrieval = None,
+    retrieval_length: o.RetrievalLengths = None,
+    retrieval_tests: o.RetrievalTests = None,
+    retrieval_samples: o.RetrievalSamples = None,
+    note: Note = "",
+    output: o.OutputFile = None,
+    as_json: o.Json = False,
+) -> None:
+    """What sparse prefill costs at equal numbers of tiles: searched patterns beside the same for all (--windows 0: all)."""
+    from ..compress.cache_sweep import TESTS
+    from ..compress.recipe import EvaluationOptions
+    from ..compress.sparsity_sweep import sparsity_sweep, sparsity_table
+    from .main import retrieval_options
+    from .progress import Bar
+
+    session: Session = context.obj
+    tests = retrieval_tests or (",".join(TESTS) if retrieval else None)
+    with session.working(), Bar(session.stderr, "loading the model") as bar:
+        result = sparsity_sweep(
+            model,
+            levels=o.shares(levels, "--levels"),
+            calibration=calibration_options(dataset, samples, length, 1, seed),
+            evaluation=EvaluationOptions(text=text, window=window, windows=windows),
+            retrieval=retrieval_options(window, retrieval, retrieval_length, tests, retrieval_samples),
+            note=note,
+            progress=bar,
+        )
+        if output is not None:
+            save(result, output)
+    session.show(result, lambda content: [sparsity_table(content)], as_json)
+
+
 def renderer(result: dict[str, Any]) -> Callable[[dict[str, Any]], str]:
     """What makes the Markdown table of a result of any `bench` command."""
     from ..compress.attention_accuracy import accuracy_table
@@ -376,6 +422,7 @@ def renderer(result: dict[str, Any]) -> Callable[[dict[str, Any]], str]:
     from ..compress.generation_bench_table import generation_table
     from ..compress.linear_speed_table import speed_table
     from ..compress.sensitivity import part_table
+    from ..compress.sparsity_sweep import sparsity_table
     from ..compress.sweep import markdown_table
 
     known = {
@@ -385,6 +432,7 @@ def renderer(result: dict[str, Any]) -> Callable[[dict[str, Any]], str]:
         "cache": cache_table,
         "decode": decode_table,
         "generate": generation_table,
+        "sparsity": sparsity_table,
     }
     if result.get("bench") in known:
         return known[result["bench"]]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,6 +25,18 @@ log = logging.getLogger(__name__)
 Progress = Callable[[str, int, int, str], None]
 
 
+@dataclass(frozen=True)
+class Observed:
+    """What a method keeps of each layer. heads: query heads of the layers that may be sparse, by module, in order.
+    profiles: of those, None for a method that needs no data. reasons: why others may not be. others: their query heads.
+    """
+
+    heads: dict[str, int]
+    profiles: dict[str, Any]
+    reasons: dict[str, str]
+    others: dict[str, int]
+
+
 def choose_sparsity(
     model: Any,
     method: SparsityMethod,
@@ -37,6 +50,26 @@ def choose_sparsity(
 
     Raises ValueError if the model has no layer that could be sparse.
     """
+    return chosen_from(observed(model, method, tokens, device=device, progress=progress), method)
+
+
+def chosen_from(seen: Observed, method: SparsityMethod) -> dict[str, SparsityPolicy]:
+    """Policies of all layers; those that may not be sparse are dense, with their reason."""
+    found = method.choose(seen.profiles, seen.heads)
+    for name, why in seen.reasons.items():
+        found[name] = SparsityPolicy((Dense(),) * seen.others[name], method.min_length, reason=why)
+    return found
+
+
+def observed(
+    model: Any,
+    method: SparsityMethod,
+    tokens: Tensor | None,
+    *,
+    device: torch.device,
+    progress: Progress = lambda stage, done, total, text: None,
+) -> Observed:
+    """One pass over the model, see the module. Raises ValueError if it has no layer that could be sparse."""
     modules = check_attention(model)
     heads = {name: query_heads(module) for name, module in modules.items()}
     reasons = {name: why for name, module in modules.items() if (why := full_attention(module)) is not None}
@@ -58,8 +91,8 @@ def choose_sparsity(
             progress("sparsity", done, len(modules), name)
 
         refused = observe_attention(model, tokens[: method.sequences], visit, device=device)
-        for name in profiles:
-            if profiles[name] is None:
+        for name, profile in profiles.items():
+            if profile is None:
                 reasons.setdefault(name, refused.get(name, "it did not run on the calibration text"))
     usable = {name: heads[name] for name in modules if name not in reasons}
     if not usable:
@@ -67,10 +100,8 @@ def choose_sparsity(
             f"no attention layer of {type(model).__name__} can be sparse: {next(iter(reasons.values()))}"
         )
     tell(model, len(usable), reasons)
-    found = method.choose({name: profiles[name] for name in usable}, usable)
-    for name, why in reasons.items():
-        found[name] = SparsityPolicy((Dense(),) * heads[name], method.min_length, reason=why)
-    return {name: found[name] for name in modules}
+    others = {name: heads[name] for name in reasons}
+    return Observed(usable, {name: profiles[name] for name in usable}, reasons, others)
 
 
 def unusable(inputs: AttentionInputs) -> str | None:
