@@ -389,7 +389,7 @@ def sparsity(
     output: o.OutputFile = None,
     as_json: o.Json = False,
 ) -> None:
-    """What sparse prefill costs at equal numbers of tiles: searched patterns beside the same for all (--windows 0: all)."""
+    """What sparse prefill costs at equal numbers of tiles, searched and the same for all heads (--windows 0: all)."""
     from ..compress.cache_sweep import TESTS
     from ..compress.recipe import EvaluationOptions
     from ..compress.sparsity_sweep import sparsity_sweep, sparsity_table

@@ -227,8 +227,8 @@ def sparsity_sentence(policies: dict[str, SparsityPolicy]) -> str:
     kinds = Counter(head.key for policy in sparse for head in policy.heads)
     heads = ", ".join(f"{count} {name}" for name, count in kinds.most_common())
     text = (
-        f"{len(sparse)} of {len(policies)} attention layers visit fewer keys in calls over {sparse[0].min_length:,} keys "
-        f"and more; shorter ones, and decoding, are dense. Their heads: {heads}."
+        f"{len(sparse)} of {len(policies)} attention layers visit fewer keys in calls over "
+        f"{sparse[0].min_length:,} keys and more; shorter ones, and decoding, are dense. Their heads: {heads}."
     )
     figures = [policy.figures for policy in sparse if policy.figures is not None]
     if figures:
@@ -236,9 +236,9 @@ def sparsity_sentence(policies: dict[str, SparsityPolicy]) -> str:
         length = max(policy.calibrated_length for policy in sparse)
         text += (
             f" On {figures[0].tokens:,} tokens of calibration text"
-            f"{' that they were not chosen on' if figures[0].held_out else ', which they were chosen on'}, a layer visits "
-            f"{density:.1%} of the tiles and {recall:.1%} of the probability on average; the largest error of a layer's "
-            f"output is {max(item.error for item in figures):.3f} of its size."
+            f"{' that they were not chosen on' if figures[0].held_out else ', which they were chosen on'}, a layer "
+            f"visits {density:.1%} of the tiles and {recall:.1%} of the probability on average; the largest error of a "
+            f"layer's output is {max(item.error for item in figures):.3f} of its size."
         )
         if length:
             text += f" Budgets are for {length:,} tokens and grow with longer prompts."

@@ -61,8 +61,8 @@ class LayerAttention:
 
     policy: what was chosen for the layer. mode: what a long enough call runs in, None for dense; "bf16" runs our op
     without quantization. min_tokens: queries of a long enough call. observe: is given the inputs of every call of more
-    than one query. ran: how many calls went which way. sparsity: which keys a call over min_length keys and more visits.
-    visited, dense: tiles that sparse calls visited, and those of dense attention.
+    than one query. ran: how many calls went which way. sparsity: which keys a call over min_length keys and more
+    visits. visited, dense: tiles that sparse calls visited, and those of dense attention.
     """
 
     policy: AttentionPolicy
@@ -402,7 +402,11 @@ def attention_in_use(model: Any) -> dict[str, Any] | None:
     calls = sum((layer.ran for layer in layers.values()), Counter())
     dense = sum(count for way, count in calls.items() if way.startswith("dense"))
     quantized = any(way.removeprefix("sparse ") in MODES and way != "bf16" for way in calls)
-    kinds = [word for word, some in (("quantized", quantized), ("sparse", any("sparse" in way.split()[0] for way in calls))) if some]
+    kinds = [
+        word
+        for word, some in (("quantized", quantized), ("sparse", any("sparse" in way.split()[0] for way in calls)))
+        if some
+    ]
     ran = "dense" if dense == calls.total() else ("partly " if dense else "") + (" and ".join(kinds) or "quantized")
     thinned = [layer for layer in layers.values() if layer.sparsity is not None]
     return {

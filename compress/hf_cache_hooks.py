@@ -19,8 +19,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..quant.method import AttentionPolicy, CachePolicy, KVCacheMethod
-from .hf_attention import LayerAttention, attach, attention_modules, check_attention, detach, layer_kind
+from .hf_attention import LayerAttention, attach, attention_modules, check_attention, detach, layer_kind, query_heads
 from .hf_cache import CACHE, NAMES, CompressedCache, CompressedLayer
+from .layer_policies import sparsity_in
 
 ATTRIBUTE = "kompakt_cache"
 PREPARE = "_prepare_cache_for_generation"
@@ -72,6 +73,7 @@ def run_by(model: Any, attention: Mapping[str, AttentionPolicy], cache: CachePol
     """
     if not attention and cache is None:
         return
+    check_heads(model, attention)
     layers = {name: LayerAttention.of(policy) for name, policy in attention.items()}
     if cache is None:
         attach(model, layers)
@@ -88,6 +90,17 @@ def run_by(model: Any, attention: Mapping[str, AttentionPolicy], cache: CachePol
     base = model.base_model
     setattr(base, ATTRIBUTE, maker)
     base.register_forward_pre_hook(give_cache, with_kwargs=True)
+
+
+def check_heads(model: Any, attention: Mapping[str, AttentionPolicy]) -> None:
+    """ValueError if a policy has patterns for another number of heads than its module has."""
+    modules = attention_modules(model)
+    for name, policy in attention.items():
+        chosen = sparsity_in(policy)
+        if chosen is not None and name in modules and len(chosen.heads) != query_heads(modules[name]):
+            raise ValueError(
+                f"the policy of {name} has {len(chosen.heads)} heads, and {name} has {query_heads(modules[name])}"
+            )
 
 
 def run_as_before(model: Any) -> None:

@@ -41,7 +41,8 @@ class Plan:
     recipe: with `group_size` resolved. kv_cache: tokens → bytes of one sequence, as transformers keeps it.
     compressed_cache: as the recipe keeps it, None if it leaves it alone.
     scheme: None if the recipe leaves weights as they are. attention: what happens to each attention layer, empty if the
-    recipe leaves it alone; sparsity likewise. kernels: what each op runs on and why; op: the one that the recipe's Linears call.
+    recipe leaves it alone; sparsity likewise. kernels: what each op runs on and why; op: the one that the recipe's
+    Linears call.
     """
 
     model: str

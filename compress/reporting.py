@@ -168,7 +168,9 @@ def sparsity_rows(policies: dict[str, Any]) -> list[dict[str, Any]]:
     return [
         {
             "name": name,
-            "patterns": ", ".join(f"{count} {key}" for key, count in Counter(head.key for head in policy.heads).items()),
+            "patterns": ", ".join(
+                f"{count} {key}" for key, count in Counter(head.key for head in policy.heads).items()
+            ),
             "density": None if policy.figures is None else policy.figures.density,
             "recall": None if policy.figures is None else policy.figures.recall,
             "error": None if policy.figures is None else policy.figures.error,

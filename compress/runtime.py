@@ -41,9 +41,7 @@ def attend(mode: Mode, phase: Phase, inputs: AttentionInputs) -> Tensor:
     return out.transpose(1, 2)
 
 
-def attend_sparse(
-    mode: Mode, policy: SparsityPolicy, inputs: AttentionInputs
-) -> tuple[Tensor, Tensor, Tensor]:
+def attend_sparse(mode: Mode, policy: SparsityPolicy, inputs: AttentionInputs) -> tuple[Tensor, Tensor, Tensor]:
     """Attention output, as of `attend`, over the keys that a policy visits; and how many tiles those are, and would be
     without it.
     """

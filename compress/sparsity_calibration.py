@@ -27,14 +27,13 @@ Progress = Callable[[str, int, int, str], None]
 
 @dataclass(frozen=True)
 class Observed:
-    """What a method keeps of each layer. heads: query heads of the layers that may be sparse, by module, in order.
-    profiles: of those, None for a method that needs no data. reasons: why others may not be. others: their query heads.
+    """What a method keeps of each layer. heads: query heads of all, by attention module, in order. profiles: of the
+    layers that may be sparse, None for a method that needs no data. reasons: why others may not be.
     """
 
     heads: dict[str, int]
     profiles: dict[str, Any]
     reasons: dict[str, str]
-    others: dict[str, int]
 
 
 def choose_sparsity(
@@ -55,10 +54,10 @@ def choose_sparsity(
 
 def chosen_from(seen: Observed, method: SparsityMethod) -> dict[str, SparsityPolicy]:
     """Policies of all layers; those that may not be sparse are dense, with their reason."""
-    found = method.choose(seen.profiles, seen.heads)
+    found = method.choose(seen.profiles, {name: seen.heads[name] for name in seen.profiles})
     for name, why in seen.reasons.items():
-        found[name] = SparsityPolicy((Dense(),) * seen.others[name], method.min_length, reason=why)
-    return found
+        found[name] = SparsityPolicy((Dense(),) * seen.heads[name], method.min_length, reason=why)
+    return {name: found[name] for name in seen.heads}
 
 
 def observed(
@@ -94,14 +93,11 @@ def observed(
         for name, profile in profiles.items():
             if profile is None:
                 reasons.setdefault(name, refused.get(name, "it did not run on the calibration text"))
-    usable = {name: heads[name] for name in modules if name not in reasons}
+    usable = [name for name in modules if name not in reasons]
     if not usable:
-        raise ValueError(
-            f"no attention layer of {type(model).__name__} can be sparse: {next(iter(reasons.values()))}"
-        )
+        raise ValueError(f"no attention layer of {type(model).__name__} can be sparse: {next(iter(reasons.values()))}")
     tell(model, len(usable), reasons)
-    others = {name: heads[name] for name in reasons}
-    return Observed(usable, {name: profiles[name] for name in usable}, reasons, others)
+    return Observed(heads, {name: profiles[name] for name in usable}, reasons)
 
 
 def unusable(inputs: AttentionInputs) -> str | None:
@@ -120,7 +116,7 @@ def tell(model: Any, usable: int, reasons: dict[str, str]) -> None:
     if usable < layers:
         why = next(iter(reasons.values()), "others have no attention of transformers' interface")
         log.warning(
-            "sparse prefill applies to %d of %d layers and gains little on such a model; the others stay as they are: %s",
+            "sparse prefill applies to %d of %d layers and gains little on such a model; others stay as they are: %s",
             usable,
             layers,
             why,

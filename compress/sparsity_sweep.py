@@ -200,9 +200,7 @@ def _counted(policies: dict[str, SparsityPolicy]) -> dict[str, int]:
 
 def sparsity_table(result: dict[str, Any]) -> str:
     """Rows are patterns: tiles visited, recall, perplexity over all positions and the last quarter, and each test."""
-    tests = [
-        (test, row["length"]) for test, found in result["rows"][0].get("retrieval", {}).items() for row in found
-    ]
+    tests = [(test, row["length"]) for test, found in result["rows"][0].get("retrieval", {}).items() for row in found]
     head = ["patterns", "tiles", "recall", "perplexity", *(f"quarter {place + 1}" for place in range(QUARTERS))]
     head += [f"{test} at {length:,}" for test, length in tests]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
@@ -232,4 +230,3 @@ def sparsity_table(result: dict[str, Any]) -> str:
         f"attention's, on these windows and tests; recall is on calibration text.{noted(result)}",
     ]
     return "\n".join(lines)
-

@@ -25,8 +25,8 @@ LAST = 64
 
 
 def last_queries(query: Tensor, extent: Extent) -> tuple[Tensor, Tensor]:
-    """The last `LAST` queries of each row, (batch, heads, LAST, head_dim), zeros before its first, and (batch, 4) int32:
-    the first of them that is a query, the position of number 0, and the bounds of the keys.
+    """The last `LAST` queries of each row, (batch, heads, LAST, head_dim), zeros before its first, and (batch, 4)
+    int32: the first of them that is a query, the position of number 0, and the bounds of the keys.
     """
     _, q_start, q_stop, k_start, k_stop = extent.table.long().unbind(dim=1)
     number = torch.arange(LAST, device=query.device)
@@ -63,7 +63,7 @@ def line_scores(query: Tensor, key: Tensor, extent: Extent, *, scaling: float) -
 
 def line_scores_ref(last: Tensor, key: Tensor, numbers: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
     """Torch specification, any device. last, numbers: of `last_queries`."""
-    batch, heads, _, head_dim = last.shape
+    batch, heads = last.shape[:2]
     kv_heads, keys = key.shape[1], key.shape[2]
     vertical = torch.zeros((batch, heads, keys), device=last.device)
     slash = torch.zeros((batch, heads, keys), device=last.device)

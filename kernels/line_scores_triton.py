@@ -1,7 +1,7 @@
 """Triton kernels for `line_scores.py`.
 
-Keys are taken `KEYS` at a time with the last 64 queries of a head. A program of the second pass holds the 64 keys and 64
-distances that begin at one place: with P of 128 keys from there on, number i's probability at distance
+Keys are taken `KEYS` at a time with the last 64 queries of a head. A program of the second pass holds the 64 keys and
+64 distances that begin at one place: with P of 128 keys from there on, number i's probability at distance
 position − place − c stands in column c + i, so that a diagonal becomes a column by one gather along rows.
 """
 

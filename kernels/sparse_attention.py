@@ -19,6 +19,7 @@ values lie transposed, and a column would be read byte by byte.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -90,19 +91,18 @@ def check_heads(query: Tensor, key: Tensor, index: SparseIndex | StaticPattern, 
         listed, device = index.table.shape[0], index.table.device
         if index.table.dim() != 2 or index.table.shape[1] != 3 or index.table.dtype != torch.int32:
             raise ValueError(
-                f"a static pattern has a table {tuple(index.table.shape)} {index.table.dtype}; expected (heads, 3) int32"
+                f"a static pattern has a table {tuple(index.table.shape)} {index.table.dtype}; expected (heads, 3)"
+                " int32"
             )
     else:
         listed, device = index.extent[1], index.tiles.device
         wanted = (len(extent.table), listed, extent.query_tiles)
         if index.extent != wanted:
-            raise ValueError(
-                f"the index is for (batch, heads, query tiles) = {index.extent}; the call has {wanted}"
-            )
+            raise ValueError(f"the index is for (batch, heads, query tiles) = {index.extent}; the call has {wanted}")
     if listed == 0 or heads % listed or listed % kv_heads:
         raise ValueError(
-            f"an index of {listed} heads does not fit {heads} heads over {kv_heads} KV heads: it needs a multiple of the"
-            " KV heads that divides the heads"
+            f"an index of {listed} heads does not fit {heads} heads over {kv_heads} KV heads: it needs a multiple of"
+            " the KV heads that divides the heads"
         )
     if device != query.device:
         raise ValueError(f"the index is on {device}, query on {query.device}")
@@ -166,7 +166,7 @@ def sparse_attention_ref(
     if means is not None:
         coded += rotate(means).to(dtype)
     full_values = torch.where(torch.isfinite(value), value, 0).to(dtype)
-    lists = row_lists(index)
+    lists = row_lists(index) if isinstance(index, SparseIndex) else None
     listed_heads = index.table.shape[0] if isinstance(index, StaticPattern) else index.extent[1]
     share = heads // listed_heads
     for row, q_start, q_stop, k_start, k_stop in places.table.tolist():
@@ -175,7 +175,7 @@ def sparse_attention_ref(
             position = torch.arange(run.start, run.stop, device=query.device) - q_stop + k_stop
             for head in range(listed_heads):
                 kv, group = head * kv_heads // listed_heads, slice(head * share, (head + 1) * share)
-                if isinstance(index, StaticPattern):
+                if lists is None or isinstance(index, StaticPattern):
                     listed, single = torch.arange(k_start, k_stop, device=query.device), None
                 else:
                     listed, single = lists((row * listed_heads + head) * index.extent[2] + number)
@@ -204,10 +204,8 @@ def sparse_attention_ref(
     return out, lse
 
 
-def row_lists(index: SparseIndex | StaticPattern):
+def row_lists(index: SparseIndex) -> Callable[[int], tuple[Tensor, int]]:
     """row → the keys that it lists, (any,) int64 with its columns last, and at which place those begin."""
-    if isinstance(index, StaticPattern):
-        return None
     tile_ptr, column_ptr = index.tile_ptr.tolist(), index.column_ptr.tolist()
     inside = torch.arange(TILE, device=index.tiles.device)
 

@@ -1,5 +1,5 @@
-"""Triton kernel for attention over a sparse index, in every mode, on any card; see `attention_triton.py`, whose tiles it
-takes over.
+"""Triton kernel for attention over a sparse index, in every mode, on any card; see `attention_triton.py`, whose tiles
+it takes over.
 
 A program holds a tile of 64 queries of one head and walks over its list: tiles that all its queries see, without a
 mask, tiles at an edge, and at last its single columns, gathered 64 at a time. For a static pattern it works out three
@@ -15,8 +15,8 @@ from torch import Tensor
 from .attention_quant import LEVELS, MIN_SCALE, TILE, padded_tokens, padded_width
 from .attention_quant_triton import halves, quantize_keys_values, rotated, row_amax, scale_for
 from .attention_triton import (
-    LOG2E,
     LOG2_448,
+    LOG2E,
     LOWEST,
     launch_config,
     load_16bit,

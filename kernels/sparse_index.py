@@ -94,7 +94,9 @@ class Extent:
         """ValueError for packed sequences: rows would have several beginnings."""
         places = whole(batch, queries, keys, device) if segments is None else segments
         if len(places.table) != batch:
-            raise ValueError(f"{len(places.table)} segments in a batch of {batch}: packed sequences have no sparse index")
+            raise ValueError(
+                f"{len(places.table)} segments in a batch of {batch}: packed sequences have no sparse index"
+            )
         return cls(places.table, queries, keys)
 
     @property
@@ -118,9 +120,7 @@ class Extent:
         return first + shift, last + shift, first < q_stop
 
 
-def lines(
-    slashes: Tensor, columns: Tensor, extent: Extent, *, heads: int, dense_rows: Tensor | None = None
-) -> Lines:
+def lines(slashes: Tensor, columns: Tensor, extent: Extent, *, heads: int, dense_rows: Tensor | None = None) -> Lines:
     """`Lines` from distances and keys.
 
     Args:
@@ -136,7 +136,8 @@ def lines(
     width = extent.query_tiles + extent.key_tiles - 1
     hits = torch.zeros((batch, heads, width), dtype=torch.bool, device=device)
     distances = slashes.long()
-    # Tile (m, t) holds the distances 64(m − t) + shift ± 63: a distance lies in two such spans, or in the middle of one.
+    # Tile (m, t) holds the distances 64(m − t) + shift ± 63: a distance lies in two such spans, or in the middle of
+    # one.
     for rounding in (torch.floor, torch.ceil):
         place = rounding((distances - shift).double() / TILE).long() + extent.key_tiles - 1
         _mark(hits, place, distances < NOTHING)
@@ -182,9 +183,7 @@ def visible_tiles(extent: Extent, *, causal: bool) -> tuple[Tensor, Tensor]:
     return seen, entire
 
 
-def index_from_map(
-    wanted: Tensor, extent: Extent, *, causal: bool, columns: Tensor | None = None
-) -> SparseIndex:
+def index_from_map(wanted: Tensor, extent: Extent, *, causal: bool, columns: Tensor | None = None) -> SparseIndex:
     """The index of a tile map, (batch, heads, query tiles, key tiles) bool, and columns, see `Lines`. Any device.
 
     Holds the map and, for every row, every column: memory is that of (queries · keys) / 4096 bits and bytes. Waits for
@@ -194,7 +193,7 @@ def index_from_map(
     seen, entire = visible_tiles(extent, causal=causal)
     wanted = wanted & seen
     places = torch.cat((wanted & entire, wanted & ~entire), dim=-1).flatten(0, 2)
-    row, place = places.nonzero(as_tuple=True)
+    place = places.nonzero(as_tuple=True)[1]
     tile_ptr = _pointer(places.sum(dim=1))
     whole_stop = tile_ptr[:-1] + places[:, : extent.key_tiles].sum(dim=1).int()
     if columns is None:
@@ -212,9 +211,7 @@ def index_from_map(
     work = tile_ptr.diff() + (column_ptr.diff() + TILE - 1) // TILE
     order = work.argsort(descending=True, stable=True).int()
     shape = (batch, heads, extent.query_tiles)
-    return SparseIndex(
-        tile_ptr, whole_stop, (place % extent.key_tiles).int(), column_ptr, listed.int(), order, shape
-    )
+    return SparseIndex(tile_ptr, whole_stop, (place % extent.key_tiles).int(), column_ptr, listed.int(), order, shape)
 
 
 def _pointer(counts: Tensor) -> Tensor:
@@ -232,7 +229,9 @@ def index_from_lines(chosen: Lines, extent: Extent, *, causal: bool) -> SparseIn
 
 
 def index_from_tiles(wanted: Tensor, extent: Extent, *, causal: bool) -> SparseIndex:
-    """The index of a tile map, (batch, heads, query tiles, key tiles) bool: on a GPU by a kernel. Waits for the device."""
+    """The index of a tile map, (batch, heads, query tiles, key tiles) bool: on a GPU by a kernel. Waits for the
+    device.
+    """
     if wanted.device.type == "cuda" and triton_refusal(wanted.device, (8, 0)) is None:
         from .sparse_index_triton import build_index
 
@@ -254,8 +253,8 @@ def listed_keys(index: SparseIndex, extent: Extent) -> Tensor:
 
 
 def check_index(index: SparseIndex, extent: Extent, *, causal: bool) -> None:
-    """ValueError unless an index fits a call: rows, ranges, no key twice, the flags of entirely visible tiles. Reads the
-    device; for indices that come from elsewhere.
+    """ValueError unless an index fits a call: rows, ranges, no key twice, the flags of entirely visible tiles. Reads
+    the device; for indices that come from elsewhere.
     """
     rows = len(extent.table) * index.extent[1] * extent.query_tiles
     if index.extent[0] != len(extent.table) or index.extent[2] != extent.query_tiles or len(index.whole_stop) != rows:
@@ -265,7 +264,12 @@ def check_index(index: SparseIndex, extent: Extent, *, causal: bool) -> None:
         ("columns", index.column_ptr, index.columns),
     ):
         limit = extent.key_tiles if name == "tiles" else extent.keys
-        if len(pointer) != rows + 1 or pointer[0] != 0 or pointer[-1] != len(entries) or bool((pointer.diff() < 0).any()):
+        if (
+            len(pointer) != rows + 1
+            or pointer[0] != 0
+            or pointer[-1] != len(entries)
+            or bool((pointer.diff() < 0).any())
+        ):
             raise ValueError(f"the index has rows of {name} that are not end to end")
         if bool(((entries < 0) | (entries >= limit)).any()):
             raise ValueError(f"the index lists {name} that do not exist; there are {limit}")

@@ -112,8 +112,8 @@ def launch_rows(
     *,
     causal: bool,
 ) -> None:
-    """Counts into `numbers`, (3, rows): entirely visible tiles, tiles, columns; or, with `lists`, fills tiles and columns
-    from the places in `numbers`.
+    """Counts into `numbers`, (3, rows): entirely visible tiles, tiles, columns; or, with `lists`, fills tiles and
+    columns from the places in `numbers`.
     """
     source = chosen.hits if chosen is not None else wanted
     assert source is not None

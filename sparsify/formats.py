@@ -46,7 +46,10 @@ def parse_published(content: Any, where: str = "the patterns") -> list[dict[int,
     if not isinstance(content, list) or not content or not all(isinstance(layer, dict) for layer in content):
         raise ValueError(f"{where} is no list of layers, each a mapping of heads to patterns")
     return [
-        {_head(head, where, layer): _pattern(entry, f"{where}: layer {layer}, head {head}") for head, entry in row.items()}
+        {
+            _head(head, where, layer): _pattern(entry, f"{where}: layer {layer}, head {head}")
+            for head, entry in row.items()
+        }
         for layer, row in enumerate(content)
     ]
 
@@ -72,7 +75,10 @@ def _pattern(entry: Any, where: str) -> Pattern:
 
 def published(layers: Sequence[Sequence[Pattern]]) -> list[dict[str, list[Any]]]:
     """MInference's content for patterns by layer and head. ValueError for a pattern that it has no name for."""
-    return [{str(head): _entry(pattern, layer, head) for head, pattern in enumerate(row)} for layer, row in enumerate(layers)]
+    return [
+        {str(head): _entry(pattern, layer, head) for head, pattern in enumerate(row)}
+        for layer, row in enumerate(layers)
+    ]
 
 
 def _entry(pattern: Pattern, layer: int, head: int) -> list[Any]:
@@ -89,7 +95,9 @@ def _entry(pattern: Pattern, layer: int, head: int) -> list[Any]:
 
 
 def qwen_config(layers: Sequence[Sequence[Pattern]], *, min_length: int) -> Mapping[str, Any]:
-    """What a Qwen config holds under ``dual_chunk_attention_config`` for such patterns; its other keys are the model's."""
+    """What a Qwen config holds under ``dual_chunk_attention_config`` for such patterns; its other keys are the
+    model's.
+    """
     return {
         "sparse_attention_enabled": True,
         "sparse_attention_threshold": min_length,

@@ -155,4 +155,3 @@ def sparsity_methods() -> dict[str, type[SparsityMethod]]:
             if local and issubclass(item, SparsityMethod) and item is not SparsityMethod:
                 found[path.stem] = item
     return found
-

@@ -3,8 +3,8 @@
 *Search.* Every head is shown candidates of several families at equal cost (`search.py`), level by level. With `recall`
 it takes the first level at which the candidate with the smallest error of the attention output also visits so much of
 the dense probabilities, and stays dense where none does. With `density` all heads of the model share one budget of
-tiles, and it goes where it takes most error away: the candidates minimise Σ error²/‖layer‖² + λ · tiles, λ such that the
-budget is met. What was chosen is checked on a document that took no part.
+tiles, and it goes where it takes most error away: the candidates minimise Σ error²/‖layer‖² + λ · tiles, λ such that
+the budget is met. What was chosen is checked on a document that took no part.
 
 *In use.* Vertical-slash heads pick keys and distances from the last 64 queries of each call, block heads tiles from
 means. Budgets grow with the length of the prompt beyond that of calibration, so that the density stays.
@@ -143,8 +143,8 @@ def by_density(profiles: Mapping[str, Profile], density: float) -> dict[str, lis
     if least > density:
         tokens = max(profile.tokens for profile in profiles.values())
         raise ValueError(
-            f"density {density} cannot be met: on {tokens:,} tokens the cheapest patterns visit {least:.1%} of the tiles; "
-            "calibrate on longer text, or allow more"
+            f"density {density} cannot be met: on {tokens:,} tokens the cheapest patterns visit {least:.1%} of the "
+            "tiles; calibrate on longer text, or allow more"
         )
     low, high = 1e-18, 1e6
     while high > low * 1.0001:

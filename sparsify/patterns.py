@@ -1,19 +1,19 @@
 """The vocabulary of sparse attention: which keys the queries of one head visit.
 
-| pattern           | keys of the query at position p, of n                              | chosen         |
-|-------------------|--------------------------------------------------------------------|----------------|
-| `dense`, `skip`   | all; none                                                          | before         |
-| `a_shape`         | the first `sink`, and those fewer than `window` away: a sliding window with sinks | before |
-| `tri_shape`       | the same, and all for the last `tail` queries                      | before         |
-| `diagonal`        | those fewer than `window` away, to both sides                      | before         |
-| `multi_diagonal`  | those fewer than `window` from a multiple of `stride` away         | before         |
-| `vertical_stripe` | `width` of every `stride`                                          | before         |
-| `vertical_slash`  | the `vertical` keys and `slash` distances with most probability under the last 64 queries | per input |
-| `block`           | per 64 queries the `tiles` tiles of 64 keys with the largest product of means | per input |
+| pattern           | keys of the query at position p, of n                                                |
+|-------------------|--------------------------------------------------------------------------------------|
+| `dense`, `skip`   | all; none                                                                            |
+| `a_shape`         | the first `sink`, and those fewer than `window` away: a sliding window with sinks    |
+| `tri_shape`       | the same, and all for the last `tail` queries                                        |
+| `diagonal`        | those fewer than `window` away, to both sides                                        |
+| `multi_diagonal`  | those fewer than `window` from a multiple of `stride` away                           |
+| `vertical_stripe` | the first `width` of every `stride`                                                  |
+| `vertical_slash`  | `vertical` keys and `slash` distances, picked by the last 64 queries of each input   |
+| `block`           | `tiles` tiles of 64 keys for every 64 queries, picked by products of means           |
 
-All but `block` are *lines*: distances, keys and last rows (`kernels/sparse_index.py`). `exact_mask` is what lines say key
-by key; an index visits the tiles that distances touch, which holds those keys and more. `StaticPattern` visits exactly
-the keys of the first four, and needs no index.
+All but `block` are *lines*: distances, keys and last rows (`kernels/sparse_index.py`). `exact_mask` is what lines say
+key by key; an index visits the tiles that distances touch, which holds those keys and more. `StaticPattern` visits
+exactly the keys of the first four, and needs no index.
 
 Source: MInference (arXiv 2407.02490): A-shape, vertical-slash, block; TriangleMix (2507.21526): tri-shape; Sparse-vDiT
 (2506.03065): the diagonals and stripes. Of vertical-slash the first 30 keys and nearest 100 distances are always there,
@@ -266,9 +266,16 @@ def pick_lines(scores: Tensor, budgets: Sequence[int], forced: int) -> Tensor:
 
 
 def head_lines(
-    heads: Sequence[Pattern], extent: Extent, *, causal: bool, vertical: Tensor | None = None, slash: Tensor | None = None
+    heads: Sequence[Pattern],
+    extent: Extent,
+    *,
+    causal: bool,
+    vertical: Tensor | None = None,
+    slash: Tensor | None = None,
 ) -> Lines:
-    """`Lines` of a layer. vertical, slash: (batch, heads, keys), see `kernels/line_scores.py`; needed by some patterns."""
+    """`Lines` of a layer. vertical, slash: (batch, heads, keys), see `kernels/line_scores.py`; needed by some
+    patterns.
+    """
     batch, device = len(extent.table), extent.table.device
     sets = [head.distances(extent.queries, extent.keys, causal) for head in heads]
     keys = [head.columns(extent.keys) for head in heads]
@@ -357,7 +364,13 @@ def layer_index(
 
 
 def exact_mask(
-    pattern: Pattern, queries: int, keys: int, *, causal: bool, columns: Tensor | None = None, slashes: Tensor | None = None
+    pattern: Pattern,
+    queries: int,
+    keys: int,
+    *,
+    causal: bool,
+    columns: Tensor | None = None,
+    slashes: Tensor | None = None,
 ) -> Tensor:
     """(queries, keys) bool, key by key, of queries at the end of the keys. columns, slashes: what was picked, of
     `vertical_slash`. Holds the whole mask. ValueError for `block`, which has tiles alone.

@@ -51,8 +51,8 @@ FAMILIES = ("a_shape", "vertical_slash", "block")
 
 @dataclass
 class Sums:
-    """Over queries: recall, squared error, cost in tiles, (heads, candidates) float64; squared norm of the exact output,
-    (heads,); queries, and tiles of dense attention.
+    """Over queries: recall, squared error, cost in tiles, (heads, candidates) float64; squared norm of the exact
+    output, (heads,); queries, and tiles of dense attention.
     """
 
     recall: Tensor
@@ -71,8 +71,8 @@ class Sums:
 
 @dataclass
 class Profile:
-    """One layer: candidates[head], in the same order for all heads, levels[candidate], and what they did on the documents
-    that they are chosen on (fit) and on others (check).
+    """One layer: candidates[head], in the same order for all heads, levels[candidate], and what they did on the
+    documents that they are chosen on (fit) and on others (check).
     """
 
     candidates: list[list[Pattern]]
@@ -95,7 +95,9 @@ def whole_extent(tokens: int, device: torch.device) -> Extent:
 
 
 def slash_budgets(scores: Tensor, budgets: Sequence[float]) -> list[list[int]]:
-    """For every head and budget in tiles, how many of the best distances open no more tiles. scores: (heads, tokens)."""
+    """For every head and budget in tiles, how many of the best distances open no more tiles. scores: (heads,
+    tokens).
+    """
     heads, tokens = scores.shape
     tiles = -(-tokens // TILE)
     order = pick_lines(scores[None], [tokens] * heads, FORCED_DISTANCES)[0]
@@ -130,7 +132,9 @@ def window_of(tokens: int, budget: float) -> int:
 def candidates(
     slash: Tensor, families: Sequence[str], levels: Sequence[float] = LEVELS
 ) -> tuple[list[list[Pattern]], list[float]]:
-    """Candidates of every head, and the level of each; the last is dense. slash: (heads, tokens) scores of distances."""
+    """Candidates of every head, and the level of each; the last is dense. slash: (heads, tokens) scores of
+    distances.
+    """
     heads, tokens = slash.shape
     total, tiles = causal_tiles(tokens), -(-tokens // TILE)
     shared: list[Pattern] = []
@@ -160,8 +164,8 @@ def candidates(
 
 @torch.no_grad()
 def measure(inputs: SparseInputs, chosen: Sequence[Sequence[Pattern]], into: Sums, *, step: int | None = None) -> None:
-    """Adds up what candidates, chosen[head], do to one document. step: looks at every so many tiles of queries, the last
-    one included; default for about `QUERY_TILES` of them.
+    """Adds up what candidates, chosen[head], do to one document. step: looks at every so many tiles of queries, the
+    last one included; default for about `QUERY_TILES` of them.
     """
     heads, tokens = inputs.query.shape[1:3]
     extent = whole_extent(tokens, inputs.query.device)
@@ -203,7 +207,9 @@ def _wanted(lines: Lines, blocks: dict[int, Tensor], m: int, extent: Extent) -> 
 
 
 def probabilities(inputs: SparseInputs, m: int) -> Tensor:
-    """(heads, queries, (m + 1) · 64) fp32: exact attention probabilities of a tile of queries, zeros where nothing is."""
+    """(heads, queries, (m + 1) · 64) fp32: exact attention probabilities of a tile of queries, zeros where nothing
+    is.
+    """
     heads, tokens, head_dim = inputs.query.shape[1:]
     kv_heads = inputs.key.shape[1]
     stop = min(TILE * (m + 1), tokens)

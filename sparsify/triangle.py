@@ -42,7 +42,8 @@ class Triangle(SparsityMethod):
         """ValueError for a threshold that nothing would be held to."""
         if self.first_layer != "auto" and self.max_error != MAX_ERROR:
             raise ValueError(
-                f"max_error {self.max_error} has no effect with first_layer {self.first_layer}; only auto looks at errors"
+                f"max_error {self.max_error} has no effect with first_layer {self.first_layer}; only auto looks at"
+                " errors"
             )
 
     @property

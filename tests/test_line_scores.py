@@ -1,4 +1,6 @@
-"""Scores of keys and distances against probabilities in FP64 summed one by one, and the kernels against the reference."""
+"""Scores of keys and distances against probabilities in FP64 summed one by one, and the kernels against the
+reference.
+"""
 
 from __future__ import annotations
 

@@ -12,14 +12,13 @@ from unittest import mock
 
 import pytest
 import torch
-from attention_cases import P_ROUNDING, AttentionCase, attention_operands, operands_of
+from attention_cases import P_ROUNDING, AttentionCase, operands_of
 from interpreter_cases import interpreter_results, needs_triton
-from kernel_cases import BF16, FP8_ACCUMULATOR, FP16, FP32, poisoned, skip_below
-from sparse_cases import SparseCase, listed_mask, masked_attention, oracle_mask
+from kernel_cases import FP8_ACCUMULATOR, FP16, poisoned, skip_below
+from sparse_cases import SparseCase, masked_attention, oracle_mask
 from torch import Tensor
 
 from kompakt.kernels import sparse_attention as module
-from kompakt.kernels.activations import log_fallback
 from kompakt.kernels.attention import FP8_VALUES, KEY_KINDS, MODES, attention_ref, prefill_attention, query_means
 from kompakt.kernels.attention_quant import LEVELS, rotate, round_codes, scale_of
 from kompakt.kernels.segments import visible, whole
@@ -29,9 +28,8 @@ from kompakt.kernels.sparse_attention import (
     run_sparse,
     sparse_attention,
     sparse_attention_ref,
-    static_mask,
 )
-from kompakt.kernels.sparse_index import Extent, index_from_map, index_from_tiles
+from kompakt.kernels.sparse_index import Extent, index_from_tiles
 
 KERNEL = "kompakt.kernels.sparse_attention_triton"
 CASES = {
@@ -42,14 +40,20 @@ CASES = {
     "grouped 14/2": SparseCase(AttentionCase(heads=(14, 2), lengths=(33, 166), dims=(32, 32)), 14),
     "full": SparseCase(AttentionCase(lengths=(100, 140), dims=(32, 32), causal=False), 1),
     "padding": SparseCase(
-        AttentionCase(batch=2, lengths=(150, 230), dims=(32, 32), segments="padding", hard="poisoned padding"), 1, tail=3
+        AttentionCase(batch=2, lengths=(150, 230), dims=(32, 32), segments="padding", hard="poisoned padding"),
+        1,
+        tail=3,
     ),
     "map": SparseCase(AttentionCase(heads=(4, 2), lengths=(130, 333), dims=(16, 16)), 4, kind="map"),
-    "sinks, softcap": SparseCase(AttentionCase(heads=(4, 2), lengths=(80, 130), dims=(16, 16), sinks=True, softcap=3.0), 2),
+    "sinks, softcap": SparseCase(
+        AttentionCase(heads=(4, 2), lengths=(80, 130), dims=(16, 16), sinks=True, softcap=3.0), 2
+    ),
     "head_dim 80, 96": SparseCase(AttentionCase(lengths=(70, 130), dims=(80, 96)), 2),
     "skip": SparseCase(AttentionCase(lengths=(70, 130), sinks=True), 2, kind="skip"),
     "dense": SparseCase(AttentionCase(lengths=(130, 200), dims=(16, 16)), 2, kind="dense"),
-    "columns alone": SparseCase(AttentionCase(lengths=(70, 300), dims=(32, 32)), 1, slashes=0, columns=150, diagonal=False),
+    "columns alone": SparseCase(
+        AttentionCase(lengths=(70, 300), dims=(32, 32)), 1, slashes=0, columns=150, diagonal=False
+    ),
 }
 STATIC = {
     "a-shape": ((9, 3), (150, 333), 2, ((5, 70, 0), (70, 40, 0), (0, 1, 0))),
@@ -144,7 +148,9 @@ def test_recall_from_lse():
     out, lse = sparse_attention(query.float(), key.float(), value.float(), index, check=True)
     _, dense = prefill_attention(query.float(), key.float(), value.float(), mode="bf16")
     logits = query.float() @ key.float().repeat_interleave(2, 1).mT * case.dims[0] ** -0.5
-    logits = logits.masked_fill(~torch.ones(logits.shape[2:]).tril(logits.shape[3] - logits.shape[2]).bool(), -torch.inf)
+    logits = logits.masked_fill(
+        ~torch.ones(logits.shape[2:]).tril(logits.shape[3] - logits.shape[2]).bool(), -torch.inf
+    )
     share = torch.softmax(logits, dim=-1).masked_fill(~mask, 0).sum(-1)
     assert torch.allclose(torch.exp(lse - dense), share, atol=1e-5) and share.min() < 0.99
     assert out.shape == query.shape
@@ -152,7 +158,7 @@ def test_recall_from_lse():
 
 def check(run, name: str, mode: str, *, static: bool, device: str, fp8_sums: bool) -> None:
     """`run` on poisoned memory, held to the bound of `attention_cases.check_kernel` over the listed keys."""
-    query, key, value, sinks, segments, index, case, mask = make(name, static)
+    query, key, value, sinks, segments, index, case, _ = make(name, static)
     call, heads, kv_heads = case.call(mode), query.shape[1], key.shape[1]
     with poisoned():
         out, lse = run(query, key, value, index, call, sinks, segments)
@@ -232,7 +238,11 @@ MUTATIONS = {
         "bf16, columns alone",
     ),
     "fill of the last columns": ("(valid & (token >= k_start)", "((token >= k_start)", "bf16, columns alone"),
-    "scale of a column": ("tl.load(key_scale_base + token // SCALED)", "tl.load(key_scale_base + token * 0)", "int8_fp8, columns alone"),
+    "scale of a column": (
+        "tl.load(key_scale_base + token // SCALED)",
+        "tl.load(key_scale_base + token * 0)",
+        "int8_fp8, columns alone",
+    ),
     "unit of a column": ("acc = acc * unit +", "acc = acc +", "int8_fp8, grouped 9/3"),
     "mean of a column": ("mean[None, :] * total[:, None]", "mean[None, :] * 0.0", "int8_fp8, grouped 9/3"),
     "value scale": ("alpha *= unit / next_unit", "alpha *= 1.0", "int8_fp8, grouped 9/3"),
@@ -278,7 +288,7 @@ def to_cuda(item):
 
 
 def test_refusals():
-    query, key, value, _, _, index, case, _ = make("grouped 9/3", False)
+    query, key, value, _, _, index, _, _ = make("grouped 9/3", False)
     for change, message in (
         ({"index": replace(index, extent=(2, 3, 9))}, r"the index is for .* the call has"),
         ({"index": StaticPattern(torch.zeros((3, 4), dtype=torch.int32))}, "expected .heads, 3. int32"),

@@ -73,7 +73,11 @@ MUTATIONS = {
     "tail of the keys called whole": ("& (start + BLOCK <= k_stop)", "", "full"),
     "padding called whole": ("entire = (start >= k_start) &", "entire =", "map, padding"),
     "columns of listed tiles": ("seen & (taken == 0)", "seen", "past"),
-    "second chunk of tiles": ("tl.cdiv(limit, BLOCK), CHUNK)", "tl.minimum(tl.cdiv(limit, BLOCK), CHUNK), CHUNK)", "many tiles"),
+    "second chunk of tiles": (
+        "tl.cdiv(limit, BLOCK), CHUNK)",
+        "tl.minimum(tl.cdiv(limit, BLOCK), CHUNK), CHUNK)",
+        "many tiles",
+    ),
     "second chunk of columns": ("range(0, width, CHUNK)", "range(0, CHUNK, CHUNK)", "many columns"),
 }
 

@@ -1,4 +1,6 @@
-"""The kernels of sparse attention compile for the GPUs that they are meant for. Compile only, see `compile_cases.py`."""
+"""The kernels of sparse attention compile for the GPUs that they are meant for. Compile only, see
+`compile_cases.py`.
+"""
 
 from __future__ import annotations
 

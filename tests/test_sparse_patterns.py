@@ -1,4 +1,6 @@
-"""Patterns: the keys that each one means, tile counts, what indices and static tables visit, JSON of ours and others."""
+"""Patterns: the keys that each one means, tile counts, what indices and static tables visit, JSON of ours and
+others.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +14,8 @@ from kompakt.kernels.segments import Segments
 from kompakt.kernels.sparse_attention import sparse_attention
 from kompakt.kernels.sparse_index import TILE, Extent, check_index, listed_keys
 from kompakt.sparsify.formats import parse_published, published, qwen_config, read_published
-from kompakt.sparsify.online import index_of, visited
 from kompakt.sparsify.method import SparseFigures, SparsityPolicy
+from kompakt.sparsify.online import index_of, visited
 from kompakt.sparsify.patterns import (
     AShape,
     Block,
@@ -80,7 +82,9 @@ def test_exact_masks(name, causal):
 @pytest.mark.parametrize("lengths", LENGTHS)
 @pytest.mark.parametrize("name", LINES)
 def test_indices_hold_what_patterns_mean(name, lengths, causal):
-    """Every key of the exact mask, whole tiles or single columns, and no tile that no distance of a full one touches."""
+    """Every key of the exact mask, whole tiles or single columns, and no tile that no distance of a full one
+    touches.
+    """
     queries, keys = lengths
     extent = Extent.of(1, queries, keys, None, CPU)
     index = layer_index([LINES[name]], extent, causal=causal)
@@ -205,7 +209,9 @@ def test_padding_and_chunks(heads):
 
 def test_policies_scale_and_are_read_back():
     figures = SparseFigures(0.95, 0.1, 0.25, 4096, True)
-    policy = SparsityPolicy((VerticalSlash(100, 800), AShape(64, 512), TriShape(8, 512, 128)), 32768, 4096, figures, "x")
+    policy = SparsityPolicy(
+        (VerticalSlash(100, 800), AShape(64, 512), TriShape(8, 512, 128)), 32768, 4096, figures, "x"
+    )
     assert policy.patterns(4096) == policy.patterns(100) == list(policy.heads)
     assert policy.patterns(8192) == [VerticalSlash(200, 1600), AShape(64, 1024), TriShape(8, 512, 128)]
     content = json.loads(json.dumps(policy.as_dict()))

@@ -1,4 +1,6 @@
-"""The search: figures against attention over the index itself, budgets, and what is chosen where the answer is known."""
+"""The search: figures against attention over the index itself, budgets, and what is chosen where the answer is
+known.
+"""
 
 from __future__ import annotations
 
@@ -95,7 +97,9 @@ def test_candidates_of_a_level_cost_the_same():
     for place, level in enumerate(levels):
         if level >= 3 / 16:
             # The last tile of columns of each row is partly filled.
-            assert (share[:, place] <= level + 64 / sums.tiles + 1e-9).all() and (share[:, place] >= level * 0.8 - 0.02).all()
+            assert (share[:, place] <= level + 64 / sums.tiles + 1e-9).all() and (
+                share[:, place] >= level * 0.8 - 0.02
+            ).all()
 
 
 def test_slash_budgets_are_the_largest():
@@ -115,7 +119,9 @@ def test_slash_budgets_are_the_largest():
 
 def test_heads_get_the_patterns_that_they_have():
     inputs = planted(0)
-    both = SparseInputs(*(torch.cat((getattr(inputs, n), getattr(planted(1), n))) for n in ("query", "key", "value")), 1.0)
+    both = SparseInputs(
+        *(torch.cat((getattr(inputs, n), getattr(planted(1), n))) for n in ("query", "key", "value")), 1.0
+    )
     method = MInference(recall=0.9)
     profile = method.profile(both)
     (policy,) = method.choose({"a": profile}, {"a": 3}).values()
@@ -130,7 +136,7 @@ def test_heads_get_the_patterns_that_they_have():
 def test_density_is_kept_and_beats_the_same_for_all():
     """All heads share one budget; no single candidate for all of them has less error at its cost."""
     profile = MInference().profile(planted(0))
-    with pytest.raises(ValueError, match="density 0.1 cannot be met: on 1,000 tokens"):
+    with pytest.raises(ValueError, match=r"density 0.1 cannot be met: on 1,000 tokens"):
         by_density({"a": profile}, 0.1)
     for density in (0.4, 0.5, 0.7):
         picked = by_density({"a": profile}, density)["a"]
@@ -147,9 +153,7 @@ def test_triangle():
     local, everywhere = planted(0), planted(0)
     local.query[:, 0], local.query[:, 2] = local.query[:, 1], local.query[:, 1]
     local.key[:, 0], local.key[:, 2] = local.key[:, 1], local.key[:, 1]
-    profiles = {
-        str(place): method.profile(inputs) for place, inputs in enumerate((local, everywhere, local, local))
-    }
+    profiles = {str(place): method.profile(inputs) for place, inputs in enumerate((local, everywhere, local, local))}
     heads = dict.fromkeys(profiles, 3)
     found = method.choose(profiles, heads)
     assert [policy.sparse for policy in found.values()] == [False, False, True, True]
@@ -166,4 +170,4 @@ def test_triangle():
 
 def test_methods_are_found():
     assert sparsity_methods() == {"minference": MInference, "triangle": Triangle}
-    assert LEVELS == tuple(sorted(LEVELS))
+    assert tuple(sorted(LEVELS)) == LEVELS
