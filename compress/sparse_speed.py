@@ -166,8 +166,7 @@ def checked(problem: Problem, mode: Mode, name: str, density: float) -> dict[str
         query, key, value = problem.query, problem.key, problem.value
         out, _ = sparse_attention(query, key, value, index, mode=mode, check=True)
         call = Call(mode, True, None, query.shape[-1] ** -0.5, None)
-        floats = (tensor.float() for tensor in (query, key, value))
-        expected, _ = sparse_attention_ref(*floats, index, call, dtype=torch.float64)
+        expected, _ = sparse_attention_ref(query.float(), key.float(), value.float(), index, call, dtype=torch.float64)
         error = worst_error(out.double(), expected.transpose(1, 2).double())
     except Exception as error:  # one failing kernel must not cost the other rows; the command fails in the end
         return {"correct": False, "reason": reason(error)}

@@ -311,6 +311,9 @@ def test_sm80_has_no_e4m3(build: Callable[[], Any]):
         "kv_pages",
         "kv_append",
         "decode_chunks",
+        "sparse_attention",
+        "sparse_index",
+        "line_scores",
     ],
 )
 def test_ops_import_triton_only_where_they_launch(name):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from attention_cases import AttentionCase
 from interpreter_cases import interpreter_results, needs_triton
-from kernel_cases import poisoned
+from kernel_cases import poisoned, skip_below
 from sparse_cases import SparseCase, listed_mask, oracle_mask
 
 from kompakt.kernels.segments import Segments
@@ -16,6 +16,7 @@ from kompakt.kernels.sparse_index import (
     NOTHING,
     TILE,
     Extent,
+    Lines,
     SparseIndex,
     check_index,
     index_from_lines,
@@ -44,14 +45,17 @@ CASES = {
 }
 
 
+LISTS = ("tile_ptr", "whole_stop", "tiles", "column_ptr", "columns", "order")
+
+
 def same_index(one: SparseIndex, other: SparseIndex) -> None:
     assert one.extent == other.extent
-    for name in ("tile_ptr", "whole_stop", "tiles", "column_ptr", "columns", "order"):
+    for name in LISTS:
         left, right = getattr(one, name), getattr(other, name)
         assert left.dtype == right.dtype == torch.int32 and torch.equal(left, right), name
 
 
-def interpreted(case: SparseCase) -> None:
+def check(case: SparseCase, device: str = "cpu") -> None:
     from kompakt.kernels.sparse_index_triton import build_index
 
     *_, segments = replace(case.attention, heads=(case.heads, case.heads), dims=(16, 16)).make()
@@ -59,12 +63,18 @@ def interpreted(case: SparseCase) -> None:
     expected = case.index(segments)
     chosen = case.lines(extent) if case.kind == "lines" else None
     wanted = None if chosen is not None else case.wanted(extent)
+    if device != "cpu":
+        extent = replace(extent, table=extent.table.to(device))
+        wanted = None if wanted is None else wanted.to(device)
+        if chosen is not None:
+            chosen = Lines(*(getattr(chosen, name).to(device) for name in ("hits", "columns", "dense_from")))
     with poisoned():
         found = build_index(chosen, wanted, extent, causal=case.attention.causal)
-    same_index(found, expected)
+    lists = {name: getattr(found, name).cpu() for name in LISTS}
+    same_index(replace(found, **lists), expected)
 
 
-INTERPRETER_CASES = {name: lambda case=case: interpreted(case) for name, case in CASES.items()}
+INTERPRETER_CASES = {name: lambda case=case: check(case) for name, case in CASES.items()}
 MUTATIONS = {
     "distance of the next tile": ("m - t + key_tiles - 1", "m - t + key_tiles - 2", "past"),
     "dense rows forgotten": ("found | (m >= tl.load(dense_ptr + plane))", "found", "past"),
@@ -86,6 +96,13 @@ MUTATIONS = {
 @pytest.mark.parametrize("name", [*INTERPRETER_CASES, *MUTATIONS])
 def test_kernel(name):
     assert interpreter_results(__file__)[name] == ""
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CASES)
+def test_kernel_on_gpu(name):
+    skip_below(8, 0)
+    check(CASES[name], "cuda")
 
 
 @pytest.mark.parametrize("name", CASES)
