@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 from . import tables
@@ -15,7 +16,7 @@ def recipe_line(recipe: Any) -> str:
     parts = []
     if "weights" in content:
         parts.append(tables.recipe_line(recipe))
-    for slot, title in (("attention", "attention"), ("kv_cache", "cache")):
+    for slot, title in (("attention", "attention"), ("kv_cache", "cache"), ("sparsity", "sparsity")):
         if slot in content:
             options = dict(content[slot])
             method = options.pop("method")
@@ -33,7 +34,11 @@ def compression(report: dict[str, Any]) -> Shown:
         shown = tables.compression(report)
     extra = []
     if "attention" in report:
-        extra += [layers(report), *ran(report["evaluation"]), ""]
+        extra += [layers(report), ""]
+    if "sparsity" in report:
+        extra += [sparse(report), ""]
+    if "attention" in report or "sparsity" in report:
+        extra += [*ran(report["evaluation"]), ""]
     if "kv_cache" in report:
         extra += [*cached(report, report["evaluation"]), ""]
     return [*shown[:-2], *extra, *shown[-2:]]
@@ -59,17 +64,23 @@ def planned(content: dict[str, Any]) -> Shown:
     else:
         shown = tables.planned(content)
     shown += cache_plan(content)
-    if "attention" not in content:
-        return shown
-    rows = table("", "attention", "layers", "")
-    groups: dict[tuple[str, str], int] = {}
-    for line in content["attention"]:
-        key = (line["status"], line["reason"])
-        groups[key] = groups.get(key, 0) + 1
+    recipe = content["recipe"]
+    if "attention" in content:
+        below = f"calls of fewer than {recipe['attention']['min_tokens']:,} queries, and decoding, are dense"
+        shown += ["", grouped("attention", content["attention"]), below]
+    if "sparsity" in content:
+        below = f"calls over fewer than {recipe['sparsity']['min_length']:,} keys, and decoding, visit all of them"
+        shown += ["", grouped("sparse prefill", content["sparsity"]), below]
+    return shown
+
+
+def grouped(title: str, lines: list[dict[str, Any]]) -> Any:
+    """Layers by what happens to them."""
+    rows = table("", title, "layers", "")
+    groups = Counter((line["status"], line["reason"]) for line in lines)
     for (status, reason), count in groups.items():
         rows.add_row(status, f"{count}", reason)
-    below = content["recipe"]["attention"]["min_tokens"]
-    return [*shown, "", rows, f"calls of fewer than {below:,} queries, and decoding, are dense"]
+    return rows
 
 
 def cached(report: dict[str, Any], evaluation: dict[str, Any] | None) -> list[str]:
@@ -112,12 +123,22 @@ def layers(report: dict[str, Any]) -> Any:
     """Attention layers by what they run in, with the worst figures."""
     from ..compress.artifact import read_policies
     from ..compress.card import attention_rows
+    from ..compress.layer_policies import arithmetic_of
 
     rows = table("", "attention runs in", "layers", "cosine ≥", "relative L1 ≤", "SQNR ≥ dB", "")
-    for row in attention_rows(read_policies(report)):
+    for row in attention_rows(arithmetic_of(read_policies(report))):
         cells = (row["cosine"], row["relative_l1"], row["sqnr_db"])
         rows.add_row(row["mode"], f"{row['count']}", *cells, f"calls of {row['min_tokens']:,} queries and more")
     return rows
+
+
+def sparse(report: dict[str, Any]) -> str:
+    """Which keys prefill visits."""
+    from ..compress.artifact import read_policies
+    from ..compress.card import sparsity_sentence
+    from ..compress.layer_policies import sparsity_of
+
+    return sparsity_sentence(sparsity_of(read_policies(report)))
 
 
 def ran(content: dict[str, Any] | None) -> list[str]:

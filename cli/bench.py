@@ -46,6 +46,13 @@ Modes = Annotated[
 AttentionPeers = Annotated[
     str, typer.Option(help="What to stand beside: cudnn, fa2, transformers, sageattention.", metavar="A,B")
 ]
+Patterns = Annotated[
+    str | None,
+    typer.Option(help="Sparse patterns: a_shape, vertical_slash, block, comma-separated.", metavar="A,B"),
+]
+Densities = Annotated[
+    str | None, typer.Option(help="Shares of the causal tiles that they visit, comma-separated.", metavar="X,Y")
+]
 Document = Annotated[
     Path | None, typer.Option("--into", help="Markdown file to put the table into.", metavar="FILE.md")
 ]
@@ -210,6 +217,8 @@ def attention(
     batch: Batch = 1,
     modes: Modes = "fp8_fp8,int8_fp8,int8_fp16,int4_fp8,bf16",
     against: AttentionPeers = "cudnn,fa2,transformers,sageattention",
+    pattern: Patterns = None,
+    density: Densities = None,
     note: Note = "",
     append: Append = False,
     output: o.OutputFile = None,
@@ -225,6 +234,7 @@ def attention(
     from ..compress.linear_speed_table import CONDITIONS
     from ..compress.sweep import checked_earlier
     from ..kernels.attention import MODES
+    from .bench_sparsity import sparse_options, time_sparse
     from .progress import Bar
     from .tables import attention_speeds
 
@@ -232,10 +242,14 @@ def attention(
     families = some(parse_names(masks, MASKS, "mask"), "mask", MASKS)
     chosen: list[Any] = some(parse_names(modes, MODES, "mode"), "mode", MODES)
     peers = parse_names(against, list(PEERS), "peer")
+    sparse = sparse_options(pattern, density, append)
     found = cases(families, parse_lengths(lengths), parse_head_dims(head_dims), parse_heads(heads), batch)
     with session.working(), Bar(session.stderr, "measuring the ceilings") as bar:
         machine = Machine.cuda(())
         check_kernels(found, chosen, machine.device)
+        if sparse is not None:
+            time_sparse(session, machine, found, chosen, *sparse, peers, note, bar, output, as_json)
+            return
         if output is not None and append:
             checked_earlier(output, heading(machine, peers, note), CONDITIONS)
         earlier = output if append else None
@@ -376,6 +390,8 @@ def renderer(result: dict[str, Any]) -> Callable[[dict[str, Any]], str]:
     from ..compress.generation_bench_table import generation_table
     from ..compress.linear_speed_table import speed_table
     from ..compress.sensitivity import part_table
+    from ..compress.sparse_speed_table import sparse_table
+    from ..compress.sparsity_sweep import sparsity_table
     from ..compress.sweep import markdown_table
 
     known = {
@@ -385,6 +401,8 @@ def renderer(result: dict[str, Any]) -> Callable[[dict[str, Any]], str]:
         "cache": cache_table,
         "decode": decode_table,
         "generate": generation_table,
+        "sparse-attention": sparse_table,
+        "sparsity": sparsity_table,
     }
     if result.get("bench") in known:
         return known[result["bench"]]

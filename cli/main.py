@@ -11,7 +11,7 @@ from typing import Any
 import typer
 
 from . import options as o
-from .bench_decoding import bench
+from .bench_sparsity import bench
 from .session import Session, peak_host_bytes
 
 app = typer.Typer(

@@ -59,6 +59,17 @@ def numbers(text: str, option: str) -> tuple[int, ...]:
     return tuple(map(int, items))
 
 
+def shares(text: str, option: str) -> tuple[float, ...]:
+    """Comma-separated shares between 0 and 1. A usage error names the option."""
+    try:
+        found = tuple(float(item) for item in text.split(","))
+    except ValueError:
+        found = ()
+    if not found or not all(0 < item <= 1 for item in found):
+        raise typer.BadParameter(f"{option} {text} is not a list of shares such as 0.125,0.25")
+    return found
+
+
 Activations = Annotated[str | None, typer.Option(help="What inputs of Linears are rounded to.", metavar="fp8|none")]
 Ignore = Annotated[
     list[str] | None,

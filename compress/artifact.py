@@ -24,6 +24,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from ..quant.method import AttentionPolicy, CachePolicy, kv_cache_methods
+from ..sparsify.method import SparsityPolicy
+from .layer_policies import arithmetic_of, combined, sparsity_of
 from .sidecar import check_sidecar, first_error
 from .untrusted import check_entry, file_inside, header, read_json, weight_files
 
@@ -160,25 +162,43 @@ def write_sidecar(directory: Path, content: dict[str, Any]) -> None:
 
 
 def write_policies(policies: dict[str, AttentionPolicy]) -> dict[str, Any]:
-    """Attention policies by module as the sidecar holds them, under its key "attention"."""
-    return {"layers": {name: policy.as_dict() for name, policy in policies.items()}}
+    """What attention layers run by as the sidecar holds it: under its key "attention" the arithmetic, under "sparsity"
+    the patterns, each only where its slot chose any.
+    """
+    parts = {"attention": arithmetic_of(policies), "sparsity": sparsity_of(policies)}
+    return {
+        slot: {"layers": {name: policy.as_dict() for name, policy in found.items()}}
+        for slot, found in parts.items()
+        if found
+    }
 
 
 def read_policies(sidecar: dict[str, Any]) -> dict[str, AttentionPolicy]:
-    """Attention policies by module; none in a directory whose recipe leaves attention alone. ValueError if damaged."""
-    content = sidecar.get("attention")
-    if content is None:
-        return {}
-    if not isinstance(content, dict) or not isinstance(content.get("layers"), dict):
-        raise ValueError(f"{SIDECAR} is damaged: its attention holds no layers")
-    found = {}
-    for name, policy in content["layers"].items():
-        found[name] = AttentionPolicy.from_dict(policy)
+    """What attention layers run by, by module; none in a directory whose recipe leaves attention alone. ValueError if
+    damaged.
+    """
+    attention, sparsity = {}, {}
+    for name, policy in _layers(sidecar, "attention").items():
+        attention[name] = AttentionPolicy.from_dict(policy)
         try:
             TypeAdapter(AttentionPolicy).validate_json(json.dumps(policy), strict=True)
         except ValidationError as error:
             raise ValueError(f"{SIDECAR} is damaged: attention of {name[:120]}: {first_error(error)}") from error
-    return found
+    for name, policy in _layers(sidecar, "sparsity").items():
+        try:
+            sparsity[name] = SparsityPolicy.from_dict(policy)
+        except ValueError as error:
+            raise ValueError(f"{SIDECAR} is damaged: sparsity of {name[:120]}: {error}") from error
+    return combined(attention, sparsity)
+
+
+def _layers(sidecar: dict[str, Any], slot: str) -> dict[str, Any]:
+    content = sidecar.get(slot)
+    if content is None:
+        return {}
+    if not isinstance(content, dict) or not isinstance(content.get("layers"), dict):
+        raise ValueError(f"{SIDECAR} is damaged: its {slot} holds no layers")
+    return content["layers"]
 
 
 def write_cache(policy: CachePolicy) -> dict[str, Any]:

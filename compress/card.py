@@ -4,6 +4,7 @@ it.
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ import yaml
 
 from ..kernels.attention import MODES
 from ..quant.method import AttentionPolicy, kv_cache_methods
+from ..sparsify.method import SparsityPolicy
 from .artifact import read_policies
+from .layer_policies import arithmetic_of, sparsity_of
 from .recipe import Recipe
 
 TEMPLATE = """\
@@ -83,6 +86,11 @@ Calls of at least {{ "{:,}".format(attention[0].min_tokens) }} queries; shorter 
 {{ judged }}
 
 {% endif -%}
+{% if sparsity -%}
+## Sparse prefill
+{{ sparsity }}
+
+{% endif -%}
 {% if cache -%}
 ## Key-value cache
 {{ cache }}
@@ -120,8 +128,9 @@ def write_card(
         recipe=recipe,
         scheme=None if recipe.weights is None else recipe.weights.scheme().describe(),
         use=in_use(recipe),
-        attention=attention_rows(policies),
-        judged=judged_sentence(policies),
+        attention=attention_rows(arithmetic_of(policies)),
+        judged=judged_sentence(arithmetic_of(policies)),
+        sparsity=sparsity_sentence(sparsity_of(policies)),
         evaluation_sentence=attention_sentence((evaluation or {}).get("attention")),
         cache=cache_sentence(report.get("kv_cache"), (evaluation or {}).get("kv_cache")),
         cache_evaluation=cache_evaluation_sentence((evaluation or {}).get("kv_cache")),
@@ -154,6 +163,8 @@ def in_use(recipe: Recipe) -> str:
         parts.append("weights stay packed and run on its kernels")
     if recipe.attention is not None:
         parts.append("attention of long prompts runs in the arithmetic chosen below")
+    if recipe.sparsity is not None:
+        parts.append("prefill of long prompts visits the keys described below")
     if recipe.kv_cache is not None:
         parts.append("`generate()` keeps past keys and values compressed")
     return ", and ".join(parts)
@@ -196,9 +207,42 @@ def attention_sentence(used: dict[str, Any] | None) -> str:
         return ""
     calls = ", ".join(f"{count} × {way}" for way, count in used["calls"].items())
     text = f"Attention ran {used['ran']} in this evaluation ({used['layers']} layers; calls: {calls})"
-    if used["ran"] != "dense" and used["min_tokens"] > used["window"]:
+    if "quantized" in used["ran"] and used["min_tokens"] > used["window"]:
         text += f"; in use, windows this short run dense, below {used['min_tokens']:,} queries"
+    sparse = used.get("sparsity")
+    if sparse is not None and sparse["density"] is not None:
+        text += f"; sparse layers ({sparse['layers']}) visited {sparse['density']:.1%} of the tiles of dense attention"
+        if sparse["min_length"] > used["window"]:
+            text += f", and in use visit all below {sparse['min_length']:,} keys"
     return f"{text}."
+
+
+def sparsity_sentence(policies: dict[str, SparsityPolicy]) -> str:
+    """Which keys prefill visits; empty if the recipe leaves that alone."""
+    if not policies:
+        return ""
+    sparse = [policy for policy in policies.values() if policy.sparse]
+    if not sparse:
+        return "No layer is sparse."
+    kinds = Counter(head.key for policy in sparse for head in policy.heads)
+    heads = ", ".join(f"{count} {name}" for name, count in kinds.most_common())
+    text = (
+        f"{len(sparse)} of {len(policies)} attention layers visit fewer keys in calls over "
+        f"{sparse[0].min_length:,} keys and more; shorter ones, and decoding, are dense. Their heads: {heads}."
+    )
+    figures = [policy.figures for policy in sparse if policy.figures is not None]
+    if figures:
+        density, recall = (sum(getattr(item, key) for item in figures) / len(figures) for key in ("density", "recall"))
+        length = max(policy.calibrated_length for policy in sparse)
+        text += (
+            f" On {figures[0].tokens:,} tokens of calibration text"
+            f"{' that they were not chosen on' if figures[0].held_out else ', which they were chosen on'}, a layer "
+            f"visits {density:.1%} of the tiles and {recall:.1%} of the probability on average; the largest error of a "
+            f"layer's output is {max(item.error for item in figures):.3f} of its size."
+        )
+        if length:
+            text += f" Budgets are for {length:,} tokens and grow with longer prompts."
+    return text
 
 
 def cache_sentence(content: dict[str, Any] | None, measured: dict[str, Any] | None) -> str:

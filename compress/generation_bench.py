@@ -45,12 +45,14 @@ from .hf_capture import steps_of
 from .hf_decoder import decoder_layers
 from .hf_generation import ModelSource, cache_facts, forget_compiled, generate_timed, is_compiled, step_weight_bytes
 from .hf_quantizer import mark_quantized
+from .layer_policies import combined
 from .linear_contenders import Absent
 from .linear_speed import installed, reason
 from .patching import kept_linears
 from .pipeline import Progress, covered, environment, package_version, quiet, walked
 from .planning import kv_cache_bytes, plan_cache
 from .recipe import Recipe
+from .sparsity_calibration import choose_sparsity
 
 VERSION = 1
 CALIBRATION_TOKENS = 256
@@ -186,9 +188,12 @@ def put_in(model: Any, recipe: Recipe, device: torch.device) -> None:
     walked(model, recipe, [tokens[:1]], coverage, device=device, undo=None)
     if recipe.weights is not None:
         mark_quantized(model, recipe.weights.scheme(), kept_linears(model))
-    policies, cache = {}, None
+    attention, sparsity, cache = {}, {}, None
     if recipe.attention is not None:
-        policies = choose_policies(model, recipe.attention, tokens, device=device)
+        attention = choose_policies(model, recipe.attention, tokens, device=device)
+    if recipe.sparsity is not None:
+        sparsity = choose_sparsity(model, recipe.sparsity, tokens, device=device)
+    policies = combined(attention, sparsity)
     if recipe.kv_cache is not None:
         cache = choose_cache(model, recipe.kv_cache, tokens, device=device)
     run_by(model, policies, cache)

@@ -22,11 +22,14 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..kernels.activations import log_fallback
-from ..kernels.attention import Mode
+from ..kernels.attention import MODES, Mode
 from ..quant.method import AttentionInputs, AttentionPolicy
+from ..sparsify.method import SparsityPolicy
+from ..sparsify.online import MIN_QUERIES
 from .hf_cache import CachedTensor
 from .hf_masks import Layout, MaskInfo, keep_arguments, keep_every_mask
-from .runtime import attend, attend_cached, needs_gradient, refusal
+from .layer_policies import sparsity_in
+from .runtime import attend, attend_cached, attend_sparse, needs_gradient, refusal, sparse_refusal
 
 NAMES = {"sdpa": "kompakt", "eager": "kompakt_eager"}
 """Implementation before patching → name under which ours is registered, which remembers it."""
@@ -58,7 +61,8 @@ class LayerAttention:
 
     policy: what was chosen for the layer. mode: what a long enough call runs in, None for dense; "bf16" runs our op
     without quantization. min_tokens: queries of a long enough call. observe: is given the inputs of every call of more
-    than one query. ran: how many calls went which way.
+    than one query. ran: how many calls went which way. sparsity: which keys a call over min_length keys and more
+    visits. visited, dense: tiles that sparse calls visited, and those of dense attention.
     """
 
     policy: AttentionPolicy
@@ -66,15 +70,27 @@ class LayerAttention:
     min_tokens: int
     observe: Callable[[AttentionInputs], None] | None = None
     ran: Counter[str] = field(default_factory=Counter)
+    sparsity: SparsityPolicy | None = None
+    min_length: int = 0
+    visited: float | Tensor = 0.0
+    dense: float | Tensor = 0.0
 
     def takes(self, queries: int) -> bool:
         """Whether a call of so many queries is long enough to run in `mode`."""
         return self.mode is not None and queries >= self.min_tokens
 
+    def thins(self, queries: int, keys: int) -> bool:
+        """Whether a call of so many queries and keys is long enough to visit fewer keys."""
+        return self.sparsity is not None and queries >= MIN_QUERIES and keys >= self.min_length
+
     @classmethod
     def of(cls, policy: AttentionPolicy) -> LayerAttention:
         """A layer that follows its policy."""
-        return cls(policy, None if policy.mode == "bf16" else policy.mode, policy.min_tokens)
+        found = cls(policy, None if policy.mode == "bf16" else policy.mode, policy.min_tokens)
+        chosen = sparsity_in(policy)
+        if chosen is not None and chosen.sparse:
+            found.sparsity, found.min_length = chosen, chosen.min_length
+        return found
 
 
 def attention_forward(
@@ -102,7 +118,8 @@ def attention_forward(
         key, value = key.dequantize(), value.dequantize()
     elif layer is not None:
         queries = query.shape[2]
-        if queries > 1 and (layer.observe is not None or layer.takes(queries)):
+        wanted = layer.observe is not None or layer.takes(queries) or layer.thins(queries, key.shape[2])
+        if queries > 1 and wanted:
             call = (query, key, value, attention_mask, scaling, dropout)
             out = untraced(run_layer)(layer, former, module, call, kwargs)
             if out is not None:
@@ -123,18 +140,29 @@ def run_layer(
     """A call that is observed or long enough: its output, or None if `former` is to run it."""
     query, key, value, mask, scaling, dropout = call
     found = call_inputs(module, query, key, value, mask, scaling, dropout, kwargs)
-    taken = layer.takes(query.shape[2])
+    taken, sparse = layer.takes(query.shape[2]), layer.thins(query.shape[2], key.shape[2])
     reason = found if isinstance(found, str) else None
     if isinstance(found, AttentionInputs):
         if layer.observe is not None:
             layer.observe(found)
-        if taken:
-            assert layer.mode is not None
-            reason = refusal(layer.mode, found)
-            if reason is None:
-                layer.ran[layer.mode] += 1
-                return attend(layer.mode, "prefill", found)
-    if taken and reason is not None:
+        sparse = layer.thins(query.shape[2], found.key.shape[2])
+        mode = layer.mode if taken and layer.mode is not None else "bf16"
+        if taken or sparse:
+            reason = refusal(mode, found)
+        if sparse and reason is None:
+            why = sparse_refusal(found)
+            if why is None:
+                assert layer.sparsity is not None
+                out, visited, dense = attend_sparse(mode, layer.sparsity, found)
+                layer.visited, layer.dense = layer.visited + visited, layer.dense + dense
+                layer.ran["sparse" if mode == "bf16" else f"sparse {mode}"] += 1
+                return out
+            log_fallback(f"sparse attention of {type(module).__name__}", why, "attention over all keys")
+            reason = None if taken else why
+        if taken and reason is None:
+            layer.ran[mode] += 1
+            return attend(mode, "prefill", found)
+    if (taken or sparse) and reason is not None:
         log_fallback(f"attention of {type(module).__name__}", reason, f"transformers' {former} attention")
     layer.ran["dense" if reason is None else f"dense: {reason}"] += 1
     return None
@@ -287,6 +315,17 @@ def layer_kind(module: nn.Module) -> str | None:
     return kinds[index] if kinds and isinstance(index, int) and index < len(kinds) else None
 
 
+def full_attention(module: nn.Module) -> str | None:
+    """Why a layer has no full attention, which alone can be sparse, as far as its config says; None if it has."""
+    kind = layer_kind(module)
+    return None if kind in (None, "full_attention") else f"it has {kind.replace('_', ' ')}"
+
+
+def query_heads(module: nn.Module) -> int:
+    """Query heads of an attention module."""
+    return int(getattr(module, "num_heads", 0) or module.config.num_attention_heads)  # pyright: ignore
+
+
 def is_attached(model: Any) -> bool:
     """Whether the model runs our attention."""
     return model.config.get_text_config()._attn_implementation in FORMER
@@ -353,31 +392,51 @@ def attached_layers(model: Any) -> dict[str, LayerAttention]:
 def attention_in_use(model: Any) -> dict[str, Any] | None:
     """How the attention layers of a patched model ran, JSON-able; None if it is not patched.
 
-    layers: of all; calls: how many went which way; ran: "quantized", "dense" or "partly quantized".
+    layers: of all; calls: how many went which way; ran: "dense", or "quantized", "sparse", "quantized and sparse", and
+    "partly" before it where some calls were dense. sparsity, where any layer has it: the length from which it runs, and
+    the share of tiles that its calls visited.
     """
     layers = attached_layers(model)
     if not layers:
         return None
     calls = sum((layer.ran for layer in layers.values()), Counter())
     dense = sum(count for way, count in calls.items() if way.startswith("dense"))
-    ran = "dense" if dense == calls.total() else "partly quantized" if dense else "quantized"
+    quantized = any(way.removeprefix("sparse ") in MODES and way != "bf16" for way in calls)
+    kinds = [
+        word
+        for word, some in (("quantized", quantized), ("sparse", any("sparse" in way.split()[0] for way in calls)))
+        if some
+    ]
+    ran = "dense" if dense == calls.total() else ("partly " if dense else "") + (" and ".join(kinds) or "quantized")
+    thinned = [layer for layer in layers.values() if layer.sparsity is not None]
     return {
         "ran": ran,
         "layers": len(layers),
         "calls": dict(sorted(calls.items())),
         "min_tokens": min(layer.policy.min_tokens for layer in layers.values()),
+        **({"sparsity": sparsity_in_use(thinned)} if thinned else {}),
+    }
+
+
+def sparsity_in_use(layers: list[LayerAttention]) -> dict[str, Any]:
+    """How layers that have a sparsity visited keys, JSON-able. density: None before any call was sparse."""
+    visited, dense = (float(sum(getattr(layer, name) for layer in layers)) for name in ("visited", "dense"))
+    return {
+        "layers": len(layers),
+        "min_length": min(layer.sparsity.min_length for layer in layers if layer.sparsity is not None),
+        "density": visited / dense if dense else None,
     }
 
 
 @contextmanager
 def at_least(model: Any, tokens: int) -> Iterator[None]:
-    """For a while, calls of `tokens` queries and more count as long enough in every patched layer."""
+    """For a while, calls of `tokens` queries or keys and more count as long enough in every patched layer."""
     layers = list(attached_layers(model).values())
-    before = [layer.min_tokens for layer in layers]
+    before = [(layer.min_tokens, layer.min_length) for layer in layers]
     try:
         for layer in layers:
-            layer.min_tokens = min(layer.min_tokens, tokens)
+            layer.min_tokens, layer.min_length = min(layer.min_tokens, tokens), min(layer.min_length, tokens)
         yield
     finally:
-        for layer, value in zip(layers, before, strict=True):
-            layer.min_tokens = value
+        for layer, values in zip(layers, before, strict=True):
+            layer.min_tokens, layer.min_length = values

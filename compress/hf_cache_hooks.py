@@ -20,9 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from ..quant.method import AttentionPolicy, CachePolicy, KVCacheMethod
-from .hf_attention import LayerAttention, attach, attention_modules, check_attention, detach, layer_kind
+from .hf_attention import LayerAttention, attach, attention_modules, check_attention, detach, layer_kind, query_heads
 from .hf_cache import CACHE, NAMES, CompressedCache, CompressedLayer
 from .hf_capture import record_steps, run_steps_as_before
+from .layer_policies import sparsity_in
 
 ATTRIBUTE = "kompakt_cache"
 PREPARE = "_prepare_cache_for_generation"
@@ -74,6 +75,7 @@ def run_by(model: Any, attention: Mapping[str, AttentionPolicy], cache: CachePol
     """
     if not attention and cache is None:
         return
+    check_heads(model, attention)
     layers = {name: LayerAttention.of(policy) for name, policy in attention.items()}
     if cache is None:
         attach(model, layers)
@@ -97,6 +99,17 @@ def beside(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor
     """Static tensors on the device of a module, once for all caches; where they are if its weights are offloaded."""
     device = next((parameter.device for parameter in module.parameters()), torch.device("meta"))
     return {name: tensor if device.type == "meta" else tensor.to(device) for name, tensor in tensors.items()}
+
+
+def check_heads(model: Any, attention: Mapping[str, AttentionPolicy]) -> None:
+    """ValueError if a policy has patterns for another number of heads than its module has."""
+    modules = attention_modules(model)
+    for name, policy in attention.items():
+        chosen = sparsity_in(policy)
+        if chosen is not None and name in modules and len(chosen.heads) != query_heads(modules[name]):
+            raise ValueError(
+                f"the policy of {name} has {len(chosen.heads)} heads, and {name} has {query_heads(modules[name])}"
+            )
 
 
 def run_as_before(model: Any) -> None:

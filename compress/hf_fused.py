@@ -128,13 +128,13 @@ def norm_form(module: nn.Module, weight: Tensor, eps: float) -> tuple[NormForm |
     random = torch.Generator().manual_seed(0)
     # The second row is so small that eps decides, the third large.
     x = torch.randn(3, len(weight), generator=random) * torch.tensor([[1.0], [0.1 * eps**0.5], [300.0]])
-    twin = copy.copy(module)
-    twin._parameters = {"weight": nn.Parameter(torch.randn(len(weight), generator=random).to(weight))}
+    twin, drawn = copy.copy(module), nn.Parameter(torch.randn(len(weight), generator=random).to(weight))
+    twin._parameters = {"weight": drawn}
     for form in NORM_FORMS:
         try:
             # Rounding tells the forms apart only where x has fewer bits than FP32.
             if all(
-                same(type(module).forward(twin, row), rms_norm_ref(row, twin.weight, eps=eps, form=form))
+                same(type(module).forward(twin, row), rms_norm_ref(row, drawn, eps=eps, form=form))
                 for row in (x.to(weight.device, dtype) for dtype in FLOAT_DTYPES)
             ):
                 return form, ""

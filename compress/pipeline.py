@@ -41,13 +41,15 @@ from .hf import load_base, load_tokenizer, resolve_model, save_weights, transfor
 from .hf_attention import check_attention
 from .hf_cache_hooks import cacheable_modules
 from .hf_decoder import decoder_layers, refuse_experts
+from .layer_policies import combined
 from .linear import storage
 from .processes import ALONE, Processes, check_shared, joined, own_device
 from .read_back import reload_and_compare, verify_quality
 from .recipe import Recipe
 from .restore import attention_beside, given_back, left_to_restore, refuse_limit, restore_worst, worst_attention
 from .resume import LayerStore, model_files
-from .runtime import AttentionBackend, attention_backends, cache_backends
+from .runtime import AttentionBackend, attention_backends, cache_backends, sparse_backends
+from .sparsity_calibration import choose_sparsity
 from .walk import Undo, WalkResult, quantize_layers
 
 log = logging.getLogger(__name__)
@@ -225,7 +227,7 @@ def compressed(
             "layers": [layer.as_dict() for layer in walk.reports],
             "coverage": [line.as_dict() for line in coverage],
             "fingerprint": take_fingerprint(base, probe, place, policies, cache),
-            **({"attention": write_policies(policies)} if policies else {}),
+            **write_policies(policies),
             **({} if cache is None else {"kv_cache": write_cache(cache)}),
         }
         write_companions(staging, loaded, report, evaluation, source)
@@ -240,7 +242,7 @@ def expected_bytes(source: Path, recipe: Recipe) -> int:
 
 def covered(model: Any, layers: list[tuple[str, nn.Module]], recipe: Recipe) -> tuple[Recipe, list[Coverage]]:
     """The recipe with its group size resolved, and what happens to every module. ValueError for what cannot work."""
-    if recipe.attention is not None:
+    if recipe.attention is not None or recipe.sparsity is not None:
         check_attention(model)
     if recipe.kv_cache is not None:
         cacheable_modules(model)
@@ -289,14 +291,18 @@ def attention_policies(
     dense: Collection[str] = (),
     progress: Progress = quiet,
 ) -> dict[str, AttentionPolicy]:
-    """What each attention layer runs in, by module; empty if the recipe leaves attention alone.
+    """What each attention layer runs by, by module; empty if the recipe leaves attention alone.
 
     dense: layers that were given back their dense attention.
     """
-    if recipe.attention is None:
-        return {}
-    tokens = calibration.tokens if calibration is not None and recipe.attention.needs_data else None
-    found = choose_policies(model, recipe.attention, tokens, device=device, progress=progress)
+    attention, sparsity, tokens = {}, {}, None if calibration is None else calibration.tokens
+    if recipe.attention is not None:
+        used = tokens if recipe.attention.needs_data else None
+        attention = choose_policies(model, recipe.attention, used, device=device, progress=progress)
+    if recipe.sparsity is not None:
+        used = tokens if recipe.sparsity.needs_data else None
+        sparsity = choose_sparsity(model, recipe.sparsity, used, device=device, progress=progress)
+    found = combined(attention, sparsity)
     return {name: given_back(policy) if name in dense else policy for name, policy in found.items()}
 
 
@@ -339,6 +345,8 @@ def check_kernels(
         found |= attention_backends(modes, device)
         if policies is None and any(backend.name not in WITHOUT_KERNEL for backend in found.values()):
             found = {}
+    if recipe.sparsity is not None:
+        found |= sparse_backends(device)
     if recipe.kv_cache is not None:
         found |= cache_backends(device)
     if recipe.weights is not None and (op := OPS.get((recipe.weights.storage, recipe.weights.activations))):
@@ -370,7 +378,8 @@ def calibration_batches(recipe: Recipe, tokenizer: Any, model: Any) -> tuple[Cal
     for_weights = recipe.weights is not None and recipe.weights.needs_data
     if recipe.needs_data and not for_weights:
         cache = recipe.kv_cache.sequences if recipe.kv_cache is not None and recipe.kv_cache.needs_data else 0
-        options = options.model_copy(update={"samples": min(options.samples, max(SEQUENCES, cache))})
+        sparsity = 0 if recipe.sparsity is None else recipe.sparsity.sequences
+        options = options.model_copy(update={"samples": min(options.samples, max(SEQUENCES, cache, sparsity))})
     found = calibration_tokens(tokenizer, options) if recipe.needs_data else None
     if found is not None and (for_weights or recipe.weights is None):
         return found, list(found.tokens.split(options.batch_size))

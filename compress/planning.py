@@ -21,7 +21,7 @@ from ..quant.method import KVCacheMethod, WeightScheme
 from .cache import TokenStore
 from .coverage import Coverage
 from .hf import meta_model, read_config, resolve_model
-from .hf_attention import attention_modules, layer_kind
+from .hf_attention import attention_modules, full_attention, layer_kind
 from .hf_cache import CompressedCache
 from .hf_cache_hooks import cacheable_modules
 from .hf_decoder import decoder_layers
@@ -29,7 +29,7 @@ from .linear import CompressedLinear
 from .pipeline import OPS, covered
 from .planning_memory import MemoryModel, Stage
 from .recipe import Recipe
-from .runtime import AttentionBackend, attention_backends, cache_backends
+from .runtime import AttentionBackend, attention_backends, cache_backends, sparse_backends
 
 CONTEXTS = (1024, 8192, 32768)
 
@@ -41,7 +41,8 @@ class Plan:
     recipe: with `group_size` resolved. kv_cache: tokens → bytes of one sequence, as transformers keeps it.
     compressed_cache: as the recipe keeps it, None if it leaves it alone.
     scheme: None if the recipe leaves weights as they are. attention: what happens to each attention layer, empty if the
-    recipe leaves it alone. kernels: what each op runs on and why; op: the one that the recipe's Linears call.
+    recipe leaves it alone; sparsity likewise. kernels: what each op runs on and why; op: the one that the recipe's
+    Linears call.
     """
 
     model: str
@@ -55,6 +56,7 @@ class Plan:
     quantized_bytes: int
     coverage: list[Coverage]
     attention: list[AttentionCoverage]
+    sparsity: list[AttentionCoverage]
     stages: list[Stage]
     kv_cache: dict[int, int]
     compressed_cache: CachePlan | None
@@ -104,12 +106,13 @@ class Plan:
                 op: {
                     "backend": backend.name,
                     "reason": backend.reason,
-                    "used": op == self.op or op in self.modes or op == "decode_attention",
+                    "used": op == self.op or op in self.modes or op in ("decode_attention", "sparse_attention"),
                 }
                 for op, backend in self.kernels.items()
             },
             "coverage": [line.as_dict() for line in self.coverage],
             **({"attention": [asdict(line) for line in self.attention]} if self.attention else {}),
+            **({"sparsity": [asdict(line) for line in self.sparsity]} if self.sparsity else {}),
             **({} if self.compressed_cache is None else {"kv_cache": self.compressed_cache.as_dict()}),
         }
 
@@ -149,6 +152,8 @@ def plan(
     kernels: dict[str, Backend | AttentionBackend] = {**available_backends(place)}
     if loaded.attention is not None:
         kernels |= attention_backends(loaded.attention.modes, place)
+    if loaded.sparsity is not None:
+        kernels |= sparse_backends(place)
     if loaded.kv_cache is not None:
         kernels |= cache_backends(place)
     memory = MemoryModel(
@@ -171,6 +176,7 @@ def plan(
         quantized_bytes=quantized,
         coverage=coverage,
         attention=[] if loaded.attention is None else cover_attention(skeleton, [name for name, _ in layers], loaded),
+        sparsity=[] if loaded.sparsity is None else cover_sparsity(skeleton, [name for name, _ in layers], loaded),
         stages=memory.stages([(layer, _inside(name, linears)) for name, layer in layers]),
         kv_cache={tokens: kv_cache_bytes(config, tokens, skeleton.dtype.itemsize) for tokens in contexts},
         compressed_cache=None if loaded.kv_cache is None else plan_cache(skeleton, loaded.kv_cache, contexts),
@@ -211,6 +217,28 @@ def cover_attention(model: Any, layer_names: list[str], recipe: Recipe) -> list[
             if head_dim > MAX_HEAD_DIM:
                 status, why = "dense", f"head_dim {head_dim} exceeds the kernel's {MAX_HEAD_DIM}"
             lines.append(AttentionCoverage(name, type(module).__name__, status, why))
+    return lines
+
+
+def cover_sparsity(model: Any, layer_names: list[str], recipe: Recipe) -> list[AttentionCoverage]:
+    """One line for every attention module, and for every decoder layer without one: whether prefill may be sparse.
+    ValueError if it may nowhere.
+    """
+    method, modules = recipe.sparsity, attention_modules(model)
+    assert method is not None
+    chosen = "calibration chooses the patterns" if method.needs_data else "the recipe names the patterns"
+    lines = []
+    for layer in layer_names:
+        inside = {name: module for name, module in modules.items() if name.startswith(f"{layer}.")}
+        if not inside:
+            kind = type(model.get_submodule(layer)).__name__
+            lines.append(AttentionCoverage(layer, kind, "dense", "no attention of transformers' interface in it"))
+        for name, module in inside.items():
+            why = full_attention(module)
+            status = "covered" if why is None else "dense"
+            lines.append(AttentionCoverage(name, type(module).__name__, status, why or chosen))
+    if not any(line.status == "covered" for line in lines):
+        raise ValueError(f"no attention layer of {type(model).__name__} can be sparse: {lines[0].reason}")
     return lines
 
 

@@ -38,7 +38,7 @@ def reload_and_compare(
     tokens that read the compressed cache. offload: a folder says that weights wait on the disk.
     """
     policies = policies or {}
-    stored = read_policies(json.loads(json.dumps({"attention": write_policies(policies)})))
+    stored = read_policies(json.loads(json.dumps(write_policies(policies))))
     waiting = None if offload is None else "disk"
     reloaded = load_written(staging, device_map=waiting, offload=offload, trust_remote_code=trust_remote_code)
     logits = []

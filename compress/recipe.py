@@ -30,16 +30,22 @@ from ..quant.method import (
     kv_cache_methods,
     weight_methods,
 )
+from ..sparsify.method import SparsityMethod, sparsity_methods
 from .calibration import CalibrationOptions
 
 RECIPE_VERSION = 1
 YAML_BYTES = 2**20
 SHOWN = 200
 """Characters of a wrong value that a message repeats."""
-METHODS = {"weights": weight_methods, "attention": attention_methods, "kv_cache": kv_cache_methods}
+METHODS = {
+    "weights": weight_methods,
+    "attention": attention_methods,
+    "kv_cache": kv_cache_methods,
+    "sparsity": sparsity_methods,
+}
 """Slot → its methods by key."""
-SLOTS = (*METHODS, "sparsity")
-Method = WeightMethod | AttentionMethod | KVCacheMethod
+SLOTS = tuple(METHODS)
+Method = WeightMethod | AttentionMethod | KVCacheMethod | SparsityMethod
 
 
 def _percent(value: Any) -> Any:
@@ -115,7 +121,7 @@ class Recipe(BaseModel):
     weights: WeightMethod | None = None
     attention: AttentionMethod | None = None
     kv_cache: KVCacheMethod | None = None
-    sparsity: None = None
+    sparsity: SparsityMethod | None = None
     calibration: CalibrationOptions = CalibrationOptions()
     evaluation: EvaluationOptions = EvaluationOptions()
     limits: Limits = Limits()
@@ -139,7 +145,7 @@ class Recipe(BaseModel):
     @property
     def needs_data(self) -> bool:
         """Whether any slot looks at calibration text."""
-        return any(method.needs_data for method in (self.weights, self.attention, self.kv_cache) if method is not None)
+        return any(method.needs_data for slot in SLOTS if (method := getattr(self, slot)) is not None)
 
     def to_yaml(self) -> str:
         """The recipe with every default written out; `Recipe.load` reads it back to an equal recipe."""
@@ -167,11 +173,6 @@ class Recipe(BaseModel):
             )
         if not slots:
             raise ValueError(f"{label}: the recipe fills no slot; fill one of {', '.join(SLOTS)}")
-        for slot in slots:
-            if slot not in METHODS:
-                raise ValueError(
-                    f"{label}: slot {slot!r} has no method yet in this version of kompakt; remove it from the recipe"
-                )
         try:
             return cls(**data, **{slot: _method(slot, content, label) for slot, content in slots.items()})
         except ValidationError as error:

@@ -11,14 +11,16 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from .artifact import SIDECAR_TENSORS, read_cache, read_policies, read_sidecar, weight_bytes, write_cache
-from .card import cache_sentence, coverage_rows, judged_sentence
-from .recipe import Recipe
+from .card import cache_sentence, coverage_rows, judged_sentence, sparsity_sentence
+from .layer_policies import arithmetic_of, sparsity_of
+from .recipe import SLOTS, Recipe
 from .report_evaluations import read_evaluations
 from .restore import REASON
 from .untrusted import file_inside, header, stored_tensors
@@ -77,8 +79,10 @@ def describe(directory: Path) -> dict[str, Any]:
         "parts": parts(directory, sidecar.get("coverage", [])),
         "coverage": coverage_rows(sidecar.get("coverage", [])),
         "layers": layer_rows(sidecar),
-        "attention": attention_rows(policies),
-        "attention_judged": judged_sentence(policies) if policies else "",
+        "attention": attention_rows(arithmetic_of(policies)),
+        "attention_judged": judged_sentence(arithmetic_of(policies)) if arithmetic_of(policies) else "",
+        "sparsity": sparsity_sentence(sparsity_of(policies)),
+        "sparse_layers": sparsity_rows(sparsity_of(policies)),
         "kv_cache": cache_sentence(write_cache(cache), measured) if cache is not None else "",
         "evaluations": evaluations,
     }
@@ -89,7 +93,7 @@ def slots(recipe: Recipe) -> list[dict[str, str]]:
     """Slot, method and options of a recipe, in words."""
     rows = []
     content = recipe.model_dump(mode="json", exclude_none=True)
-    for slot in ("weights", "attention", "kv_cache"):
+    for slot in SLOTS:
         if slot not in content:
             rows.append({"slot": slot, "method": "as it is", "options": ""})
             continue
@@ -159,6 +163,23 @@ def attention_rows(policies: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
+def sparsity_rows(policies: dict[str, Any]) -> list[dict[str, Any]]:
+    """Which patterns the heads of each layer run, and what they visit."""
+    return [
+        {
+            "name": name,
+            "patterns": ", ".join(
+                f"{count} {key}" for key, count in Counter(head.key for head in policy.heads).items()
+            ),
+            "density": None if policy.figures is None else policy.figures.density,
+            "recall": None if policy.figures is None else policy.figures.recall,
+            "error": None if policy.figures is None else policy.figures.error,
+            "reason": policy.reason,
+        }
+        for name, policy in policies.items()
+    ]
+
+
 def warnings(described: dict[str, Any], sidecar: dict[str, Any], recipe: Recipe) -> list[str]:
     """What a reader should know before believing the numbers."""
     found = []
@@ -171,7 +192,7 @@ def warnings(described: dict[str, Any], sidecar: dict[str, Any], recipe: Recipe)
         elif item.get("comparison") and item["comparison"]["perplexity_increase_stderr"] is None:
             found.append(f"{item['file']} has one window, so that no standard error is known.")
         attention, cache = item.get("attention") or {}, item.get("kv_cache") or {}
-        if attention.get("ran") in ("dense", "partly quantized"):
+        if str(attention.get("ran")).startswith(("dense", "partly")):
             found.append(f"Attention ran {attention['ran']} in {item['file']}.")
         if cache and not cache.get("reading_codes"):
             found.append(f"The compressed cache was not read in {item['file']}: this measured a dense cache.")

@@ -14,7 +14,9 @@ from typing import Any, NoReturn
 from torch import nn
 
 from ..quant.method import AttentionPolicy
+from ..sparsify.patterns import Dense
 from .coverage import Coverage
+from .layer_policies import UNCHANGED, LayerPolicy, is_sparse, sparsity_in
 from .recipe import Limits
 from .walk import LayerReport, Undo
 
@@ -78,8 +80,8 @@ def worst_attention(
     Raises LimitExceeded when more than `limits.max_restored` of the layers would have to be given back.
     """
     increase = evaluation["comparison"]["perplexity_increase"]
-    quantized = [name for name, policy in policies.items() if policy.mode != "bf16"]
-    done = sum(policy.reason == REASON for policy in policies.values())
+    quantized = [name for name, policy in policies.items() if policy.mode != "bf16" or is_sparse(policy)]
+    done = sum(map(was_given_back, policies.values()))
     take = sorted(quantized, key=lambda name: cosine(policies[name]))[: max(1, done)]
     if not take or done + len(take) > limits.max_restored * len(policies):
         raise LimitExceeded(
@@ -94,7 +96,7 @@ def worst_attention(
 def left_to_restore(coverage: list[Coverage], policies: dict[str, AttentionPolicy]) -> bool:
     """Whether any layer has quantized weights or attention that could be given back."""
     return any(line.status == "quantized" for line in coverage) or any(
-        policy.mode != "bf16" for policy in policies.values()
+        policy.mode != "bf16" or is_sparse(policy) for policy in policies.values()
     )
 
 
@@ -109,12 +111,26 @@ def refuse_limit(evaluation: dict[str, Any], limits: Limits) -> NoReturn:
 
 def given_back(policy: AttentionPolicy) -> AttentionPolicy:
     """The policy of an attention layer that is dense again."""
-    return replace(policy, mode="bf16", reason=REASON)
+    chosen = sparsity_in(policy)
+    if chosen is None or not isinstance(policy, LayerPolicy):
+        return replace(policy, mode="bf16", reason=REASON)
+    dense = replace(chosen, heads=(Dense(),) * len(chosen.heads), figures=None, reason=REASON)
+    return replace(policy, mode="bf16", reason=UNCHANGED if policy.reason == UNCHANGED else REASON, sparsity=dense)
 
 
 def cosine(policy: AttentionPolicy) -> float:
-    """Of the chosen mode; 0 for a layer that was not judged."""
-    return policy.tried[policy.mode].cosine if policy.mode in policy.tried else 0.0
+    """Of the chosen mode, less where the layer is sparse; 0 for a layer that was not judged."""
+    found = policy.tried[policy.mode].cosine if policy.mode in policy.tried else float(policy.mode == "bf16")
+    chosen = sparsity_in(policy)
+    if chosen is None or not chosen.sparse:
+        return found
+    return 0.0 if chosen.figures is None else found * (1 - min(chosen.figures.error, 1.0) ** 2) ** 0.5
+
+
+def was_given_back(policy: AttentionPolicy) -> bool:
+    """Whether a layer was given back its dense attention."""
+    chosen = sparsity_in(policy)
+    return REASON in (policy.reason, "" if chosen is None else chosen.reason)
 
 
 def _inside(line: Coverage, layer: str) -> bool:

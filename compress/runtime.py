@@ -16,7 +16,11 @@ from torch import Tensor
 from ..kernels.activations import FP8_CAPABILITY, triton_refusal
 from ..kernels.attention import Call, Mode, attention_backend, prefill_attention
 from ..kernels.decode_attention import CompressedKV, decode_attention
+from ..kernels.sparse_attention import sparse_attention
+from ..kernels.sparse_index import Extent
 from ..quant.method import AttentionInputs
+from ..sparsify.method import SparsityPolicy
+from ..sparsify.online import index_of, visited
 
 Phase = Literal["prefill"]
 
@@ -37,6 +41,29 @@ def attend(mode: Mode, phase: Phase, inputs: AttentionInputs) -> Tensor:
     return out.transpose(1, 2)
 
 
+def attend_sparse(mode: Mode, policy: SparsityPolicy, inputs: AttentionInputs) -> tuple[Tensor, Tensor, Tensor]:
+    """Attention output, as of `attend`, over the keys that a policy visits; and how many tiles those are, and would be
+    without it.
+    """
+    query, key, options = inputs.query, inputs.key, inputs.options
+    extent = Extent.of(query.shape[0], query.shape[2], key.shape[2], options["segments"], query.device)
+    index = index_of(policy, query, key, extent, scaling=options["scaling"])
+    others = {name: value for name, value in options.items() if name not in ("window", "causal")}
+    out, _ = sparse_attention(query, key, inputs.value, index, mode=mode, **others)
+    return out.transpose(1, 2), *visited(index, extent)
+
+
+def sparse_refusal(inputs: AttentionInputs) -> str | None:
+    """Why a call has to visit all keys; None if it need not."""
+    options = inputs.options
+    if not options["causal"]:
+        return "the mask is not causal"
+    if options["window"] is not None:
+        return "the mask has a window"
+    segments = options["segments"]
+    return None if segments is None or len(segments.table) == inputs.query.shape[0] else "sequences are packed"
+
+
 def attend_cached(query: Tensor, kv: CompressedKV, options: dict[str, Any], key_starts: Tensor | None) -> Tensor:
     """Attention output, as of `attend`, of the last tokens of a compressed cache. options: the other arguments of
     `kernels.decode_attention.decode_attention`.
@@ -51,6 +78,12 @@ def cache_backends(device: torch.device) -> dict[str, AttentionBackend]:
     if refusal is not None:
         return {"decode_attention": AttentionBackend("reference", refusal)}
     return {"decode_attention": AttentionBackend("triton", "a CUDA device with Triton")}
+
+
+def sparse_backends(device: torch.device) -> dict[str, AttentionBackend]:
+    """What sparse prefill attention runs on, and why, on `device`, for bf16 and heads of 128 channels."""
+    (found,) = attention_backends(["bf16"], device).values()
+    return {"sparse_attention": found}
 
 
 def refusal(mode: Mode, inputs: AttentionInputs) -> str | None:

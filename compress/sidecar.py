@@ -93,6 +93,7 @@ class Sidecar(_Part):
     coverage: list[Line] = []
     attention: dict[str, Any] | None = None
     kv_cache: dict[str, Any] | None = None
+    sparsity: dict[str, Any] | None = None
     fingerprint: Fingerprint | None = None
 
 

@@ -21,6 +21,7 @@ from .hf import PICKLES, load_written, meta_model, read_written_config
 from .hf_cache_hooks import running
 from .hf_quantizer import KompaktConfig
 from .hf_stored import check_cache, check_statics, check_stored
+from .layer_policies import arithmetic_of, sparsity_of
 from .recipe import Recipe, read_yaml
 from .untrusted import StoredTensor, file_inside, header, weight_files
 from .verification_tensors import line_problems, tensor_problem, unknown_tensors
@@ -235,10 +236,14 @@ def check_policies(subject: Subject) -> str:
     """What attention and cache run by."""
     subject.policies = read_policies(subject.sidecar)
     subject.cache = read_cache(subject.sidecar, subject.path)
-    for slot, found in (("attention", subject.policies), ("kv_cache", subject.cache)):
+    arithmetic, sparsity = arithmetic_of(subject.policies), sparsity_of(subject.policies)
+    for slot, found in (("attention", arithmetic), ("sparsity", sparsity), ("kv_cache", subject.cache)):
         if (getattr(subject.recipe, slot) is not None) != (found is not None and found != {}):
             raise ValueError(f"the recipe and {SIDECAR} disagree about whether {slot} is compressed")
-    parts = [f"{len(subject.policies)} attention layers"] if subject.policies else []
+    parts = [f"{len(arithmetic)} attention layers"] if arithmetic else []
+    if sparsity:
+        sparse = sum(policy.sparse for policy in sparsity.values())
+        parts.append(f"{sparse} of {len(sparsity)} layers with sparse prefill")
     if subject.cache is not None:
         parts.append(f"{len(subject.cache.layers)} layers of the cache")
     return ", ".join(parts) or "none"

@@ -26,7 +26,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from .activations import E4M3_MAX
 from .attention_quant import BLOCK
@@ -34,8 +33,6 @@ from .attention_quant import BLOCK
 Kind = Literal["fp8", "int4", "bf16"]
 KINDS: tuple[Kind, ...] = ("fp8", "int4", "bf16")
 MIN_SCALE = 2.0**-60
-MOVED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-"""Tensor → device → its copy there."""
 LEVELS = 15
 
 
@@ -126,8 +123,8 @@ class KeyMap:
         return key if self.mean is None else key + self.mean[:, None]
 
     def to(self, device: torch.device) -> KeyMap:
-        """On another device; each tensor is moved there once, since a copy from the host waits for the device."""
-        move = [None if tensor is None else moved(tensor, device) for tensor in (self.mean, self.factors)]
+        """On another device."""
+        move = [None if tensor is None else tensor.to(device) for tensor in (self.mean, self.factors)]
         return KeyMap(*move, rotated=self.rotated)
 
     def check(self, heads: int, head_dim: int) -> None:
@@ -138,16 +135,6 @@ class KeyMap:
                     f"the cache was calibrated for {' KV heads of '.join(map(str, tensor.shape))} channels, and "
                     f"{heads} of {head_dim} come; it belongs to another model"
                 )
-
-
-def moved(tensor: Tensor, device: torch.device) -> Tensor:
-    """`tensor` on a device. The copy is kept as long as the tensor is."""
-    if tensor.device == device:
-        return tensor
-    copies = MOVED.setdefault(tensor, {})
-    if device not in copies:
-        copies[device] = tensor.to(device)
-    return copies[device]
 
 
 def rotation_block(head_dim: int) -> int:

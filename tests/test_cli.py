@@ -272,7 +272,7 @@ def test_help_and_version_are_quick(tmp_path):
             ["compress", "x", "--set", "kv_cache=int4"],
             "unknown method 'int4' in slot kv_cache; did you mean 'kv_int4'?",
         ),
-        (["compress", "x", "--set", "sparsity=minference"], "slot 'sparsity' has no method yet"),
+        (["compress", "x", "--set", "sparsity=triangl"], "unknown method 'triangl' in slot sparsity"),
         (["compress", "x", "--group-size", "big"], "group_size = 'big' is not valid"),
         (["compress", "x", "--max-perplexity-increase", "little"], "'little' is neither a number nor a percentage"),
         (["compress", "./no/such/model", "-o", "OUT"], "model ./no/such/model does not exist"),

@@ -313,6 +313,9 @@ def test_sm80_has_no_e4m3(build: Callable[[], Any]):
         "decode_chunks",
         "rms_norm",
         "rotary",
+        "sparse_attention",
+        "sparse_index",
+        "line_scores",
     ],
 )
 def test_ops_import_triton_only_where_they_launch(name):

@@ -124,7 +124,15 @@ def test_percentages(text, value):
             {"attention": {"method": "sage", "mode": "int8_fp8", "min_cosine": 0.9}},
             "attention (sage): min_cosine 0.9 has no effect with mode int8_fp8; only auto picks by it",
         ),
-        ({"sparsity": "minference"}, "slot 'sparsity' has no method yet"),
+        ({"sparsity": "minferense"}, "unknown method 'minferense' in slot sparsity; did you mean 'minference'?"),
+        ({"sparsity": {"method": "minference", "families": []}}, "families is empty"),
+        ({"sparsity": {"method": "minference", "recall": 1.5}}, "recall = 1.5 is not valid"),
+        (
+            {"sparsity": {"method": "minference", "recall": 0.9, "density": 0.2}},
+            "recall 0.9 has no effect with density",
+        ),
+        ({"sparsity": {"method": "minference", "file": "x", "density": 0.2}}, "patterns of x are not searched"),
+        ({"sparsity": {"method": "triangle", "first_layer": 3, "max_error": 0.1}}, "max_error 0.1 has no effect"),
     ],
     ids=str,
 )

@@ -1,0 +1,101 @@
+"""`kompakt bench sparsity`, and `kompakt bench attention` with patterns."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from . import options as o
+from .bench import Note, calibration_options, save, some
+from .bench_decoding import bench
+from .session import Session
+
+
+@bench.command()
+def sparsity(
+    context: typer.Context,
+    model: o.Model,
+    levels: Annotated[
+        str, typer.Option(help="Shares of the causal tiles, comma-separated.", metavar="X,Y")
+    ] = "0.125,0.25",
+    dataset: o.Dataset = "builtin",
+    samples: o.Samples = 3,
+    length: o.Length = 4096,
+    seed: o.Seed = 0,
+    text: o.Text = "builtin",
+    window: o.Window = 4096,
+    windows: o.Windows = 4,
+    retrieval: o.Retrieval = None,
+    retrieval_length: o.RetrievalLengths = None,
+    retrieval_tests: o.RetrievalTests = None,
+    retrieval_samples: o.RetrievalSamples = None,
+    note: Note = "",
+    output: o.OutputFile = None,
+    as_json: o.Json = False,
+) -> None:
+    """What sparse prefill costs at equal numbers of tiles, searched and the same for all heads (--windows 0: all)."""
+    from ..compress.cache_sweep import TESTS
+    from ..compress.recipe import EvaluationOptions
+    from ..compress.sparsity_sweep import sparsity_sweep, sparsity_table
+    from .main import retrieval_options
+    from .progress import Bar
+
+    session: Session = context.obj
+    tests = retrieval_tests or (",".join(TESTS) if retrieval else None)
+    with session.working(), Bar(session.stderr, "loading the model") as bar:
+        result = sparsity_sweep(
+            model,
+            levels=o.shares(levels, "--levels"),
+            calibration=calibration_options(dataset, samples, length, 1, seed),
+            evaluation=EvaluationOptions(text=text, window=window, windows=windows),
+            retrieval=retrieval_options(window, retrieval, retrieval_length, tests, retrieval_samples),
+            note=note,
+            progress=bar,
+        )
+        if output is not None:
+            save(result, output)
+    session.show(result, lambda content: [sparsity_table(content)], as_json)
+
+
+def sparse_options(
+    pattern: str | None, density: str | None, append: bool
+) -> tuple[list[str], tuple[float, ...]] | None:
+    """What `--pattern` and `--density` ask for; None without them."""
+    if pattern is None and density is None:
+        return None
+    if pattern is None or density is None:
+        raise typer.BadParameter("--pattern and --density belong together, e.g. --pattern block --density 0.1,0.25")
+    if append:
+        raise typer.BadParameter("--append adds rows of dense attention; leave it out with --pattern")
+    from ..compress.linear_speed import parse_names
+    from ..compress.sparse_speed import PATTERNS
+
+    return some(parse_names(pattern, PATTERNS, "pattern"), "pattern", PATTERNS), o.shares(density, "--density")
+
+
+def time_sparse(
+    session: Session,
+    machine: Any,
+    found: Any,
+    modes: Any,
+    patterns: list[str],
+    densities: tuple[float, ...],
+    peers: list[str],
+    note: str,
+    bar: Any,
+    output: Path | None,
+    as_json: bool,
+) -> None:
+    """`bench attention` with patterns."""
+    from ..compress.sparse_speed import sparse_speed
+    from ..compress.sparse_speed_table import check_sparse_speeds, sparse_table
+
+    def keep(result: dict[str, Any]) -> None:
+        if output is not None:
+            save(result, output)
+
+    result = sparse_speed(machine, found, modes, patterns, densities, peers, note=note, progress=bar, keep=keep)
+    session.show(result, lambda content: [sparse_table(content)], as_json)
+    check_sparse_speeds(result)
