@@ -24,6 +24,10 @@ Config = Annotated[
 ]
 Contexts = Annotated[str, typer.Option("--context", help="Tokens of a prompt, comma-separated.", metavar="N,N")]
 Batches = Annotated[str, typer.Option("--batch", help="Numbers of sequences, comma-separated.", metavar="N,N")]
+Shapes = Annotated[
+    str | None, typer.Option(help="In place of --context and --batch: sequences x tokens, in order.", metavar="NxN,NxN")
+]
+Launches = Annotated[bool, typer.Option(help="Time recipes launch by launch, too.")]
 NewTokens = Annotated[int, typer.Option("--new", help="Tokens to generate.", min=2)]
 Recipes = Annotated[str, typer.Option(help="Names from `kompakt list` or YAML files.", metavar="A,B")]
 Repeats = Annotated[int, typer.Option(help="Runs that are measured, after one to warm up.", min=1)]
@@ -88,7 +92,9 @@ def generate(
     contexts: Contexts = "4096,32768",
     batches: Batches = "1,8",
     new: NewTokens = 64,
+    shapes: Shapes = None,
     recipes: Recipes = "kv-int4,w4a8-kv4",
+    launches: Launches = True,
     repeats: Repeats = 2,
     note: Note = "",
     output: o.OutputFile = None,
@@ -96,6 +102,7 @@ def generate(
 ) -> None:
     """Time to the first token, per token and peak memory: transformers' caches, and models under recipes."""
     from ..compress.attention_cases import parse_lengths
+    from ..compress.decode_contenders import parse_batch_lengths
     from ..compress.generation_bench import Way, check_recipes, generation_bench, place_and_bandwidth, shapes_of
     from ..compress.hf_generation import ModelSource
     from ..compress.linear_speed import parse_tokens
@@ -103,11 +110,12 @@ def generate(
     from .progress import Bar
 
     session: Session = context.obj
-    ways = Way.all([item.strip() for item in recipes.split(",") if item.strip()])
-    lengths, counts = parse_lengths(contexts), parse_tokens(batches)
+    ways = Way.all([item.strip() for item in recipes.split(",") if item.strip()], launches=launches)
+    product = [(count, length) for length in parse_lengths(contexts) for count in parse_tokens(batches)]
+    pairs = product if shapes is None else parse_batch_lengths(shapes)
     with session.working(), Bar(session.stderr, "reading the config") as bar:
         source = ModelSource.of(model, config)
-        shapes = shapes_of(lengths, counts, new, source)
+        found = shapes_of(pairs, new, source)
         check_recipes(source, ways)
         device, bandwidth = place_and_bandwidth()
 
@@ -116,7 +124,7 @@ def generate(
                 save(result, output)
 
         result = generation_bench(
-            *(source, device, shapes, ways),
+            *(source, device, found, ways),
             bandwidth=bandwidth,
             repeats=repeats,
             note=note,

@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import datetime
 import gc
-import itertools
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -70,20 +69,20 @@ class Way:
     launches: bool = False
 
     @classmethod
-    def all(cls, recipes: Sequence[str]) -> list[Way]:
-        """transformers' two, one per recipe, and one more per recipe with a compressed cache. ValueError for a recipe
-        that there is not.
+    def all(cls, recipes: Sequence[str], *, launches: bool = True) -> list[Way]:
+        """transformers' two, the one that compiles last, and one per recipe; with launches one more per recipe with a
+        compressed cache. ValueError for a recipe that there is not.
         """
         found = [Recipe.load(name) for name in dict.fromkeys(recipes)]
         taken = [recipe.name for recipe in found if recipe.name in ("dynamic", "static")]
         if taken:
             raise ValueError(f"recipe {taken[0]!r} has the name of one of transformers' caches; give it another one")
-        ways: list[Way] = [cls("dynamic", cache="dynamic"), cls("static", cache="static")]
+        ways: list[Way] = [cls("dynamic", cache="dynamic")]
         for recipe in found:
             ways.append(cls(recipe.name, recipe))
-            if recipe.kv_cache is not None:
+            if launches and recipe.kv_cache is not None:
                 ways.append(cls(f"{recipe.name}, launch by launch", recipe, launches=True))
-        return ways
+        return [*ways, cls("static", cache="static")]
 
 
 @dataclass(frozen=True)
@@ -100,15 +99,16 @@ class Shape:
         return f"{self.batch} × {self.context} tokens"
 
 
-def shapes_of(contexts: Sequence[int], batches: Sequence[int], new_tokens: int, source: ModelSource) -> list[Shape]:
-    """Every combination, short ones first. ValueError for sequences that the model has no positions for."""
-    longest = max(contexts) + new_tokens
+def shapes_of(pairs: Sequence[tuple[int, int]], new_tokens: int, source: ModelSource) -> list[Shape]:
+    """pairs: sequences and tokens of each. ValueError for sequences that the model has no positions for."""
+    context = max(length for _, length in pairs)
+    longest = context + new_tokens
     if source.positions is not None and longest > source.positions:
         raise ValueError(
-            f"context {max(contexts)} and {new_tokens} new tokens exceed the {source.positions} positions of "
+            f"context {context} and {new_tokens} new tokens exceed the {source.positions} positions of "
             f"{source.name}; use shorter ones"
         )
-    return [Shape(context, batch, new_tokens) for context, batch in itertools.product(contexts, batches)]
+    return [Shape(length, count, new_tokens) for count, length in pairs]
 
 
 def generation_bench(
@@ -132,7 +132,7 @@ def generation_bench(
     result = heading(source, device, bandwidth, repeats, note)
     model: Any = None
     for index, way in enumerate(ways):
-        if model is None or (way.recipe is not None and not way.launches):
+        if model is None or not way.launches:
             progress("timing generation", index * len(shapes), len(ways) * len(shapes), f"{way.name}: making the model")
             if model is not None:
                 forget_compiled(model)  # graphs hold on to the model

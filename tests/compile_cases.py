@@ -60,7 +60,9 @@ def signature_of(value: Any) -> str:
 def compile_launch(module: ModuleType, kernel_name: str, call: Callable[[], Any], target: GPUTarget, **change: Any):
     """Compile what `call` launches; `change` replaces constants and options."""
     kernel, recorder = getattr(module, kernel_name), Recorder()
-    properties = SimpleNamespace(multi_processor_count=132, major=int(target.arch) // 10 if target.backend == "cuda" else 0)
+    properties = SimpleNamespace(
+        multi_processor_count=132, major=int(target.arch) // 10 if target.backend == "cuda" else 0
+    )
     with (
         mock.patch.object(module, kernel_name, recorder),
         mock.patch("torch.cuda.get_device_properties", return_value=properties),

@@ -47,7 +47,10 @@ def source(config_dir):
 
 
 def measure(source, contexts=(280,), batches=(1,), new=3, recipes=("kv-int4",), **options):
-    shapes, ways = shapes_of(contexts, batches, new, source), Way.all(recipes)
+    shapes, ways = (
+        shapes_of([(count, length) for length in contexts for count in batches], new, source),
+        Way.all(recipes),
+    )
     return bench.generation_bench(source, CPU, shapes, ways, bandwidth=1e9, repeats=1, **options)
 
 
@@ -114,7 +117,7 @@ def test_rows_hold_times_bytes_and_floors(source):
     saved = []
     result = measure(source, contexts=(270, 300), batches=(2,), new=2, keep=saved.append)
     rows = result["rows"]
-    ways = ["dynamic", "static", "kv-int4", "kv-int4, launch by launch"]
+    ways = ["dynamic", "kv-int4", "kv-int4, launch by launch", "static"]
     assert [row["way"] for row in rows] == [way for way in ways for _ in range(2)]
     assert [(row["context"], row["batch"]) for row in rows[:2]] == [(270, 2), (300, 2)]
     assert [len(part["rows"]) for part in saved] == [1, 2, 3, 4, 5, 6, 7, 8]
@@ -141,7 +144,7 @@ def test_medians_are_of_what_follows_the_warm_up(source, monkeypatch):
         return next(runs), hf_generation.generate_timed(model, prompt, 1, cache)[1]
 
     monkeypatch.setattr(bench, "generate_timed", timed)
-    [shape] = shapes_of([32], [4], 3, source)
+    [shape] = shapes_of([(4, 32)], 3, source)
     row = bench.measured(source.open(CPU), Way("static", cache="static"), shape, 3, CPU)
     assert caches == ["static"] * 4
     assert row["first_token_ms"] == 3000 and row["token_ms"] == 1000 and row["tokens_per_second"] == 4
@@ -226,7 +229,7 @@ def test_no_bandwidth_no_floor():
         (lambda path: ModelSource.of("a", "llama-8b"), "give either MODEL or --config"),
         (lambda path: ModelSource.of(None, "llama-9b"), "config 'llama-9b' is no directory and not one of llama-8b"),
         (lambda path: ModelSource.of(str(path), None), "holds no"),
-        (lambda path: shapes_of([500], [1], 13, ModelSource.of(None, str(path))), "exceed the 512 positions of shape"),
+        (lambda path: shapes_of([(1, 500)], 13, ModelSource.of(None, str(path))), "exceed the 512 positions of shape"),
         (lambda path: Way.all(["nope"]), "unknown recipe 'nope'"),
         (
             lambda path: check_recipes(
@@ -259,10 +262,12 @@ def test_command_runs_on_the_cpu(tmp_path, capsys, caplog):
     assert main([*command, "--recipes", "kv-fp8,sage", "-o", str(file), "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result == json.loads(file.read_text()) and not result["random_weights"]
-    assert [row["way"] for row in result["rows"]] == ["dynamic", "static", "kv-fp8", "kv-fp8, launch by launch", "sage"]
+    assert [row["way"] for row in result["rows"]] == ["dynamic", "kv-fp8", "kv-fp8, launch by launch", "sage", "static"]
     page.write_text("<!-- generate.json -->\n<!-- end -->\n")
     assert main(["bench", "table", str(file), "--into", str(page)]) == 0
     assert "| 1 × 280 | kv-fp8 |" in page.read_text() and "chosen on random tokens" in page.read_text()
+    assert main([*command, "--recipes", "kv-fp8", "--no-launches", "--shapes", "1x512", "--json"]) == 2
+    assert "context 512 and 2 new tokens exceed the 512 positions" in capsys.readouterr().err
     assert main([*command, "--recipes", ""]) == 0
     printed = capsys.readouterr().out
     assert "transformers, StaticCache" in printed and "its own weights" in printed
