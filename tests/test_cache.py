@@ -11,7 +11,8 @@ import torch
 from decode_cases import statics_of
 from pq_cases import pq_statics
 
-from kompakt.compress.cache import TokenStore
+from kompakt.compress import cache as cache_module
+from kompakt.compress.cache import CODED_AT_ONCE, TokenStore, steady_runs
 from kompakt.kernels.decode_attention import dequantized
 from kompakt.kernels.kv_codec import Codec
 from kompakt.kernels.kv_pages import PAGE
@@ -236,3 +237,26 @@ def test_a_window_that_was_left_cannot_be_cropped_into():
     store.append(x[:, :, :30], x[:, :, :30])
     store.crop(30)
     assert store.tokens == 300
+
+
+def test_numbers_for_the_device_are_runs_of_equal_steps():
+    assert steady_runs([]) == [] and steady_runs([7]) == [(7, 0, 1)]
+    assert steady_runs([0, 0, 0, 100, 148, 196, 50]) == [(0, 0, 3), (100, 48, 3), (50, 0, 1)]
+    for first, step, count in steady_runs([5, 3, 1, 1, 2]):
+        assert count > 0 and isinstance(first + step, int)
+    numbers = [5, 3, 1, 1, 2, 9, 2**60, 2**60 + 17408]
+    assert [first + step * index for first, step, count in steady_runs(numbers) for index in range(count)] == numbers
+
+
+def test_a_long_prompt_is_coded_in_whole_portions(monkeypatch):
+    """As many calls as portions, not as pages."""
+    calls = []
+    monkeypatch.setattr(cache_module, "write_tokens", lambda key, value, columns, pages: calls.append(columns))
+    store = TokenStore(KVFP8(recent_tokens=10))
+    tokens = 2 * CODED_AT_ONCE * 128 + 128 * 3 + 50
+    x = torch.zeros(1, 1, tokens, 16)
+    store.append(x, x)
+    portion = CODED_AT_ONCE * 128
+    assert calls == [(0, portion), (portion, 2 * portion), (2 * portion, 2 * portion + 384)]
+    assert (store.tokens, store.coded, len(store.pages)) == (tokens, 2 * portion + 384, 2 * CODED_AT_ONCE + 3)
+    assert store.table().tolist() == [store.pool.address(store.slots[number]) for number in range(len(store.pages))]
