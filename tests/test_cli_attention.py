@@ -29,7 +29,7 @@ def test_plan(base, capsys, recipe):
     assert main(["plan", str(base), "-r", recipe, "--device", "cpu"]) == 0
     said = words(capsys)
     assert "covered 4 the first of int8_fp8, fp8_fp8 that calibration allows" in said
-    assert "calls of fewer than 4,096 queries, and decoding, are dense" in said
+    assert "calls of fewer than 8,192 queries, and decoding, are dense" in said
     assert "prefill_attention (int8_fp8) reference used" in said
     assert ("bits per quantized weight" in said) == (recipe == "w4a8-sage")
     assert ("weights as they are" in said) == (recipe == "sage")
@@ -60,7 +60,7 @@ def test_list(capsys):
     assert main(["list"]) == 0
     said = words(capsys)
     assert "attention method" in said
-    assert "[mode=auto, min_cosine=0.998, min_tokens=4096]" in said
+    assert "[mode=auto, min_cosine=0.998, min_tokens=8192]" in said
 
 
 def test_mistakes(base, capsys):

@@ -204,15 +204,15 @@ def test_result_says_what_each_layer_runs_in(made, name):
     for policy in layers.values():
         assert policy["tokens"] == SEQUENCES * WINDOW
         assert policy["tried"][policy["mode"]]["cosine"] >= 0.998
-        assert policy["min_tokens"] == 4096
+        assert policy["min_tokens"] == 8192
     used = result.evaluation["attention"]
     # Two windows and four layers; windows are shorter than min_tokens, and quantized all the same.
     assert (used["ran"], sum(used["calls"].values())) == ("quantized", 8)
-    assert (used["min_tokens"], used["window"]) == (4096, WINDOW)
+    assert (used["min_tokens"], used["window"]) == (8192, WINDOW)
     card = (result.output / "README.md").read_text("utf-8")
-    assert "Calls of at least 4,096 queries" in card
+    assert "Calls of at least 8,192 queries" in card
     assert "Attention ran quantized in this evaluation (4 layers" in card
-    assert "in use, windows this short run dense, below 4,096 queries" in card
+    assert "in use, windows this short run dense, below 8,192 queries" in card
     assert f"judged on {SEQUENCES * WINDOW} tokens" in card
     assert ("compressed-tensors" in card) == (name == "w4a8-sage")
     stored = Recipe.load(result.output / "recipe.yaml")
