@@ -74,7 +74,7 @@ MUTATIONS = {
     "mask of the row's tail": ("mask=inside, other=0.0", "mask=column < BLOCK", "bits-rounded-bf16-bf16"),
     "last value left out": ("column < in_features", "column < in_features - 1", "fp16-4x128"),
     "row stride": ("row * stride_row", "row * in_features", "fp32-strided"),
-    "mean of the block": ("in_features.to(tl.float32))", "BLOCK * 1.0)", "fp32-5x7"),
+    "mean of the block": ("axis=0), count)", "axis=0), BLOCK * 1.0)", "fp32-5x7"),
     "no eps": ("mean + eps", "mean + 0.0", "fp32-5x7"),
     "first rounding left out": ('FORM == "rounded"', 'FORM == "no"', "bits-rounded-fp16-fp16"),
     "a rounding too many": ('if FORM == "rounded":', "if True:", "bits-unrounded-bf16-fp32"),
