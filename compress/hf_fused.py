@@ -128,7 +128,7 @@ def norm_form(module: nn.Module, weight: Tensor, eps: float) -> tuple[NormForm |
     random = torch.Generator().manual_seed(0)
     # The second row is so small that eps decides, the third large.
     x = torch.randn(3, len(weight), generator=random) * torch.tensor([[1.0], [0.1 * eps**0.5], [300.0]])
-    twin = copy.copy(module)
+    twin: Any = copy.copy(module)
     twin._parameters = {"weight": nn.Parameter(torch.randn(len(weight), generator=random).to(weight))}
     for form in NORM_FORMS:
         try:

@@ -68,11 +68,13 @@ def compile_launch(module: ModuleType, kernel_name: str, call: Callable[[], Any]
         call()
     given = dict(zip(kernel.arg_names, recorder.values)) | recorder.named | change
     options = {name: given.pop(name) for name in set(given) - set(kernel.arg_names)}
-    constant = {parameter.name for parameter in kernel.params if parameter.is_constexpr}
+    plain = {parameter.name for parameter in kernel.params if parameter.do_not_specialize}
+    # The launcher makes constants of integers that are 1.
+    ones = {name for name, value in given.items() if type(value) is int and value == 1} - plain
+    constant = {parameter.name for parameter in kernel.params if parameter.is_constexpr} | ones
     constants = {name: value for name, value in given.items() if name in constant or value is None}
     signature = {name: "constexpr" if name in constants else signature_of(given[name]) for name in kernel.arg_names}
     # What the launcher finds: torch aligns its tensors, and integers are looked at one by one where that is asked for.
-    plain = {parameter.name for parameter in kernel.params if parameter.do_not_specialize}
     aligned = [
         name
         for name, value in given.items()

@@ -158,6 +158,18 @@ def test_kernel_compiles(dtype, head_dim):
             assert stack_bytes(compiled) == 0
 
 
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1, 2), (1, 9, 1, 3, 64)], ids=str)
+def test_sizes_that_are_constants_compile(shape):
+    """A launch makes constants of integers that are 1."""
+    from compile_cases import SM90, compile_launch, fits
+
+    from kompakt.kernels import rotary_triton
+
+    tensors = [tensor.to("meta") for tensor in inputs(shape, BF16, "model")]
+    assert fits(compile_launch(rotary_triton, "rotary_kernel", lambda: rotary_triton.rotate(*tensors), SM90), SM90)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
