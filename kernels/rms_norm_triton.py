@@ -14,13 +14,14 @@ def norm_rows_kernel(
     weight_ptr,
     out_ptr,
     in_features,
-    stride_row,
     count,
+    stride_row,
     eps,
     FORM: tl.constexpr,
     BLOCK: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
+    """count: in_features in FP32."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < in_features
@@ -28,7 +29,7 @@ def norm_rows_kernel(
     weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
 
     values = x.to(tl.float32)
-    # div_rn: the default division is approximate. count: in_features as a float, which no launch makes a constant.
+    # div_rn: the default division is approximate.
     mean = tl.math.div_rn(tl.sum(values * values, axis=0), count)
     values = values * tl.math.rsqrt(mean + eps)
     if FORM == "rounded":
@@ -52,7 +53,7 @@ def norm_rows(
         # Two 16-byte loads of 16-bit values per thread: steps of one token wait for loads, not for bandwidth.
         num_warps = min(16, max(1, block // 512))
         norm_rows_kernel[(rows,)](
-            x, weight, out, in_features, x.stride(0), float(in_features), eps,
+            x, weight, out, in_features, float(in_features), x.stride(0), eps,
             FORM=form, BLOCK=block, INTERPRET=interpret, num_warps=num_warps, enable_fp_fusion=False,
         )  # fmt: skip
     return out

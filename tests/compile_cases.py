@@ -57,8 +57,18 @@ def signature_of(value: Any) -> str:
     return f"tensordesc<{POINTERS[value.base.dtype]}{list(value.block_shape)},{value.layout!r}>"
 
 
-def compile_launch(module: ModuleType, kernel_name: str, call: Callable[[], Any], target: GPUTarget, **change: Any):
-    """Compile what `call` launches; `change` replaces constants and options."""
+def compile_launch(
+    module: ModuleType,
+    kernel_name: str,
+    call: Callable[[], Any],
+    target: GPUTarget,
+    *,
+    constant_ones: bool = False,
+    **change: Any,
+):
+    """Compile what `call` launches; `change` replaces constants and options. constant_ones: integers that are 1 become
+    constants, as in a launch.
+    """
     kernel, recorder = getattr(module, kernel_name), Recorder()
     properties = SimpleNamespace(
         multi_processor_count=132, major=int(target.arch) // 10 if target.backend == "cuda" else 0
@@ -70,11 +80,12 @@ def compile_launch(module: ModuleType, kernel_name: str, call: Callable[[], Any]
         call()
     given = dict(zip(kernel.arg_names, recorder.values)) | recorder.named | change
     options = {name: given.pop(name) for name in set(given) - set(kernel.arg_names)}
-    constant = {parameter.name for parameter in kernel.params if parameter.is_constexpr}
+    plain = {parameter.name for parameter in kernel.params if parameter.do_not_specialize}
+    ones = {name for name, value in given.items() if constant_ones and type(value) is int and value == 1} - plain
+    constant = {parameter.name for parameter in kernel.params if parameter.is_constexpr} | ones
     constants = {name: value for name, value in given.items() if name in constant or value is None}
     signature = {name: "constexpr" if name in constants else signature_of(given[name]) for name in kernel.arg_names}
     # What the launcher finds: torch aligns its tensors, and integers are looked at one by one where that is asked for.
-    plain = {parameter.name for parameter in kernel.params if parameter.do_not_specialize}
     aligned = [
         name
         for name, value in given.items()

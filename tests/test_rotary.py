@@ -147,7 +147,7 @@ def test_kernel_compiles(dtype, head_dim):
         rotary_triton.rotate(query, key, cos, cos)
 
     for target in (SM90, SM80):
-        compiled = compile_launch(rotary_triton, "rotary_kernel", call, target)
+        compiled = compile_launch(rotary_triton, "rotary_kernel", call, target, constant_ones=True)
         assert fits(compiled, target)
         ptx = compiled.asm["ptx"]
         # A product of FP32 that is fused with the sum is not rounded.
@@ -156,6 +156,22 @@ def test_kernel_compiles(dtype, head_dim):
         assert f"ld.global.v{width}.b32" in ptx and f"st.global.v{width}.b32" in ptx
         if target == SM90:
             assert stack_bytes(compiled) == 0
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1, 2), (1, 9, 1, 3, 64)], ids=str)
+def test_sizes_that_are_constants_compile(shape):
+    """A launch makes constants of integers that are 1."""
+    from compile_cases import SM90, compile_launch, fits
+
+    from kompakt.kernels import rotary_triton
+
+    tensors = [tensor.to("meta") for tensor in inputs(shape, BF16, "model")]
+
+    def call() -> None:
+        rotary_triton.rotate(*tensors)
+
+    assert fits(compile_launch(rotary_triton, "rotary_kernel", call, SM90, constant_ones=True), SM90)
 
 
 @pytest.mark.gpu
