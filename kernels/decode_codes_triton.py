@@ -17,9 +17,9 @@ accumulator has 14 bits.
 *Whole pages*, of which every query sees every token, are most of a long cache and need no masks. The others, of which
 there are few, come first: a loop of their own.
 
-A warp issues 451 instructions for a whole INT4 page of 128 channels on Hopper, of which 96 unpack codes. On an H200 8 rows
-of 32,768 tokens with 8 KV heads take 77 µs, the bytes at full bandwidth 65; with two products for each half of a page and
-masks everywhere it was 749 instructions and 98 µs.
+A warp issues 451 instructions for a whole INT4 page of 128 channels on Hopper, of which 96 unpack codes. On an H200 8
+rows of 32,768 tokens with 8 KV heads take 77 µs, their bytes at full bandwidth 65; with two products for each half of a
+page and masks everywhere it was 749 instructions and 98 µs.
 """
 
 from __future__ import annotations
