@@ -13,13 +13,14 @@ KOMPAKT := .venv/bin/kompakt
 SHORT := --num-calibration-samples 16 --max-seq-length 512 --evaluation-window 512 --evaluation-windows 8
 RECIPES := $(notdir $(basename $(wildcard recipes/*.yaml)))
 
-.PHONY: help demo recipes test lint clean
+.PHONY: help demo recipes test test-harness lint clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    compress a 135M model to W4A8 and evaluate it against the original (in demo/)"
 	@echo "make recipes compress it by every recipe and put them side by side (demo/recipes.html)"
 	@echo "make test    lint, then every test that runs without a GPU"
+	@echo "make test-harness  tests beside lm-evaluation-harness, which they install"
 	@echo "make lint    ruff check, ruff format --check, pyright"
 	@echo "make clean   remove .venv, demo/ and build leftovers"
 	@echo "Variables: PYTHON=$(PYTHON)  TORCH=$(TORCH)"
@@ -53,6 +54,10 @@ lint: $(INSTALLED)
 
 test: lint
 	.venv/bin/python -m pytest -m "not gpu" --durations=15
+
+test-harness: $(INSTALLED)
+	$(PIP) install -q -e ".[test,eval]"
+	.venv/bin/python -m pytest tests/test_harness.py
 
 clean:
 	rm -rf .venv demo build dist *.egg-info .pytest_cache .ruff_cache

@@ -205,7 +205,9 @@ def language_model(model: Any, tokenizer: Any, remember: Remember | None = None)
                 return original(self, requests, disable_tqdm=True)
 
             asked = [list(request.args) for request in requests]
-            sampled = any(isinstance(item, dict) and item.get("do_sample") for args in asked for item in args)
+            options = [item for args in asked for item in args if isinstance(item, dict)]
+            # A temperature alone samples too, where the model's own generation config says so.
+            sampled = any(item.get("do_sample", bool(item.get("temperature"))) for item in options)
             if remember is None or sampled:
                 return find()
             return remember({"lm-eval": name, "requests": content_digest(asked)}, find)

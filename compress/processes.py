@@ -53,14 +53,18 @@ def is_first() -> bool:
 
 
 def own_device(device: str | None) -> torch.device:
-    """Where this process works: `device`, or a CUDA device of its own if there are any."""
-    if device is not None:
-        return torch.device(device)
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    if launched() == 1:
-        return torch.device("cuda")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+    """Where this process works: `device`, by default a CUDA device if there are any; with several processes one of its
+    own, and ValueError if it has none.
+    """
+    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if launched() == 1 or chosen.type != "cuda":
+        return chosen
+    local, there = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if chosen.index is not None:
+        raise ValueError(f"device {chosen} would be that of every process; use cuda, which gives each one of its own")
+    if local >= there:
+        raise ValueError(f"process {local} of this machine has no CUDA device of its own; start at most {there}")
+    return torch.device("cuda", local)
 
 
 @dataclass(frozen=True)
@@ -154,7 +158,10 @@ class Processes:
         try:
             exchange()
         except RuntimeError as error:
-            raise PeerGone("another process of this run has ended, and this one cannot go on alone") from error
+            cause = str(error).partition("\n")[0]
+            raise PeerGone(
+                f"another process of this run has ended, or does not answer, and this one cannot go on alone: {cause}"
+            ) from error
 
 
 ALONE = Processes()

@@ -16,6 +16,7 @@ saturates at ±448 without a clamp.
 import functools
 import importlib.util
 import logging
+import os
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -27,6 +28,7 @@ E4M3_MAX = 448.0
 MIN_SCALE = 2.0**-126
 MAX_KERNEL_ROW = 65536
 FP8_CAPABILITY = (8, 9)
+UNSEEN = "KOMPAKT_UNSEEN_KERNELS"
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -42,6 +44,16 @@ def triton_refusal(device: torch.device | str, capability: tuple[int, int]) -> s
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     return cuda_refusal(device, capability)
+
+
+def unseen_refusal(device: torch.device | str, capability: tuple[int, int]) -> str | None:
+    """As `triton_refusal`, of kernels that have not run on a GPU yet: what a compiler makes of a kernel can be wrong
+    though its source is right. `UNSEEN` in the environment runs them all the same.
+    """
+    refusal = triton_refusal(device, capability)
+    if refusal is None and os.environ.get(UNSEEN) != "1":
+        refusal = f"its kernels have not been run on a GPU yet; {UNSEEN}=1 runs them"
+    return refusal
 
 
 @functools.cache

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .activations import FP8_CAPABILITY, unseen_refusal
 from .kv_codec import PAGE, Codec, Coded, Layout, Page, Part
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 CENTROIDS = 256
 DAMAGED = CENTROIDS - 1
 """Code of a damaged token's first sub-vector."""
+MAX_MAP = 128
+"""Channels of a head whose maps fit the shared memory of every card."""
 SCORES = 2**22
 """Scores of centroids that exist at a time."""
 
@@ -170,6 +173,17 @@ class PQCodec(Codec):
                     f"the cache was calibrated for {part} of {quantizer.mean.shape[0]} KV heads of "
                     f"{quantizer.mean.shape[1]} channels, and {heads} of {dim} come; it belongs to another model"
                 )
+
+    def refusal(self, device: torch.device) -> str | None:
+        """See `Codec.refusal`."""
+        return unseen_refusal(device, FP8_CAPABILITY)
+
+    def decode_refusal(self, query: Tensor, kv: CompressedKV) -> str | None:
+        """See `Codec.decode_refusal`."""
+        widest = max(quantizer.mean.shape[1] for quantizer in (self.keys, self.values))
+        if widest > MAX_MAP and torch.cuda.get_device_capability(query.device)[0] != 9:
+            return f"its maps of {widest} channels do not fit the device's shared memory"
+        return self.refusal(query.device)
 
     def to(self, device: torch.device) -> PQCodec:
         """See `Codec.to`."""

@@ -244,14 +244,14 @@ def numbers(
         tl.store(goal, x.to(target.dtype.element_ty), mask=wanted[:, None] & inside[None, :])
 
 
-@triton.jit(do_not_specialize=["start", "stop", "heads"])
+@triton.jit(do_not_specialize=["start", "stop", "length", "heads"])
 def read_pq_kernel(
-    key_ptr, value_ptr, table_ptr, key_mean, key_map, key_cent, value_mean, value_map, value_cent, start, stop, heads,
-    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, KEY_VECTORS: tl.constexpr, VALUE_VECTORS: tl.constexpr,
+    key_ptr, value_ptr, table_ptr, key_mean, key_map, key_cent, value_mean, value_map, value_cent, start, stop, length,
+    heads, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, KEY_VECTORS: tl.constexpr, VALUE_VECTORS: tl.constexpr,
     SUB: tl.constexpr, RECORD: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
     KEY_WIDTH: tl.constexpr, CODE_WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Grid (half pages, batch · KV heads, keys or values). key, value: (batch · KV heads, stop − start, channels)."""
+    """Grid (half pages, batch · KV heads, keys or values). key, value: (batch · KV heads, length, channels)."""
     plane = tl.program_id(1).to(tl.int64)
     head = plane % heads
     page = start // PAGE_ + tl.program_id(0) // 2
@@ -259,7 +259,7 @@ def read_pq_kernel(
     token = tl.program_id(0) % 2 * HALF + tl.arange(0, HALF)
     column = page * PAGE_ + token
     wanted = (column >= start) & (column < stop)
-    rows = plane * (stop - start) + column - start
+    rows = plane * length + column - start
     if tl.program_id(2) == 0:
         numbers(
             key_ptr, rows, wanted, token, record, True, key_mean, key_map, key_cent, head, HEAD_DIM, KEY_VECTORS, SUB,
@@ -332,6 +332,6 @@ def read_pq(key: Tensor, value: Tensor, columns: tuple[int, int], pages: Pages, 
     start, stop = columns
     decoders = [x for part in (codec.keys, codec.values) for x in (part.mean, part.decode, part.centroids)]
     read_pq_kernel[(2 * (-(-stop // PAGE) - start // PAGE), batch * heads, 2)](
-        key, value, pages.table(), *decoders, start, stop, heads, KEY_WIDTH=vector_width(codec.keys),
+        key, value, pages.table(), *decoders, start, stop, key.shape[2], heads, KEY_WIDTH=vector_width(codec.keys),
         CODE_WIDTH=vector_width(codec.values), num_warps=8, **shapes(codec),
     )  # fmt: skip

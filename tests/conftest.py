@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+os.environ["KOMPAKT_UNSEEN_KERNELS"] = "1"  # tests on a GPU are where they are seen
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, so before any test module
 
 if importlib.util.find_spec("kompakt") is None:

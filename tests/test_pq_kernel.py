@@ -120,10 +120,8 @@ def check_nearest(codes: Tensor, tokens: Tensor, quantizer: ProductQuantizer) ->
 
 def check_read(case: WriteCase, *, interpret: bool, device: str = "cpu") -> None:
     _, _, pages, _ = case.make(device)
-    found, wanted = (
-        [torch.full((case.batch, 2, case.columns[1] - case.columns[0], dim), 7.0, device=device) for dim in case.dims]
-        for _ in "ab"
-    )
+    shape = (case.batch, 2, case.columns[1] - case.columns[0] + 5)
+    found, wanted = ([torch.full((*shape, dim), 7.0, device=device) for dim in case.dims] for _ in "ab")
     read_tokens(*found, case.columns, pages, interpret=interpret)
     read_ref(*wanted, case.columns, pages)
     for got, expected in zip(found, wanted, strict=True):
@@ -218,3 +216,11 @@ def test_kernel_on_gpu(name):
 def test_append_on_gpu(bits, recent, crop):
     skip_below(FP8_CAPABILITY)
     check_append(bits, recent, crop, interpret=False, device="cuda")
+
+
+def test_kernels_that_no_gpu_has_run_are_refused(monkeypatch):
+    monkeypatch.setattr("kompakt.kernels.activations.cuda_refusal", lambda device, capability: None)
+    codec = PQCodec.__new__(PQCodec)
+    assert codec.refusal(torch.device("cuda")) is None
+    monkeypatch.delenv("KOMPAKT_UNSEEN_KERNELS")
+    assert "have not been run on a GPU yet" in str(codec.refusal(torch.device("cuda")))
