@@ -3,10 +3,12 @@
 A step of a large model is thousands of launches, which the host needs longer to make than the device to run. Here the
 second such step of a cache is recorded and every later one replayed. That is possible since append and attention take
 the lengths of a compressed cache from the device (`kernels/kv_append.py`); the host counts along (`TokenStore.advance`)
-and allocates the pages that the device will fill. What moves storage, such as another batch or beams, has the step
-recorded again. A step that cannot be recorded runs launch by launch, with the reason in the log. On CUDA devices RMS
-norms and rotary embeddings are one launch each (`hf_fused.py`), so that logits differ from those of plain steps by the
-rounding of one FP32 sum per norm and by what follows from it.
+and allocates the pages that the device will fill. What moves storage, and every further turn, has the step recorded
+again; beam search runs launch by launch. A step that cannot be recorded does so too, with the reason in the log.
+Counters that Python keeps see only steps that are launched.
+
+On CUDA devices RMS norms and rotary embeddings are one launch each (`hf_fused.py`), so that logits differ from those of
+plain steps by the rounding of one FP32 sum per norm and by what follows from it.
 
 `generate` asks the model itself whether and how its steps are compiled (`_valid_auto_compile_criteria`,
 `get_compiled_call`): both are overridden on the instance, and answer for a compressed cache on a CUDA device.
@@ -16,10 +18,11 @@ rounding of one FP32 sum per norm and by what follows from it.
 from __future__ import annotations
 
 import gc
+import threading
 import types
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -35,6 +38,10 @@ from .hf_fused import fused_on
 CRITERIA, COMPILED = "_valid_auto_compile_criteria", "get_compiled_call"
 KNOWN = {"input_ids", "position_ids", "attention_mask", "use_cache", "logits_to_keep", "return_dict", CACHE}
 """Arguments of a step that it may be recorded with; others must be absent, None or False."""
+OWN_HOOK = "give_cache"
+"""Of `hf_cache_hooks.py`, which a step with a cache does not need."""
+EMPTIED = 16
+"""Recordings after which free memory goes back to the device."""
 
 
 STEPS: weakref.WeakKeyDictionary[Any, Steps] = weakref.WeakKeyDictionary()
@@ -75,14 +82,14 @@ def is_recorded(model: Any, model_kwargs: dict[str, Any], generation_config: Any
     steps = steps_of(model)
     asked = generation_config.disable_compile or generation_config.compile_config is not None
     on_device = steps.everywhere or model.device.type == "cuda"
-    steps.wanted = isinstance(model_kwargs.get(CACHE), CompressedCache) and on_device and not asked
-    return steps.wanted or getattr(type(model), CRITERIA)(model, model_kwargs, generation_config)
+    steps.call.wanted = isinstance(model_kwargs.get(CACHE), CompressedCache) and on_device and not asked
+    return steps.call.wanted or getattr(type(model), CRITERIA)(model, model_kwargs, generation_config)
 
 
 def call_of(model: Any, compile_config: Any) -> Any:
     """In place of the model's `get_compiled_call`; what `is_recorded` just said decides."""
     steps = steps_of(model)
-    return steps if steps.wanted else getattr(type(model), COMPILED)(model, compile_config)
+    return steps if getattr(steps.call, "wanted", False) else getattr(type(model), COMPILED)(model, compile_config)
 
 
 class Unrecordable(Exception):
@@ -93,14 +100,15 @@ class Steps:
     """Called in place of a model for one more token of every row.
 
     replayed, recorded, plain: how many steps went which way, plain being those that ran launch by launch. everywhere:
-    also on devices without CUDA graphs. wanted: whether the present call of `generate` runs this way. failure: why
-    nothing is recorded any more.
+    also on devices without CUDA graphs. call: of each thread, with `wanted`, whether its call of `generate` runs this
+    way. failure: why nothing is recorded with the present cache. Threads take turns, step by step.
     """
 
     def __init__(self, model: Any):
         # It must not keep the model alive, which it is looked up by.
         self.owner = weakref.ref(model)
-        self.everywhere = self.wanted = False
+        self.everywhere = False
+        self.call, self.lock = threading.local(), threading.RLock()
         self.failure: str | None = None
         self.replayed = self.recorded = self.plain = 0
         self.known: Callable[[], CompressedCache | None] = lambda: None
@@ -114,6 +122,13 @@ class Steps:
 
     def __call__(self, **inputs: Any) -> Any:
         """As the model's forward."""
+        if (ids := inputs.get("input_ids")) is not None and ids.shape[1] != 1:
+            return self.model(**inputs)  # a part of a prompt
+        with self.lock:
+            return self.one(inputs)
+
+    def one(self, inputs: dict[str, Any]) -> Any:
+        """A step of one token."""
         reason = self.refusal(inputs)
         if reason is not None:
             log_fallback("a generation step", reason, "single launches")
@@ -148,10 +163,16 @@ class Steps:
         cache, ids = inputs.get(CACHE), inputs.get("input_ids")
         if not isinstance(cache, CompressedCache):
             return "the cache is not compressed"
-        if self.failure is not None:
+        known = cache is self.known()
+        if known and self.failure is not None:
             return self.failure
         if ids is None or ids.shape[1] != 1:
             return "more than one token comes at once"
+        positions = inputs.get("position_ids")
+        if positions is not None and tuple(positions.shape) not in ((1, 1), tuple(ids.shape)):
+            return "positions are not one number for each token"
+        if not known and (reason := self.seen_by_others()) is not None:
+            return reason
         if not all(isinstance(layer, CompressedLayer) for layer in cache.layers):
             return "some layers of the cache are not compressed"
         if any(store.key is None for store in cache.compressed_layers):
@@ -168,9 +189,19 @@ class Steps:
             return f"{denied[0]} is False"
         mask = inputs.get("attention_mask")
         # A mask grows by ones from step to step; after anything else it is looked at again.
-        new = cache is not self.known() or any(store.following is None for store in cache.compressed_layers)
+        new = not known or any(store.following is None for store in cache.compressed_layers)
         if new and mask is not None and not (isinstance(mask, Tensor) and self.is_left_padding(cache, mask)):
             return "the mask is not the padding that the cache was made with"
+        return None
+
+    def seen_by_others(self) -> str | None:
+        """What of the model's modules Python has to do in every step; None if nothing."""
+        for name, module in self.model.named_modules():
+            hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+            if any(getattr(hook, "__name__", "") != OWN_HOOK for hook in hooks):
+                return f"{name or 'the model'} has a hook"
+            if getattr(getattr(module, "_hf_hook", None), "offload", False):
+                return f"weights of {name or 'the model'} are offloaded"
         return None
 
     @staticmethod
@@ -184,6 +215,7 @@ class Steps:
     def begin(self, cache: CompressedCache, ids: Tensor) -> None:
         """Another cache, which is not kept alive."""
         self.forget()
+        self.failure = None
         self.known = weakref.ref(cache)
         self.ids, self.positions = torch.empty_like(ids), torch.empty_like(ids)
         self.lengths = torch.zeros((len(cache.layers), LENGTHS), dtype=torch.int32, device=ids.device)
@@ -196,6 +228,9 @@ class Steps:
 
     def agree(self, stores: list[TokenStore]) -> None:
         """Every store counts on the device, and what was recorded is of the storage that is there."""
+        if any(store.following is None for store in stores):
+            # Other calls came between, and with them perhaps other weights.
+            self.forget()
         for store, lengths in zip(stores, self.lengths, strict=True):
             store.check_room()
             if store.following is None:
@@ -221,6 +256,8 @@ class Steps:
             self.storage = places(stores)
             self.plain += 1
             return logits
+        if self.recorded % EMPTIED == EMPTIED - 1:
+            torch.cuda.empty_cache()  # memory of graphs that are gone comes back in no other way
         graph, before = torch.cuda.CUDAGraph(), [(store.tokens, store.coded) for store in stores]
         try:
             with recorded(graph, self.ids.device):
@@ -265,11 +302,15 @@ def recorded(graph: torch.cuda.CUDAGraph, device: torch.device) -> Iterator[None
     gc.disable()
     try:
         with torch.cuda.stream(stream):
-            graph.capture_begin()
+            # Other threads may allocate and wait meanwhile.
+            graph.capture_begin(capture_error_mode="thread_local")
             try:
                 yield
-            finally:
-                graph.capture_end()
+            except BaseException:
+                with suppress(RuntimeError):  # what went wrong first says more
+                    graph.capture_end()
+                raise
+            graph.capture_end()
     finally:
         if collecting:
             gc.enable()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import gc
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 
 import pytest
@@ -65,7 +67,7 @@ def test_second_turn_crop_and_another_batch():
         plain.crop(-30)
         first = model.generate(LONG[:, :300], **{CACHE: cache}, **options)
         assert torch.equal(
-            model.generate(LONG[:1, :77], **options)[:, -8:], model.generate(LONG[:1, :77], **options)[:, -8:]
+            model.generate(LONG[:1, :77], **options), model.generate(LONG[:1, :77], disable_compile=True, **options)
         )
     assert torch.equal(first, model.generate(LONG[:, :300], **{CACHE: plain}, **options))
 
@@ -75,8 +77,9 @@ def test_second_turn_crop_and_another_batch():
 )
 def test_what_is_not_captured_is_as_before(more):
     model = patched(long_model("llama"), METHODS["fp8"])
-    got, wanted, _ = both(model, LONG[:1, :200], max_new_tokens=12, do_sample=False, disable_compile=False, **more)
-    assert torch.equal(got, wanted)
+    got, wanted, steps = both(model, LONG[:1, :200], max_new_tokens=12, do_sample=False, disable_compile=False, **more)
+    # Assisted decoding has steps of one token too.
+    assert torch.equal(got, wanted) and (steps.plain > 0) == ("prompt_lookup_num_tokens" in more)
 
 
 def test_a_mask_that_changes_is_not_ignored():
@@ -155,6 +158,41 @@ def test_a_copy_has_steps_of_its_own():
         assert steps_of(model) is not steps_of(other) and steps_of(other).model is other
     assert torch.equal(first, model.generate(LONG, **options))
     assert torch.equal(second, other.generate(LONG, **options)) and not torch.equal(first, second)
+
+
+def test_positions_hooks_and_prompts_in_parts(caplog):
+    model = patched(long_model("llama"), METHODS["fp8"])
+    steps = Steps(model)
+    cache = model(LONG)[CACHE]
+    step = {"input_ids": LONG[:, :1], CACHE: cache}
+    three = torch.full((3, 3, 1), 400)
+    assert "not one number" in str(steps.refusal({**step, "position_ids": three}))
+    assert steps.refusal({**step, "position_ids": three[0]}) is None
+    handle = model.model.layers[0].register_forward_hook(lambda *args: None)
+    assert steps.refusal(step) == "model.layers.0 has a hook"
+    handle.remove()
+    assert steps.refusal(step) is None
+    options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+    with everywhere(model):
+        model.generate(LONG[:1, :200], prefill_chunk_size=64, **options)
+        assert steps_of(model).plain == 7 and "more than one token" not in caplog.text
+
+
+def test_threads_take_turns():
+    model = patched(long_model("llama"), METHODS["int4"])
+    options = {"max_new_tokens": 25, "min_new_tokens": 25, "do_sample": False, "output_logits": True}
+    options |= {"return_dict_in_generate": True}
+    prompts = [LONG[:1, :180], LONG[1:2, :210]]
+    wanted = [model.generate(prompt, disable_compile=True, **options) for prompt in prompts]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with everywhere(model), ThreadPoolExecutor(2) as pool:
+            found = list(pool.map(lambda prompt: model.generate(prompt, **options), prompts))
+    finally:
+        sys.setswitchinterval(interval)
+    for got, expected in zip(found, wanted, strict=True):
+        assert torch.allclose(torch.stack(got.logits), torch.stack(expected.logits), atol=1e-5)
 
 
 def test_what_cannot_be_recorded_runs_as_it_is(monkeypatch, caplog):
