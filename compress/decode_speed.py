@@ -37,6 +37,7 @@ from .attention_contenders import Problem
 from .attention_speed import finite, run_once
 from .cache import TokenStore
 from .decode_contenders import (
+    KVBF16,
     PEERS,
     DecodeCase,
     decode_calls,
@@ -69,7 +70,7 @@ CODED_PAGES = 64
 
 def check_kernel(device: torch.device) -> None:
     """Raises ValueError if the device has no kernel."""
-    backend = cache_backends(device)["decode_attention"]
+    backend = cache_backends(device, KVBF16())["decode_attention"]
     if backend.name == "reference":
         raise ValueError(f"attention over a compressed cache has no kernel on this device: {backend.reason}")
 
@@ -181,7 +182,7 @@ def time_kind(
     kind: Kind, problem: Problem, check: dict[str, Any], beside: dict[str, dict[str, Any]], machine: Machine
 ) -> dict[str, Any]:
     """What a row says beyond its case and kind. check: of `checked`. beside: what `time_peer` found, by peer."""
-    row = {**check, "backend": cache_backends(machine.device)["decode_attention"].name}
+    row = {**check, "backend": cache_backends(machine.device, KVBF16())["decode_attention"].name}
     if not row["correct"]:
         return {**row, "peers": beside}
     try:

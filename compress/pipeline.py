@@ -348,7 +348,7 @@ def check_kernels(
     if recipe.sparsity is not None:
         found |= sparse_backends(device)
     if recipe.kv_cache is not None:
-        found |= cache_backends(device)
+        found |= cache_backends(device, recipe.kv_cache)
     if recipe.weights is not None and (op := OPS.get((recipe.weights.storage, recipe.weights.activations))):
         found[op] = available_backends(device)[op]
     for op, backend in found.items():

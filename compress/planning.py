@@ -155,7 +155,7 @@ def plan(
     if loaded.sparsity is not None:
         kernels |= sparse_backends(place)
     if loaded.kv_cache is not None:
-        kernels |= cache_backends(place)
+        kernels |= cache_backends(place, loaded.kv_cache)
     memory = MemoryModel(
         model=skeleton,
         recipe=loaded,

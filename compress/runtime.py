@@ -13,12 +13,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..kernels.activations import FP8_CAPABILITY, triton_refusal, unseen_refusal
+from ..kernels.activations import triton_refusal, unseen_refusal
 from ..kernels.attention import Call, Mode, attention_backend, prefill_attention
 from ..kernels.decode_attention import CompressedKV, decode_attention
 from ..kernels.sparse_attention import sparse_attention
 from ..kernels.sparse_index import Extent
-from ..quant.method import AttentionInputs
+from ..quant.method import AttentionInputs, KVCacheMethod
 from ..sparsify.method import SparsityPolicy
 from ..sparsify.online import index_of, visited
 
@@ -74,9 +74,9 @@ def attend_cached(query: Tensor, kv: CompressedKV, options: dict[str, Any], key_
     return out.transpose(1, 2)
 
 
-def cache_backends(device: torch.device) -> dict[str, AttentionBackend]:
-    """What attention of few queries over a compressed cache runs on, and why, on `device`, in 16 bit."""
-    refusal = triton_refusal(device, FP8_CAPABILITY)
+def cache_backends(device: torch.device, method: KVCacheMethod) -> dict[str, AttentionBackend]:
+    """What attention of few queries over a cache of `method` runs on, and why, on `device`, in 16 bit."""
+    refusal = method.kernel_refusal(device)
     if refusal is not None:
         return {"decode_attention": AttentionBackend("reference", refusal)}
     return {"decode_attention": AttentionBackend("triton", "a CUDA device with Triton")}

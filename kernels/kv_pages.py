@@ -181,12 +181,9 @@ class Pages:
         if absent is not None:
             raise ValueError(f"page {absent} is absent, and its tokens are read")
         # Pages of one layout are alike, and looking at one makes views of it.
-        for number in range(first, min(first + 1, last)):
-            page = self.pages[number]
-            if page.kind != self.layout.kind or page.key_codes.shape[:2] != (batch, heads):
-                raise ValueError(
-                    f"page {number} has codes {tuple(page.key_codes.shape)} of {page.kind}, which do not fit"
-                )
+        page = self.pages[first] if first < last else None
+        if page is not None and (page.kind != self.layout.kind or page.key_codes.shape[:2] != (batch, heads)):
+            raise ValueError(f"page {first} has codes {tuple(page.key_codes.shape)} of {page.kind}, which do not fit")
         self.found.add((first, last, batch, heads))
 
 

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 import torch
 from pydantic import ConfigDict, Field
 
+from ..kernels.activations import FP8_CAPABILITY, triton_refusal
 from ..kernels.attention import MODES, Mode
 from ..kernels.kv_codec import Codec
 from ..kernels.kv_codes import KeyMap, Kind
@@ -210,6 +211,10 @@ class KVCacheMethod:
     def needs_data(self) -> bool:
         """Whether `statics` looks at calibration text; if not, it is not called."""
         return False
+
+    def kernel_refusal(self, device: torch.device) -> str | None:
+        """Why no kernel reads such a cache on a device; None if one does."""
+        return triton_refusal(device, FP8_CAPABILITY)
 
     def statics(self, inputs: AttentionInputs) -> dict[str, torch.Tensor]:
         """Named tensors of one layer that its tokens are coded with, found on calibration text."""

@@ -18,6 +18,7 @@ from pq_cases import pq_statics
 from torch import Tensor
 
 from kompakt.compress.cache import TokenStore
+from kompakt.compress.runtime import cache_backends
 from kompakt.kernels.activations import FP8_CAPABILITY
 from kompakt.kernels.kv_append import LENGTHS, append_token
 from kompakt.kernels.kv_pages import PAGE, Pages, read_ref, read_tokens, write_tokens
@@ -224,3 +225,5 @@ def test_kernels_that_no_gpu_has_run_are_refused(monkeypatch):
     assert codec.refusal(torch.device("cuda")) is None
     monkeypatch.delenv("KOMPAKT_UNSEEN_KERNELS")
     assert "have not been run on a GPU yet" in str(codec.refusal(torch.device("cuda")))
+    (said,) = cache_backends(torch.device("cuda"), KVPQ()).values()
+    assert (said.name, said.reason) == ("reference", codec.refusal(torch.device("cuda")))
