@@ -38,8 +38,9 @@ from .hf_fused import fused_on
 CRITERIA, COMPILED = "_valid_auto_compile_criteria", "get_compiled_call"
 KNOWN = {"input_ids", "position_ids", "attention_mask", "use_cache", "logits_to_keep", "return_dict", CACHE}
 """Arguments of a step that it may be recorded with; others must be absent, None or False."""
-OWN_HOOK = "give_cache"
-"""Of `hf_cache_hooks.py`, which a step with a cache does not need."""
+REPEATED = tuple(f"{__package__}.{name}" for name in ("hf_cache_hooks", "shared_input"))
+"""Modules whose hooks need nothing of Python when a step is replayed: what they did is in the graph, or is for calls
+without a cache."""
 EMPTIED = 16
 """Recordings after which free memory goes back to the device."""
 
@@ -198,7 +199,7 @@ class Steps:
         """What of the model's modules Python has to do in every step; None if nothing."""
         for name, module in self.model.named_modules():
             hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-            if any(getattr(hook, "__name__", "") != OWN_HOOK for hook in hooks):
+            if any(getattr(hook, "__module__", "") not in REPEATED for hook in hooks):
                 return f"{name or 'the model'} has a hook"
             if getattr(getattr(module, "_hf_hook", None), "offload", False):
                 return f"weights of {name or 'the model'} are offloaded"
@@ -294,8 +295,13 @@ class Steps:
 def recorded(graph: torch.cuda.CUDAGraph, device: torch.device) -> Iterator[None]:
     """Records launches as `torch.cuda.graph` does, but keeps the allocator's free memory: without it the next prompt
     would have to allocate all of its own again, which takes longer than many steps.
+
+    A graph that fails takes the generator and the allocator with it, which go on waiting for its end: the generator
+    goes back to what it was, and the allocator is told.
     """
-    stream = torch.cuda.Stream(device)
+    stream, pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
+    generator = torch.cuda.default_generators[stream.device_index]
+    before = generator.clone_state()
     torch.cuda.synchronize(device)
     collecting = gc.isenabled()
     # Tensors that are freed meanwhile would call what cannot be recorded.
@@ -303,14 +309,17 @@ def recorded(graph: torch.cuda.CUDAGraph, device: torch.device) -> Iterator[None
     try:
         with torch.cuda.stream(stream):
             # Other threads may allocate and wait meanwhile.
-            graph.capture_begin(capture_error_mode="thread_local")
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
             try:
                 yield
+                graph.capture_end()
             except BaseException:
                 with suppress(RuntimeError):  # what went wrong first says more
                     graph.capture_end()
+                with suppress(RuntimeError):  # it has ended, where the graph could
+                    torch._C._cuda_endAllocateToPool(stream.device_index, pool)
+                generator.graphsafe_set_state(before)
                 raise
-            graph.capture_end()
     finally:
         if collecting:
             gc.enable()

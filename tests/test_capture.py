@@ -229,3 +229,81 @@ def test_graphs_give_the_same_tokens(kind, family, monkeypatch):
     assert (steps.plain, steps.recorded, steps.replayed) == (1, 1, 87)
     for one, other in zip(got.logits, wanted.logits, strict=True):
         assert torch.allclose(one, other, atol=2e-2)
+
+
+def on_device(kind: str):
+    """A small model on the CUDA device that records its steps."""
+    skip_below(FP8_CAPABILITY)
+    model = long_model("llama").to("cuda", torch.bfloat16)
+    return patched(model, METHODS[kind])
+
+
+@pytest.mark.gpu
+def test_a_recording_that_fails_leaves_sampling_as_it_was(monkeypatch, caplog):
+    """The host reads the device in a layer, which nothing can record; sampling and later calls do not notice."""
+    model = on_device("int4")
+    options = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": True}
+    prompt, mlp = LONG.cuda(), model.model.layers[1].mlp
+    torch.manual_seed(5)
+    wanted = model.generate(prompt, disable_compile=True, **options)
+    forward = mlp.forward
+    reading = {"on": True}
+
+    def read(hidden):
+        if reading["on"]:
+            float(hidden.sum())
+        return forward(hidden)
+
+    monkeypatch.setattr(mlp, "forward", read)
+    monkeypatch.setattr(hf_capture, "fused_on", lambda device, model: nullcontext())
+    for _ in range(2):
+        torch.manual_seed(5)
+        assert torch.equal(model.generate(prompt, **options), wanted)
+    steps = steps_of(model)
+    assert steps.recorded == 0 and "cannot be recorded" in caplog.text
+    reading["on"] = False
+    torch.manual_seed(5)
+    assert torch.equal(model.generate(prompt, **options), wanted)
+    assert steps.recorded == 1 and steps.replayed > 0
+
+
+@pytest.mark.gpu
+def test_memory_of_recordings_comes_back():
+    model = on_device("fp8")
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    used = []
+    for _ in range(160):
+        model.generate(LONG.cuda(), **options)
+        gc.collect()
+        used.append((torch.cuda.memory_allocated(), torch.cuda.memory_reserved()))
+    assert steps_of(model).recorded == 160
+    allocated, reserved = (max(column[80:]) - max(column[40:80]) for column in zip(*used, strict=True))
+    assert allocated <= 0 and reserved <= 0, used
+
+
+@pytest.mark.gpu
+def test_another_turn_on_a_device(monkeypatch):
+    monkeypatch.setattr(hf_capture, "fused_on", lambda device, model: nullcontext())
+    model, prompt = on_device("int4"), LONG.cuda()
+    options = {"max_new_tokens": 40, "min_new_tokens": 40, "do_sample": False}
+    cache = model.generate(prompt[:, :250], return_dict_in_generate=True, **options)[CACHE]
+    plain = copy.deepcopy(cache)
+    for one in (cache, plain):
+        one.crop(-30)
+    first = model.generate(prompt[:, :300], **{CACHE: cache}, **options)
+    assert steps_of(model).recorded == 2
+    second = model.generate(prompt[:, :300], **{CACHE: plain}, disable_compile=True, **options)
+    assert torch.equal(first, second)
+
+
+@pytest.mark.gpu
+def test_threads_on_a_device(monkeypatch):
+    monkeypatch.setattr(hf_capture, "fused_on", lambda device, model: nullcontext())
+    model = on_device("int4")
+    options = {"max_new_tokens": 25, "min_new_tokens": 25, "do_sample": False}
+    prompts = [LONG[:1, :180].cuda(), LONG[1:2, :210].cuda()]
+    wanted = [model.generate(prompt, disable_compile=True, **options) for prompt in prompts]
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda prompt: model.generate(prompt, **options), prompts))
+    for got, expected in zip(found, wanted, strict=True):
+        assert torch.equal(got, expected)

@@ -15,8 +15,9 @@ from kompakt.compress import generation_bench as bench
 from kompakt.compress import hf_generation
 from kompakt.compress.generation_bench import Way, check_recipes, put_in, shapes_of, uncalibrated, with_floor
 from kompakt.compress.generation_bench_table import absences, generation_table, ratios
-from kompakt.compress.hf_cache import CompressedCache
+from kompakt.compress.hf_cache import CACHE, CompressedCache
 from kompakt.compress.hf_cache_hooks import cache_maker
+from kompakt.compress.hf_capture import everywhere, steps_of
 from kompakt.compress.hf_generation import CONFIGS, ModelSource, cache_facts, generate_timed, step_weight_bytes
 from kompakt.compress.linear import CompressedLinear, storage
 from kompakt.compress.recipe import Recipe
@@ -103,6 +104,19 @@ def test_recipes_are_put_in_without_calibration_text(source):
     assert isinstance(cache, CompressedCache) and cache_facts(cache)["coded_tokens"] == 128
     # No float weight is kept in the model, or memory would be overstated.
     assert not any(isinstance(module, torch.nn.Linear) for name, module in model.named_modules() if name != "lm_head")
+
+
+@pytest.mark.parametrize("name", ["kv-fp8", "w4a8-kv4", "w4a8-pq4", "w4a8-sage-kv4"])
+def test_steps_of_whole_recipes_can_be_recorded(source, name):
+    """What compression itself hangs on a model is not in the way of its graphs."""
+    model = source.open(CPU)
+    put_in(model, Recipe.load(name), CPU)
+    tokens = bench.random_tokens(model, 1, 300)
+    cache = generate_timed(model, tokens, 2, None)[1]
+    assert steps_of(model).refusal({"input_ids": tokens[:, :1], CACHE: cache}) is None
+    with everywhere(model):
+        generate_timed(model, tokens, 6, None)
+    assert steps_of(model).plain == 5
 
 
 def test_only_int4_methods_are_replaced():

@@ -104,7 +104,7 @@ def test_kernel(name):
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", CASES)
 def test_kernel_on_gpu(name):
-    skip_below(8, 0)
+    skip_below((8, 0))
     case = CASES[name]
     query, key, extent = prepared(case)
     moved = replace(extent, table=extent.table.cuda())

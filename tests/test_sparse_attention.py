@@ -272,7 +272,7 @@ def run_on_gpu(*arguments) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(("name", "static"), ALL)
 def test_kernel_on_gpu(name, static, mode):
-    skip_below(8, 9)
+    skip_below((8, 9))
     check(run_on_gpu, quantize_on_gpu, name, mode, static=static, fp8_sums=True)
 
 
