@@ -10,15 +10,15 @@ from torch import nn
 from ..kernels.fp8_linear import fp8_linear, fp8_w8a16_linear
 from ..kernels.int4_linear import w4a16_linear
 from ..kernels.packing import pack_int4
-from ..kernels.w4a8_linear import QuantizedInput, w4a8_linear, w4a8_matmul
+from ..kernels.w4a8_linear import w4a8_linear
 from ..quant.method import QuantizedWeight, WeightScheme
 
 
-class InputQuantizer(Protocol):
-    """Where a W4A8 Linear gets its quantized input when it is not the only one that reads it (`shared_input.py`)."""
+class SharedProduct(Protocol):
+    """Who multiplies for a W4A8 Linear that is not the only one to read its input (`shared_input.py`)."""
 
-    def quantize(self, x: torch.Tensor, linear: CompressedLinear) -> QuantizedInput:
-        """x: (…, in)."""
+    def multiply(self, x: torch.Tensor, linear: CompressedLinear) -> torch.Tensor:
+        """x: (…, in) → (…, out)."""
         ...
 
 
@@ -38,11 +38,11 @@ class CompressedLinear(nn.Module):
     They are Parameters without gradient, not buffers, so that accelerate offloads them.
 
     exact: with FP8 activations, never fold group scales into rounded FP8 weights, however many tokens there are.
-    shared: who quantizes the input, if it is read by other Linears as well.
+    shared: who multiplies, if the input is read by other Linears as well.
     """
 
     exact: bool = False
-    shared: InputQuantizer | None = None
+    shared: SharedProduct | None = None
 
     def __init__(
         self,
@@ -110,8 +110,7 @@ class CompressedLinear(nn.Module):
             packed, scale, bias = self.weight_packed, self.weight_scale, self.bias
             if self.shared is None:
                 return w4a8_linear(x, packed, scale, bias, exact=self.exact)
-            quantized = self.shared.quantize(x, self)
-            return w4a8_matmul(quantized, packed, scale, bias, x.shape, x.dtype, exact=self.exact)
+            return self.shared.multiply(x, self)
         stored = self.weight_packed if self.scheme.weights == "int4" else self.weight
         return OPS[self.scheme.weights, self.scheme.activations](x, stored, self.weight_scale, self.bias)
 

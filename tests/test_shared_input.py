@@ -8,6 +8,7 @@ from unittest import mock
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kompakt.compress import patch, shared_input
@@ -146,3 +147,80 @@ def test_sharing_twice_attaches_once(model):
         hooks = len(model.model.layers[0]._forward_pre_hooks)
         share_inputs(model)
         assert len(model.model.layers[0]._forward_pre_hooks) == hooks
+
+
+@pytest.fixture
+def together(monkeypatch) -> mock.Mock:
+    """Products of several Linears as on a CUDA device; counts all products."""
+    monkeypatch.setattr(shared_input, "may_join", lambda weight: True)
+    counted = mock.Mock(wraps=shared_input.w4a8_matmul)
+    monkeypatch.setattr(shared_input, "w4a8_matmul", counted)
+    return counted
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_one_product_for_those_that_read_one_tensor(together, bias, tmp_path):
+    torch.manual_seed(0)
+    with torch.no_grad():
+        model = LlamaForCausalLM(LlamaConfig(**CONFIG, attention_bias=bias)).to(torch.bfloat16).eval()
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.copy_(torch.randn(parameter.shape))
+        with patch(model, recipe("fp8")):
+            alone = model(TOKENS).logits
+            assert together.call_count == 7 * CONFIG["num_hidden_layers"]
+            state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+            for _ in range(3):
+                together.reset_mock()
+                assert torch.allclose(model(TOKENS).logits, alone, atol=1e-2)
+                # q, k, v; o; gate, up; down
+                assert together.call_count == 4 * CONFIG["num_hidden_layers"]
+            assert [len(call.args[1]) for call in together.call_args_list[:4]] == [64 + 2 * 32, 64, 2 * 128, 64]
+            assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+            twin = copy.deepcopy(model)
+            assert torch.allclose(twin(TOKENS).logits, alone, atol=1e-2)
+            model.save_pretrained(tmp_path)
+        saved = load_file(tmp_path / "model.safetensors")
+        assert set(saved) == {name for name in state if name != "lm_head.weight"} | (set(saved) & {"lm_head.weight"})
+        assert all(torch.equal(tensor, state[name]) for name, tensor in saved.items())
+
+
+def test_many_tokens_are_multiplied_one_by_one(model, together):
+    with patch(model, recipe("fp8")):
+        many = torch.arange(shared_input.TOGETHER_TOKENS + 1).unsqueeze(0) % 64
+        model(many)
+        together.reset_mock()
+        model(many)
+        assert together.call_count == 7 * CONFIG["num_hidden_layers"]
+
+
+def test_what_nobody_fetches_is_not_made_again(model, together):
+    with patch(model, recipe("fp8")):
+        layer, x = model.model.layers[0], torch.randn(3, 64, dtype=torch.bfloat16)
+        shared, attention = layer.shared_input, layer.self_attn
+
+        def run(*linears):
+            shared.begin()
+            found = [linear(x) for linear in linears]
+            shared.end()
+            return found
+
+        first, second, _ = run(attention.q_proj, attention.k_proj, attention.v_proj)
+        together.reset_mock()
+        got = run(attention.q_proj, attention.k_proj)
+        assert together.call_count == 1 and torch.allclose(got[1], second, atol=1e-2)
+        got = run(attention.q_proj, attention.k_proj)
+        assert together.call_count == 3 and torch.equal(got[0], first)
+
+
+def test_linears_of_other_schemes_are_not_joined(model, together):
+    with patch(model, recipe("fp8")):
+        mlp = model.model.layers[0].mlp
+        mlp.up_proj.exact = True
+        assert shared_input.joined([mlp.gate_proj, mlp.up_proj]) is None
+        mlp.up_proj.exact = False
+        assert shared_input.joined([mlp.gate_proj, mlp.up_proj]) is not None
+        # Adjacent rows are found again without a copy.
+        place = mlp.up_proj.weight_packed.data_ptr()
+        assert shared_input.joined([mlp.gate_proj, mlp.up_proj])[0].shape[0] == 256
+        assert mlp.up_proj.weight_packed.data_ptr() == place
