@@ -12,7 +12,7 @@ from .session import Session
 
 BatchLengths = Annotated[str, typer.Option(help="Sequences x tokens of a cache, comma-separated.", metavar="NxN,NxN")]
 Queries = Annotated[int, typer.Option(help="Newest tokens that attend at once.", min=1)]
-Kinds = Annotated[str, typer.Option(help="int4, fp8, bf16, comma-separated.", metavar="A,B")]
+Kinds = Annotated[str, typer.Option(help="int4, fp8, pq4, pq2, bf16, comma-separated.", metavar="A,B")]
 Peers = Annotated[str, typer.Option(help="What to stand beside: cudnn, fa2, transformers, repeated.", metavar="A,B")]
 
 Model = Annotated[
@@ -49,14 +49,13 @@ def decode(
 ) -> None:
     """Speed of attention over a compressed cache on this CUDA device beside dense ones, checked first."""
     from ..compress.attention_cases import parse_head_dims, parse_heads
-    from ..compress.decode_contenders import PEERS, decode_cases, parse_batch_lengths
+    from ..compress.decode_contenders import KINDS, PEERS, decode_cases, parse_batch_lengths
     from ..compress.decode_speed import check_kernel, decode_speed, heading
     from ..compress.decode_speed_table import check_decode_speeds, merged_decode
     from ..compress.device_speed import Machine
     from ..compress.linear_speed import parse_names
     from ..compress.linear_speed_table import CONDITIONS
     from ..compress.sweep import checked_earlier
-    from ..kernels.kv_codes import KINDS
     from .decoding_tables import decode_speeds
     from .progress import Bar
 

@@ -2,10 +2,11 @@
 
 | kind | what runs |
 |---|---|
-| int4, fp8 | `kernels.decode_attention.decode_attention` over a cache as the recipes kv-int4 and kv-fp8 keep it |
+| int4, fp8, pq4, pq2 | `kernels.decode_attention.decode_attention` over a cache as the recipes kv-… keep it |
 | bf16 | the same over pages of 16-bit numbers, which no recipe offers: what codes are measured against |
 
-Keys of int4 are mapped by mean, factors and rotation, as calibration chooses for most layers. Preparing the queries and
+Keys of int4 are mapped by mean, factors and rotation, as calibration chooses for most layers; codebooks of pq4 and pq2
+are made of the first tokens, for speed does not ask how near centroids are. Preparing the queries and
 merging the parts is in every time, since it is in the op.
 
 | peer | what runs, on dense bf16 keys and values |
@@ -23,7 +24,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
@@ -34,7 +35,7 @@ from torch.nn.attention import SDPBackend
 from torch.nn.functional import scaled_dot_product_attention
 
 from ..kernels.decode_attention import MAX_ROWS, CompressedKV, decode_attention
-from ..kernels.kv_codes import Kind, check_kind
+from ..kernels.kv_codes import Kind
 from ..kernels.kv_pages import PAGE
 from ..quant.method import AttentionInputs, KVCacheMethod
 from .attention_cases import OUTLIER_STEP, Case, Layout, draw
@@ -43,11 +44,12 @@ from .cache import TokenStore
 from .device_speed import Machine, copies
 from .recipe import Recipe
 
-RECIPES = {"int4": "kv-int4", "fp8": "kv-fp8"}
+RECIPES = {"int4": "kv-int4", "fp8": "kv-fp8", "pq4": "kv-pq4", "pq2": "kv-pq2"}
+KINDS = (*RECIPES, "bf16")
 MIN_LENGTH = 512
 """Of shorter caches most is dense."""
 STATIC_TOKENS = 2048
-"""Tokens of the first sequence from which means and factors of keys are taken."""
+"""Tokens of the first sequence from which means and factors of keys, or codebooks, are taken."""
 NEEDLE = 0.5
 
 
@@ -86,12 +88,13 @@ def decode_cases(
     batch_lengths: Sequence[tuple[int, int]],
     heads: Sequence[tuple[int, int]],
     head_dims: Sequence[int],
-    kinds: Sequence[Kind],
+    kinds: Sequence[str],
     queries: int,
 ) -> list[DecodeCase]:
     """Every combination. ValueError for heads that a kind cannot store, or more queries than the kernel holds."""
     for (count, kv_heads), head_dim, kind in itertools.product(heads, head_dims, kinds):
-        check_kind(kind, head_dim)
+        method = method_of(kind)
+        method.codec(method.blank_statics(kv_heads, head_dim)).layout(head_dim, head_dim)
         rows = queries * count // kv_heads
         if rows > MAX_ROWS:
             raise ValueError(
@@ -115,8 +118,10 @@ def parse_batch_lengths(text: str) -> list[tuple[int, int]]:
     return list(dict.fromkeys(found))
 
 
-def method_of(kind: Kind) -> KVCacheMethod:
-    """The recipes' method of a kind; for bf16 the same sink and recent tokens."""
+def method_of(kind: str) -> KVCacheMethod:
+    """The recipes' method of a kind; for bf16 the same sink and recent tokens. ValueError for an unknown kind."""
+    if kind not in KINDS:
+        raise ValueError(f"unknown kind {kind!r}; known: {', '.join(KINDS)}")
     if kind == "bf16":
         fp8 = method_of("fp8")
         return KVBF16(sink_tokens=fp8.sink_tokens, recent_tokens=fp8.recent_tokens)
@@ -125,22 +130,29 @@ def method_of(kind: Kind) -> KVCacheMethod:
     return found
 
 
-def fill(kind: Kind, problem: Problem) -> TokenStore:
-    """One cache of all tokens, the queries' own among the recent ones."""
-    method, statics = method_of(kind), None
-    if method.needs_data:
-        inputs = AttentionInputs(problem.query[:1], problem.key[:1, :, :STATIC_TOKENS], problem.value[:1], {})
-        statics = method.statics(inputs)
-    store = TokenStore(method, statics=statics)
+def fill(kind: str, problem: Problem, statics: Mapping[str, Tensor] | None = None) -> TokenStore:
+    """One cache of all tokens, the queries' own among the recent ones. statics: of `statics_of`."""
+    store = TokenStore(method_of(kind), statics=statics_of(kind, problem) if statics is None else statics)
     store.append(problem.key, problem.value)
     return store
 
 
-def rotated_stores(kind: Kind, problem: Problem, machine: Machine) -> list[TokenStore]:
+def statics_of(kind: str, problem: Problem) -> dict[str, Tensor]:
+    """What a kind needs to know of keys and values, on their device."""
+    method = method_of(kind)
+    if not method.needs_data:
+        return {}
+    key, value = (tensor[:1, :, :STATIC_TOKENS] for tensor in (problem.key, problem.value))
+    found = method.statics(AttentionInputs(problem.query[:1], key, value, {}))
+    return {name: tensor.to(key.device) for name, tensor in found.items()}
+
+
+def rotated_stores(kind: str, problem: Problem, machine: Machine) -> list[TokenStore]:
     """Equal caches, as many as `Machine.rotated` would make; each holds addresses of its own pages."""
-    first = fill(kind, problem)
+    statics = statics_of(kind, problem)
+    first = fill(kind, problem, statics)
     count = copies(first.nbytes().total, machine.cache_bytes)
-    return [first, *(fill(kind, problem) for _ in range(count - 1))]
+    return [first, *(fill(kind, problem, statics) for _ in range(count - 1))]
 
 
 def visible(store: TokenStore, problem: Problem) -> CompressedKV:

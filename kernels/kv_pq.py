@@ -50,7 +50,7 @@ def sub_vectors(bits: int, head_dim: int) -> int:
 
 @dataclass(frozen=True)
 class PQLayout(Layout):
-    """Codes of keys lie token by token, those of values sub-vector by sub-vector. bits: per channel."""
+    """Codes lie sub-vector by sub-vector, a page of tokens each. bits: per channel."""
 
     bits: int
 
@@ -59,7 +59,7 @@ class PQLayout(Layout):
         """See `Layout.parts`."""
         keys, values = (sub_vectors(self.bits, dim) for dim in (self.key_dim, self.value_dim))
         nothing = Part((PAGE, 0), torch.uint8)
-        return Part((PAGE, keys), torch.uint8), nothing, Part((values, PAGE), torch.uint8), nothing
+        return Part((keys, PAGE), torch.uint8), nothing, Part((values, PAGE), torch.uint8), nothing
 
     @property
     def page_of(self) -> type[Page]:
@@ -69,16 +69,16 @@ class PQLayout(Layout):
 
 @dataclass(frozen=True)
 class PQPage(Page):
-    """key_codes: (..., PAGE, sub_vectors). value_codes: (..., sub_vectors, PAGE)."""
+    """Codes of one sub-vector lie together: (..., sub_vectors, PAGE)."""
 
     def write(self, place: slice, keys: Coded, values: Coded) -> None:
         """See `Page.write`."""
-        self.key_codes[..., place, :] = keys[0]
-        self.value_codes[..., place] = values[0].transpose(-1, -2)
+        self.key_codes[..., place] = keys[0].mT
+        self.value_codes[..., place] = values[0].mT
 
     def read(self) -> tuple[Coded, Coded]:
         """See `Page.read`."""
-        return with_nothing(self.key_codes), with_nothing(self.value_codes.transpose(-1, -2))
+        return with_nothing(self.key_codes.mT), with_nothing(self.value_codes.mT)
 
 
 @dataclass(frozen=True)

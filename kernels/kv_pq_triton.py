@@ -84,9 +84,9 @@ def code_of(x, map_ptr, cent_ptr, head, vector, channel, inside, DIM: tl.constex
 @triton.jit
 def write_codes(
     x, write, token, target, mean_ptr, map_ptr, cent_ptr, head, first, DIM: tl.constexpr, VECTORS: tl.constexpr,
-    SUB: tl.constexpr, WIDTH: tl.constexpr, RUN_: tl.constexpr, BY_TOKEN: tl.constexpr,
+    SUB: tl.constexpr, WIDTH: tl.constexpr, RUN_: tl.constexpr,
 ):  # fmt: skip
-    """Codes of sub-vectors [first, first + RUN_). x: (PAGE, WIDTH) as it came. BY_TOKEN: how they lie at target."""
+    """Codes of sub-vectors [first, first + RUN_). x: (PAGE, WIDTH) as it came."""
     channel = tl.arange(0, WIDTH)
     inside = channel < DIM
     x = tl.where(inside[None, :], x.to(tl.float32), 0.0)
@@ -95,11 +95,7 @@ def write_codes(
     for vector in tl.range(first, tl.minimum(first + RUN_, VECTORS), num_stages=1):
         code = code_of(x, map_ptr, cent_ptr, head, vector, channel, inside, DIM, VECTORS, SUB)
         code = tl.where(damaged, tl.where(vector == 0, DAMAGED_, 0), code)
-        if BY_TOKEN:
-            place = target + token * VECTORS + vector
-        else:
-            place = target + vector * PAGE_ + token
-        tl.store(place, code.to(tl.uint8), mask=write)
+        tl.store(target + vector * PAGE_ + token, code.to(tl.uint8), mask=write)
 
 
 @triton.jit
@@ -134,7 +130,7 @@ def write_pq_kernel(
         x = tl.load(place, mask=write[:, None] & (channel < HEAD_DIM)[None, :], other=0.0)
         write_codes(
             x, write, token, record, key_mean, key_map, key_cent, head, first, HEAD_DIM, KEY_VECTORS, SUB, WIDTH,
-            RUN_, True,
+            RUN_,
         )  # fmt: skip
     else:
         channel = tl.arange(0, VALUE_WIDTH)
@@ -142,7 +138,7 @@ def write_pq_kernel(
         x = tl.load(place, mask=write[:, None] & (channel < VALUE_DIM)[None, :], other=0.0)
         write_codes(
             x, write, token, record + PAGE_ * KEY_VECTORS, value_mean, value_map, value_cent, head,
-            first - KEY_RUNS * RUN_, VALUE_DIM, VALUE_VECTORS, SUB, VALUE_WIDTH, RUN_, False,
+            first - KEY_RUNS * RUN_, VALUE_DIM, VALUE_VECTORS, SUB, VALUE_WIDTH, RUN_,
         )  # fmt: skip
 
 
@@ -195,13 +191,13 @@ def append_pq_kernel(
             x = latest(key_new, keys, rkt, column, tokens, ring_length, write, HEAD_DIM, WIDTH)
             write_codes(
                 x, write, token, record, key_mean, key_map, key_cent, head, first, HEAD_DIM, KEY_VECTORS, SUB, WIDTH,
-                RUN_, True,
+                RUN_,
             )  # fmt: skip
         else:
             x = latest(value_new, values, rvt, column, tokens, ring_length, write, VALUE_DIM, VALUE_WIDTH)
             write_codes(
                 x, write, token, record + PAGE_ * KEY_VECTORS, value_mean, value_map, value_cent, head,
-                first - KEY_RUNS * RUN_, VALUE_DIM, VALUE_VECTORS, SUB, VALUE_WIDTH, RUN_, False,
+                first - KEY_RUNS * RUN_, VALUE_DIM, VALUE_VECTORS, SUB, VALUE_WIDTH, RUN_,
             )  # fmt: skip
         coded = end
     # All threads have read the lengths before this program counts as done.
@@ -214,7 +210,7 @@ def append_pq_kernel(
 
 @triton.jit
 def numbers(
-    target, rows, wanted, token, codes_ptr, by_token, mean_ptr, map_ptr, cent_ptr, head, DIM: tl.constexpr,
+    target, rows, wanted, token, codes_ptr, mean_ptr, map_ptr, cent_ptr, head, DIM: tl.constexpr,
     VECTORS: tl.constexpr, SUB: tl.constexpr, VECTOR_WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Tokens of a page as numbers, stored at target, (…, DIM)."""
@@ -222,11 +218,7 @@ def numbers(
     known = vector < VECTORS
     # A sub-vector that is not there has no channel in the map; any centroid will do.
     vector = tl.minimum(vector, VECTORS - 1)
-    if by_token:
-        place = codes_ptr + token[:, None] * VECTORS + vector[None, :]
-    else:
-        place = codes_ptr + vector[None, :] * PAGE_ + token[:, None]
-    codes = tl.load(place).to(tl.int32)
+    codes = tl.load(codes_ptr + vector[None, :] * PAGE_ + token[:, None]).to(tl.int32)
     damaged = tl.max(tl.where((vector == 0)[None, :] & (codes == DAMAGED_), 1, 0), axis=1) != 0
     centroid = cent_ptr + ((head * VECTORS + vector)[None, :] * CENTROIDS_ + codes) * SUB
     for start in tl.range(0, DIM, CHANNELS, num_stages=1):
@@ -262,12 +254,12 @@ def read_pq_kernel(
     rows = plane * length + column - start
     if tl.program_id(2) == 0:
         numbers(
-            key_ptr, rows, wanted, token, record, True, key_mean, key_map, key_cent, head, HEAD_DIM, KEY_VECTORS, SUB,
+            key_ptr, rows, wanted, token, record, key_mean, key_map, key_cent, head, HEAD_DIM, KEY_VECTORS, SUB,
             KEY_WIDTH,
         )  # fmt: skip
     else:
         numbers(
-            value_ptr, rows, wanted, token, record + PAGE_ * KEY_VECTORS, False, value_mean, value_map, value_cent,
+            value_ptr, rows, wanted, token, record + PAGE_ * KEY_VECTORS, value_mean, value_map, value_cent,
             head, VALUE_DIM, VALUE_VECTORS, SUB, CODE_WIDTH,
         )  # fmt: skip
 

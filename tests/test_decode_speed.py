@@ -14,6 +14,7 @@ from kompakt.compress import decode_contenders, decode_speed
 from kompakt.compress.attention_cases import attend_rows, worst_error
 from kompakt.compress.attention_contenders import Contender
 from kompakt.compress.decode_contenders import (
+    KINDS,
     PEERS,
     DecodeCase,
     decode_cases,
@@ -31,7 +32,6 @@ from kompakt.compress.decode_speed_table import absences, check_decode_speeds, d
 from kompakt.compress.device_speed import Ceilings, Machine
 from kompakt.compress.recipe import Recipe
 from kompakt.kernels.decode_attention import decode_attention, decode_ref
-from kompakt.kernels.kv_codes import KINDS
 from kompakt.kernels.kv_pages import PAGE, write_tokens
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -91,6 +91,7 @@ def test_caches_are_those_of_the_recipes(tmp_path, monkeypatch):
         recipe, method = Recipe.load(name).kv_cache, method_of(kind)
         assert type(recipe) is type(method) and recipe.kind == method.kind == kind
         assert (recipe.sink_tokens, recipe.recent_tokens) == (method.sink_tokens, method.recent_tokens)
+    assert method_of("pq2") == Recipe.load("kv-pq2").kv_cache
     file = tmp_path / "other.yaml"
     file.write_text("version: 1\nkv_cache: {method: kv_fp8, sink_tokens: 5, recent_tokens: 64}\n")
     monkeypatch.setitem(decode_contenders.RECIPES, "fp8", str(file))
@@ -110,7 +111,8 @@ def test_bytes_are_counted_from_storage(kind, machine):
     problem = CASE.draw(CPU)
     store = fill(kind, problem)
     assert store.coded == 384 and store.tokens == 600
-    page = {"int4": 16 + 2 * 4, "fp8": 2 * 16 + 2 * 4, "bf16": 4 * 16}[kind]  # bytes of a key and a value
+    # Bytes of a key and a value.
+    page = {"int4": 16 + 2 * 4, "fp8": 2 * 16 + 2 * 4, "bf16": 4 * 16, "pq4": 16, "pq2": 8}[kind]
     dense = (600 - 384 + 4) * 4 * 16
     both = 2 * 9 * 16 * 2 * 2  # queries and outputs
     assert read_bytes(store, problem) == 6 * (384 * page + dense) + 8 * 3 + both
@@ -302,7 +304,7 @@ def test_a_device_without_a_kernel_is_refused():
     ("options", "says"),
     [
         ([], "there is no CUDA device"),
-        (["--kinds", "int3"], "unknown kind 'int3'; known: fp8, int4, bf16"),
+        (["--kinds", "int3"], "unknown kind 'int3'; known: int4, fp8, pq4, pq2, bf16"),
         (["--kinds", ","], "no kind was named"),
         (["--against", "fa3"], "unknown peer 'fa3'; known: cudnn"),
         (["--batch-lengths", "8"], "cache '8'"),

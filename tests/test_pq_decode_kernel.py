@@ -93,7 +93,7 @@ def logit_size(query: Tensor, kv: CompressedKV, scaling: float) -> float:
 def check_damaged(bits: int) -> None:
     """A damaged token that is seen makes its head's output NaN; one that is not, nothing."""
     query, kv, call, _, _ = decode_case(CASES["plain"], bits)
-    kv.pages.pages[1].key_codes[:, 0, 17, 0] = DAMAGED
+    kv.pages.pages[1].key_codes[:, 0, 0, 17] = DAMAGED
     kv.pages.pages[1].value_codes[:, 1, 0, 99] = DAMAGED
     out, _ = run_decode(query, kv, call, None, None, interpret=True)
     assert out.isnan().all()
@@ -118,7 +118,7 @@ MUTATIONS = {
     "mean of keys": ("s += shift[:, None]", "s += 0.0 * shift[:, None]", "one group each"),
     "second channel": ("multiply(q1, k1.T", "multiply(q1, k0.T", "plain"),
     "other channels of keys": ("multiply(q3, k3.T", "multiply(q3, k2.T", "2 bits, plain"),
-    "other channels of values": ("back(high[1]", "back(high[0]", "2 bits, plain"),
+    "other channels of values": ("place + 3, high[1]", "place + 3, high[0]", "2 bits, plain"),
     "mean of values": ("out = total[:, None] * mean", "out = 0.0 * total[:, None] * mean", "one group each"),
     "earlier tiles": ("(low[0] * alpha[:, None], low[1] * alpha[:, None])", "(low[0], low[1])", "plain"),
     "soft cap": ("s = capped(s, softcap)", "s = s", "softcap"),

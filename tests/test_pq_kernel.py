@@ -184,7 +184,7 @@ MUTATIONS = {
     "mean": ("x - tl.load(mean_ptr + head", "x - tl.load(mean_ptr + 0 * head", "write, plain"),
     "tokens that stay": ("write = (column >= start) & (column < stop)", "write = column < stop", "write, one token"),
     "runs of values": ("first - KEY_RUNS * RUN_", "first - RUN_", "write, plain"),
-    "values by sub-vector": ("target + vector * PAGE_ + token", "target + token * VECTORS + vector", "write, plain"),
+    "by sub-vector": ("target + vector * PAGE_ + token", "target + token * VECTORS + vector", "write, plain"),
     "ring": ("source = column % length", "source = column - start", "write, ring"),
     "mean read": ("x += tl.load(mean_ptr + head", "x += tl.load(mean_ptr + 0 * head", "read, plain"),
     "channels read": ("for index in tl.static_range(SUB):", "for index in tl.static_range(SUB - 1):", "read, 2 bits"),

@@ -50,7 +50,7 @@ def compile_decode(target: GPUTarget, kernel: str, bits: int, head_dim: int, **c
     store = filled(bits, head_dim, changes.get("window"))
     call = Reading(head_dim**-0.5, changes.get("window"), changes.get("softcap"))
     module: Any = decode_pq_triton
-    others = {"prepare_pq_kernel", "decode_pq_kernel", "merge_kernel"} - {kernel}
+    others = {"prepare_pq_kernel", "decode_pq_kernel", "finish_pq_kernel", "merge_kernel"} - {kernel}
     query = meta(1, 32, changes.get("queries", 1), head_dim, dtype=BF16)
     with mock.patch.multiple(module, **{name: Recorder() for name in others}):
         return compile_launch(
@@ -73,8 +73,27 @@ def test_decode_attention(bits):
     assert "bf16.bf16" in compiled.asm["ptx"]
 
 
+@pytest.mark.parametrize(("bits", "head_dim", "queries"), [(4, 128, 1), (2, 128, 1), (4, 64, 4), (4, 128, 16)])
+def test_codebooks_in_shared_memory(bits, head_dim, queries):
+    """Where lookups look for them: at its beginning."""
+    gluon = pytest.importorskip("kompakt.kernels.decode_pq_hopper_triton", reason="this Triton has no Gluon")
+    store, call = filled(bits, head_dim), Reading(head_dim**-0.5, None, None)
+    module: Any = decode_pq_triton
+    query = meta(1, 32, queries, head_dim, dtype=BF16)
+    others = {"prepare_pq_kernel", "finish_pq_kernel", "merge_kernel"}
+    with mock.patch.multiple(module, hopper_pq_refusal=lambda *_: None, **{name: Recorder() for name in others}):
+        compiled = compile_launch(
+            *(gluon, "decode_pq_hopper_kernel"),
+            lambda: module.decode_pq(query, store.read(None, queries), call, None, None, store.codec),
+            SM90,
+        )
+    assert fits(compiled, SM90) and stack_bytes(compiled) <= (0 if queries < 16 else 256)
+    assert compiled.asm["ptx"].count("wgmma.mma_async") >= 4
+
+
 def test_other_shapes_and_devices():
     assert fits(compile_pages(SM90, "write_pq_kernel", 3, 96), SM90)
     assert fits(compile_decode(SM90, "decode_pq_kernel", 3, 80, window=300, softcap=5.0, queries=16), SM90)
     assert fits(compile_decode(SM90, "prepare_pq_kernel", 4, 128), SM90)
+    assert fits(compile_decode(SM90, "finish_pq_kernel", 4, 128), SM90)
     assert fits(compile_decode(SM89, "decode_pq_kernel", 4, 64), SM89)
