@@ -196,6 +196,8 @@ def decode_pq_hopper_kernel(
             fence_async_shared()
             acc = warpgroup_mma(value_tile.permute((1, 0)), p_tile.permute((1, 0)), acc, is_async=True)
             acc = warpgroup_mma_wait(0, deps=[acc])
+    # Until here nothing else may lie where the codebooks are.
+    books._keep_alive()
     part = plane * (splits + 1) + split
     sums = gl.sum(total, axis=0)
     sums = gl.where(wrong > 0, float("nan"), sums)
