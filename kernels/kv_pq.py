@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .activations import FP8_CAPABILITY, unseen_refusal
 from .kv_codec import PAGE, Codec, Coded, Layout, Page, Part
 
 if TYPE_CHECKING:
@@ -174,16 +173,12 @@ class PQCodec(Codec):
                     f"{quantizer.mean.shape[1]} channels, and {heads} of {dim} come; it belongs to another model"
                 )
 
-    def refusal(self, device: torch.device) -> str | None:
-        """See `Codec.refusal`."""
-        return unseen_refusal(device, FP8_CAPABILITY)
-
     def decode_refusal(self, query: Tensor, kv: CompressedKV) -> str | None:
         """See `Codec.decode_refusal`."""
         widest = max(quantizer.mean.shape[1] for quantizer in (self.keys, self.values))
         if widest > MAX_MAP and torch.cuda.get_device_capability(query.device)[0] != 9:
             return f"its maps of {widest} channels do not fit the device's shared memory"
-        return self.refusal(query.device)
+        return None
 
     def to(self, device: torch.device) -> PQCodec:
         """See `Codec.to`."""

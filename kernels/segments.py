@@ -105,9 +105,11 @@ class Segments:
 
 def whole(batch: int, queries: int, keys: int, device: torch.device | str) -> Segments:
     """One segment per row of the batch, with everything in it."""
-    row = torch.tensor([0, 0, queries, 0, keys], dtype=torch.int32, device=device)
-    table = row.repeat(batch, 1)
+    # Filled on the device: a copy from the host could not be recorded in a graph.
+    table = torch.zeros((batch, 5), dtype=torch.int32, device=device)
     table[:, 0] = torch.arange(batch, device=device)
+    table[:, 2] = queries
+    table[:, 4] = keys
     return Segments(table, queries, (batch, queries, keys))
 
 

@@ -45,7 +45,6 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ..kernels.activations import FP8_CAPABILITY, unseen_refusal
 from ..kernels.kv_pq import CENTROIDS, DAMAGED, PQCodec, ProductQuantizer, sub_vectors
 from .kmeans import kmeans
 from .method import AttentionInputs, KVCacheMethod
@@ -75,10 +74,6 @@ class KVPQ(KVCacheMethod):
     def needs_data(self) -> bool:
         """Codebooks are those of calibration text."""
         return True
-
-    def kernel_refusal(self, device: torch.device) -> str | None:
-        """See `KVCacheMethod.kernel_refusal`."""
-        return unseen_refusal(device, FP8_CAPABILITY)
 
     def statics(self, inputs: AttentionInputs) -> dict[str, Tensor]:
         """See `KVCacheMethod.statics`: the fields of `ProductQuantizer` with the prefixes ``key_`` and ``value_``.

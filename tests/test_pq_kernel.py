@@ -18,7 +18,6 @@ from pq_cases import pq_statics
 from torch import Tensor
 
 from kompakt.compress.cache import TokenStore
-from kompakt.compress.runtime import cache_backends
 from kompakt.kernels.activations import FP8_CAPABILITY
 from kompakt.kernels.kv_append import LENGTHS, append_token
 from kompakt.kernels.kv_pages import PAGE, Pages, read_ref, read_tokens, write_tokens
@@ -217,13 +216,3 @@ def test_kernel_on_gpu(name):
 def test_append_on_gpu(bits, recent, crop):
     skip_below(FP8_CAPABILITY)
     check_append(bits, recent, crop, interpret=False, device="cuda")
-
-
-def test_kernels_that_no_gpu_has_run_are_refused(monkeypatch):
-    monkeypatch.setattr("kompakt.kernels.activations.cuda_refusal", lambda device, capability: None)
-    codec = PQCodec.__new__(PQCodec)
-    assert codec.refusal(torch.device("cuda")) is None
-    monkeypatch.delenv("KOMPAKT_UNSEEN_KERNELS")
-    assert "have not been run on a GPU yet" in str(codec.refusal(torch.device("cuda")))
-    (said,) = cache_backends(torch.device("cuda"), KVPQ()).values()
-    assert (said.name, said.reason) == ("reference", codec.refusal(torch.device("cuda")))
