@@ -12,6 +12,7 @@ import typer
 
 from . import options as o
 from .bench_sparsity import bench
+from .search import search
 from .session import Session, peak_host_bytes
 
 app = typer.Typer(
@@ -392,6 +393,7 @@ def demo_model(context: typer.Context, directory: Path, permute_channels: o.Perm
     context.obj.print(f"written to {path}")
 
 
+app.command()(search)
 app.add_typer(bench, name="bench")
 
 if __name__ == "__main__":

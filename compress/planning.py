@@ -26,7 +26,7 @@ from .hf_cache import CompressedCache
 from .hf_cache_hooks import cacheable_modules
 from .hf_decoder import decoder_layers
 from .linear import CompressedLinear
-from .pipeline import OPS, covered
+from .pipeline import covered, recipe_ops
 from .planning_memory import MemoryModel, Stage
 from .recipe import Recipe
 from .runtime import AttentionBackend, attention_backends, cache_backends, sparse_backends
@@ -40,14 +40,14 @@ class Plan:
 
     recipe: with `group_size` resolved. kv_cache: tokens → bytes of one sequence, as transformers keeps it.
     compressed_cache: as the recipe keeps it, None if it leaves it alone.
-    scheme: None if the recipe leaves weights as they are. attention: what happens to each attention layer, empty if the
-    recipe leaves it alone; sparsity likewise. kernels: what each op runs on and why; op: the one that the recipe's
-    Linears call.
+    scheme: how weights are stored, None if the recipe leaves them as they are. attention: what happens to each
+    attention layer, empty if the recipe leaves it alone; sparsity likewise. kernels: what each op runs on and why;
+    ops: those that the recipe's Linears call.
     """
 
     model: str
     recipe: Recipe
-    scheme: WeightScheme | None
+    scheme: str | None
     dtype: str
     device: str
     base_bytes: int
@@ -61,7 +61,7 @@ class Plan:
     kv_cache: dict[int, int]
     compressed_cache: CachePlan | None
     kernels: Mapping[str, Backend | AttentionBackend]
-    op: str | None
+    ops: list[str]
 
     @property
     def bits_per_weight(self) -> float | None:
@@ -88,7 +88,7 @@ class Plan:
         return {
             "model": self.model,
             "recipe": self.recipe.model_dump(mode="json", exclude_none=True),
-            "scheme": None if self.scheme is None else self.scheme.describe(),
+            "scheme": self.scheme,
             "dtype": self.dtype,
             "device": self.device,
             "sizes": {
@@ -106,7 +106,7 @@ class Plan:
                 op: {
                     "backend": backend.name,
                     "reason": backend.reason,
-                    "used": op == self.op or op in self.modes or op in ("decode_attention", "sparse_attention"),
+                    "used": op in self.ops or op in self.modes or op in ("decode_attention", "sparse_attention"),
                 }
                 for op, backend in self.kernels.items()
             },
@@ -141,14 +141,15 @@ def plan(
     layers = decoder_layers(skeleton)
     loaded, coverage = covered(skeleton, layers, loaded)
     method = loaded.weights
-    scheme = None if method is None else method.scheme()
     names = {line.name for line in coverage if line.status == "quantized"}
     linears = {name: module for name, module in skeleton.named_modules() if isinstance(module, nn.Linear)}
     linears = {name: linear for name, linear in linears.items() if name in names}
-    quantized = 0 if scheme is None else sum(packed_bytes(linear, scheme) for linear in linears.values())
+    quantized = (
+        0 if method is None else sum(packed_bytes(linear, method.scheme_of(name)) for name, linear in linears.items())
+    )
     base = sum(own_bytes(skeleton))
     compressed = base - sum(linear.weight.nbytes for linear in linears.values()) + quantized
-    op = None if method is None else OPS.get((method.storage, method.activations))
+    ops = [] if method is None else recipe_ops(method)
     kernels: dict[str, Backend | AttentionBackend] = {**available_backends(place)}
     if loaded.attention is not None:
         kernels |= attention_backends(loaded.attention.modes, place)
@@ -162,12 +163,12 @@ def plan(
         base_bytes=base,
         compressed_bytes=compressed,
         device=place,
-        reference=method is not None and (op is None or kernels[op].name == "reference"),
+        reference=method is not None and (not ops or any(kernels[op].name == "reference" for op in ops)),
     )
     return Plan(
         model=str(model),
         recipe=memory.recipe,
-        scheme=scheme,
+        scheme=None if method is None else method.describe(),
         dtype=str(skeleton.dtype).removeprefix("torch."),
         device=str(place),
         base_bytes=base,
@@ -181,7 +182,7 @@ def plan(
         kv_cache={tokens: kv_cache_bytes(config, tokens, skeleton.dtype.itemsize) for tokens in contexts},
         compressed_cache=None if loaded.kv_cache is None else plan_cache(skeleton, loaded.kv_cache, contexts),
         kernels=kernels,
-        op=op,
+        ops=ops,
     )
 
 
