@@ -19,6 +19,7 @@ from ..kernels.attention import MAX_HEAD_DIM
 from ..kernels.int4_linear import Backend, available_backends
 from ..quant.method import KVCacheMethod, WeightScheme
 from .cache import TokenStore
+from .ceilings import device_ceilings, engines, speed_ceilings, works
 from .coverage import Coverage
 from .hf import meta_model, read_config, resolve_model
 from .hf_attention import attention_modules, full_attention, layer_kind
@@ -42,7 +43,8 @@ class Plan:
     compressed_cache: as the recipe keeps it, None if it leaves it alone.
     scheme: how weights are stored, None if the recipe leaves them as they are. attention: what happens to each
     attention layer, empty if the recipe leaves it alone; sparsity likewise. kernels: what each op runs on and why;
-    ops: those that the recipe's Linears call.
+    ops: those that the recipe's Linears call. engines: what else runs the result. ceilings: of speed, None if no device
+    was named.
     """
 
     model: str
@@ -62,6 +64,8 @@ class Plan:
     compressed_cache: CachePlan | None
     kernels: Mapping[str, Backend | AttentionBackend]
     ops: list[str]
+    engines: list[dict[str, str]]
+    ceilings: dict[str, Any] | None
 
     @property
     def bits_per_weight(self) -> float | None:
@@ -114,6 +118,8 @@ class Plan:
             **({"attention": [asdict(line) for line in self.attention]} if self.attention else {}),
             **({"sparsity": [asdict(line) for line in self.sparsity]} if self.sparsity else {}),
             **({} if self.compressed_cache is None else {"kv_cache": self.compressed_cache.as_dict()}),
+            "engines": self.engines,
+            **({} if self.ceilings is None else {"ceilings": self.ceilings}),
         }
 
 
@@ -123,14 +129,21 @@ def plan(
     *,
     overrides: dict[str, Any] | None = None,
     contexts: Sequence[int] = CONTEXTS,
+    batches: Sequence[int] = (1,),
+    runs_on: str | None = None,
     device: str | None = None,
     trust_remote_code: bool = False,
 ) -> Plan:
     """Sizes, coverage, memory and kernels of a `compress` run with the same arguments; refuses what that would refuse.
 
     model: directory or hub id; only its config.json is read. contexts: lengths in tokens for the size of the key-value
-    cache. Raises ValueError for bad input.
+    cache, and, with batches, of sequences at once, for ceilings of speed on the device `runs_on` (`ceilings.py`).
+    Raises ValueError for bad input.
     """
+    for name, numbers in (("contexts", contexts), ("batches", batches)):
+        if not numbers or min(numbers) < 1:
+            raise ValueError(f"{name} are {list(numbers)}; they are numbers from 1, one at least")
+    ceilings = None if runs_on is None else device_ceilings(runs_on)
     loaded = Recipe.load(recipe, overrides)
     path = resolve_model(model, weights=False)
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -165,6 +178,9 @@ def plan(
         device=place,
         reference=method is not None and (not ops or any(kernels[op].name == "reference" for op in ops)),
     )
+    kept = {tokens: kv_cache_bytes(config, tokens, skeleton.dtype.itemsize) for tokens in contexts}
+    cache = None if loaded.kv_cache is None else plan_cache(skeleton, loaded.kv_cache, contexts)
+    work = works(skeleton, loaded, names, (base, compressed), (kept, kept if cache is None else cache.bytes))
     return Plan(
         model=str(model),
         recipe=memory.recipe,
@@ -179,10 +195,12 @@ def plan(
         attention=[] if loaded.attention is None else cover_attention(skeleton, [name for name, _ in layers], loaded),
         sparsity=[] if loaded.sparsity is None else cover_sparsity(skeleton, [name for name, _ in layers], loaded),
         stages=memory.stages([(layer, _inside(name, linears)) for name, layer in layers]),
-        kv_cache={tokens: kv_cache_bytes(config, tokens, skeleton.dtype.itemsize) for tokens in contexts},
-        compressed_cache=None if loaded.kv_cache is None else plan_cache(skeleton, loaded.kv_cache, contexts),
+        kv_cache=kept,
+        compressed_cache=cache,
         kernels=kernels,
         ops=ops,
+        engines=engines(loaded),
+        ceilings=None if ceilings is None else speed_ceilings(work, ceilings, batches, contexts),
     )
 
 
