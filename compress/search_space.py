@@ -101,7 +101,7 @@ def recipe_for(base: Recipe, assignment: Mapping[Part, Choice], name: str) -> Re
     for part, choice in assignment.items():
         names.setdefault(choice, []).extend(part.names)
         counts[choice] += sum(rows * columns for rows, columns in part.shapes)
-    data = base.model_dump(mode="json", exclude_none=True) | {"name": name}
+    data: dict[str, Any] = {**base.model_dump(mode="json", exclude_none=True), "name": name}
     int4 = [choice for choice, _ in counts.most_common() if choice.weights == "int4"]
     ignored = [*data["weights"]["ignore"], *patterns(names.get(FLOAT, []))]
     if not int4 and FP8 not in names:

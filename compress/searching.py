@@ -154,7 +154,8 @@ class Search:
 
     def losses(self, parts: list[Part], choices: list[Choice]) -> list[list[float]] | None:
         """Of every part, by its `choices`; None if time ran out."""
-        assert self.recipe.weights is not None
+        rounding = self.recipe.weights
+        assert rounding is not None
         names = {name for part in parts for name in part.names}
         walk: list[LossWalk] = []
         found: dict[str, dict[str, float]] = {}
@@ -169,7 +170,7 @@ class Search:
                 if not walk:
                     walk.append(
                         LossWalk(
-                            *(self.base, self.recipe.weights, self.batches, self.loss_windows, names),
+                            *(self.base, rounding, self.batches, self.loss_windows, names),
                             seed=self.recipe.calibration.seed,
                         )
                     )
