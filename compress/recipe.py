@@ -140,6 +140,11 @@ class Recipe(BaseModel):
         if method is None:
             return None
         options = TypeAdapter(type(method)).dump_python(method, mode="json")
+        if "overrides" in options:
+            found = [{key: value for key, value in item.items() if value is not None} for item in options["overrides"]]
+            options["overrides"] = found
+        if not options.get("overrides", True):
+            del options["overrides"]
         return {"method": method_key(method), **options}
 
     @property
@@ -148,7 +153,9 @@ class Recipe(BaseModel):
         return any(method.needs_data for slot in SLOTS if (method := getattr(self, slot)) is not None)
 
     def to_yaml(self) -> str:
-        """The recipe with every default written out; `Recipe.load` reads it back to an equal recipe."""
+        """The recipe with every default written out, an empty list of overrides aside; `Recipe.load` reads it back to an
+        equal recipe.
+        """
         return yaml.safe_dump(self.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)
 
     @classmethod

@@ -30,7 +30,6 @@ def test_yaml_writes_every_default():
         "group_size": "auto",
         "activations": "fp8",
         "ignore": ["lm_head"],
-        "overrides": [],
         "dampening": 0.01,
         "activation_order": True,
         "search": True,
