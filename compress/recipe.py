@@ -153,7 +153,7 @@ class Recipe(BaseModel):
         return any(method.needs_data for slot in SLOTS if (method := getattr(self, slot)) is not None)
 
     def to_yaml(self) -> str:
-        """The recipe with every default written out, an empty list of overrides aside; `Recipe.load` reads it back to an
+        """The recipe with every default written out, but no empty list of overrides; `Recipe.load` reads it back to an
         equal recipe.
         """
         return yaml.safe_dump(self.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)
