@@ -64,6 +64,7 @@ def planned(content: dict[str, Any]) -> Shown:
     else:
         shown = tables.planned(content)
     shown += cache_plan(content)
+    shown += ceilings(content)
     recipe = content["recipe"]
     if "attention" in content:
         below = f"calls of fewer than {recipe['attention']['min_tokens']:,} queries, and decoding, are dense"
@@ -104,6 +105,28 @@ def tasks_cached(content: dict[str, Any]) -> list[str]:
         sentences = (attention_sentence(used.get("attention")), cache_evaluation_sentence(used.get("kv_cache")))
         lines += [f"{name}: {text}" for text in sentences if text]
     return lines
+
+
+def ceilings(content: dict[str, Any]) -> Shown:
+    """What else runs the result, and how fast it could be at most."""
+    engines = table("", "engine", "runs")
+    for row in content["engines"]:
+        engines.add_row(row["engine"], row["runs"])
+    if "ceilings" not in content:
+        return ["", engines]
+    found = content["ceilings"]
+    device = found["device"]
+    rows = table("", "sequences × tokens", "ms per token ≥", "compressed ≥", "ms per prompt ≥", "compressed ≥", "")
+    for row in found["rows"]:
+        cells = [row[f"{kind}_{what}_ms"] for what in ("decode", "prefill") for kind in ("base", "compressed")]
+        rows.add_row(f"{row['batch']:,} × {row['context']:,}", *(f"{cell:,.4g}" for cell in cells), "")
+    fp8 = "none" if device["fp8"] is None else f"{device['fp8'] / 1e12:,.0f} TFLOP/s"
+    words = (
+        f"ceilings, not forecasts: {device['name']}, {device['bandwidth'] / 1e12:.2f} TB/s, bf16 "
+        f"{device['bf16'] / 1e12:,.0f} TFLOP/s, FP8 {fp8} ({device['source']}); nothing but reading weights and cache, "
+        "and multiplying, takes time"
+    )
+    return ["", engines, "", rows, words]
 
 
 def cache_plan(content: dict[str, Any]) -> list[str]:

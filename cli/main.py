@@ -12,6 +12,7 @@ import typer
 
 from . import options as o
 from .bench_sparsity import bench
+from .search import search
 from .session import Session, peak_host_bytes
 
 app = typer.Typer(
@@ -348,11 +349,19 @@ def plan(
     recipe: o.Recipe = "w4a8-fireq",
     set_: o.Set = None,
     device: o.Device = None,
+    contexts: o.Contexts = None,
+    batch: o.Batches = None,
+    runs_on: o.RunsOn = None,
     trust_remote_code: o.TrustRemoteCode = False,
     as_json: o.Json = False,
 ) -> None:
-    """Say what a recipe would do to MODEL, from its config.json alone: sizes, coverage, memory, kernels."""
-    show_plan(context.obj, model, recipe, settings(set_), device, trust_remote_code, as_json)
+    """Say what a recipe would do to MODEL, from its config.json alone: sizes, coverage, memory, kernels, ceilings."""
+    if batch is not None and runs_on is None:
+        raise typer.BadParameter("--batch is for ceilings of speed and needs --runs-on, the device")
+    given: dict[str, Any] = {"runs_on": runs_on}
+    given |= {} if contexts is None else {"contexts": o.numbers(contexts, "--contexts")}
+    given |= {} if batch is None else {"batches": o.numbers(batch, "--batch")}
+    show_plan(context.obj, model, recipe, settings(set_), device, trust_remote_code, as_json, given)
 
 
 def show_plan(
@@ -363,13 +372,15 @@ def show_plan(
     device: str | None,
     trust_remote_code: bool,
     as_json: bool,
+    given: dict[str, Any] | None = None,
 ) -> None:
-    """Prints the plan of a run."""
+    """Prints the plan of a run. given: further arguments of `plan`."""
     from ..compress import plan as library
     from .attention_tables import planned
 
     with session.working():
-        found = library(model, recipe, overrides=overrides, device=device, trust_remote_code=trust_remote_code)
+        how = {"device": device, "trust_remote_code": trust_remote_code, **(given or {})}
+        found = library(model, recipe, overrides=overrides, **how)
     session.show(found.as_dict(), planned, as_json)
 
 
@@ -392,6 +403,7 @@ def demo_model(context: typer.Context, directory: Path, permute_channels: o.Perm
     context.obj.print(f"written to {path}")
 
 
+app.command()(search)
 app.add_typer(bench, name="bench")
 
 if __name__ == "__main__":

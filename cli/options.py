@@ -31,6 +31,21 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and 
 Device = Annotated[
     str | None, typer.Option(help="Where one layer at a time is worked on; default cuda if there is one.")
 ]
+Contexts = Annotated[
+    str | None,
+    typer.Option(help="Tokens of a sequence, comma-separated; default 1024,8192,32768.", metavar="N,N"),
+]
+Batches = Annotated[
+    str | None, typer.Option("--batch", help="Sequences at once, comma-separated; default 1.", metavar="N,N")
+]
+RunsOn = Annotated[
+    str | None,
+    typer.Option(
+        help="Say how fast it could be at most on h200, h100, a100 or l40s (data sheets), or by the ceilings that "
+        "`bench linear -o FILE` measured.",
+        metavar="NAME|FILE",
+    ),
+]
 DeviceMap = Annotated[
     str | None, typer.Option(help="Where the model is held: auto, cpu, disk, cuda:0 …", rich_help_panel=RUN)
 ]

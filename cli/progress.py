@@ -11,6 +11,8 @@ from rich.text import Text
 LABELS = {
     "layers": "quantizing layers",
     "evaluate": "evaluating",
+    "search": "measuring recipes",
+    "losses": "losses of layers",
     "choices": "multiple choice",
     "last_word": "last word",
     "harness": "lm-eval",

@@ -46,7 +46,10 @@ def recipe_line(recipe: Any) -> str:
     content = recipe.model_dump(mode="json", exclude_none=True)
     weights = dict(content["weights"])
     method, ignore = weights.pop("method"), weights.pop("ignore", [])
+    overrides = weights.pop("overrides", [])
     options = [f"{key.replace('_', ' ')} {word(value)}" for key, value in weights.items()]
+    if overrides:
+        options.append(f"{len(overrides)} override{'s' * (len(overrides) > 1)}")
     if ignore != ["lm_head"]:
         options.append(f"ignore {' '.join(ignore)}")
     return f"recipe {recipe.name}: {method}, {', '.join(options)}"

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .reporting import report
     from .restore import LimitExceeded
     from .retrieval_cases import RetrievalOptions
+    from .searching import SearchOptions, search
     from .verification import Verification, verify
 
 _HOMES = {
@@ -31,6 +32,7 @@ _HOMES = {
     "Plan": "planning",
     "Recipe": "recipe",
     "RetrievalOptions": "retrieval_cases",
+    "SearchOptions": "searching",
     "Verification": "verification",
     "build_demo_model": "demo",
     "compress": "pipeline",
@@ -39,6 +41,7 @@ _HOMES = {
     "patch": "patching",
     "plan": "planning",
     "report": "reporting",
+    "search": "searching",
     "verify": "verification",
 }
 __all__ = [
@@ -51,6 +54,7 @@ __all__ = [
     "Plan",
     "Recipe",
     "RetrievalOptions",
+    "SearchOptions",
     "Verification",
     "build_demo_model",
     "compress",
@@ -59,6 +63,7 @@ __all__ = [
     "patch",
     "plan",
     "report",
+    "search",
     "verify",
 ]
 

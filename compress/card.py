@@ -126,7 +126,7 @@ def write_card(
         title=f"{Path(report['base_model']).name} {recipe.name}",
         base_model=metadata["base_model"],
         recipe=recipe,
-        scheme=None if recipe.weights is None else recipe.weights.scheme().describe(),
+        scheme=None if recipe.weights is None else recipe.weights.describe(),
         use=in_use(recipe),
         attention=attention_rows(arithmetic_of(policies)),
         judged=judged_sentence(arithmetic_of(policies)),

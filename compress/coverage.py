@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 
 from torch import nn
 
-from ..quant.method import WeightMethod
+from ..quant.method import WeightMethod, matches
 
 AUTO_SIZES = (128, 64, 32)
 ROUTERS = ("gate", "router", "shared_expert_gate")
@@ -35,31 +35,20 @@ class Coverage:
         return {**asdict(self), "shape": list(self.shape)}
 
 
-def is_ignored(name: str, patterns: Iterable[str]) -> bool:
-    """Whether `name`, or its last part, is one of `patterns`, or a ``re:`` pattern matches its whole or its start."""
-    for pattern in patterns:
-        if pattern.startswith("re:"):
-            if re.match(pattern[3:], name):
-                return True
-        elif pattern in (name, name.rpartition(".")[2]):
-            return True
-    return False
-
-
-def check_patterns(patterns: Iterable[str], names: Iterable[str]) -> None:
+def check_patterns(patterns: Iterable[str], names: Iterable[str], key: str = "ignore") -> None:
     """ValueError for a pattern that is not a regular expression or that no name matches ("lm_head" may be absent).
 
-    names: Linears, then mixtures of experts.
+    names: Linears, then mixtures of experts. key: what the recipe calls the patterns.
     """
     names = list(names)
     for pattern in patterns:
         try:
-            found = any(is_ignored(name, (pattern,)) for name in names)
+            found = any(matches(name, (pattern,)) for name in names)
         except re.error as error:
-            raise ValueError(f"ignore pattern {pattern!r} is not a regular expression: {error}") from error
+            raise ValueError(f"{key} pattern {pattern!r} is not a regular expression: {error}") from error
         if not found and pattern != "lm_head":
             raise ValueError(
-                f"ignore pattern {pattern!r} matches no Linear of the model; there are, e.g., {', '.join(names[:4])}"
+                f"{key} pattern {pattern!r} matches no Linear of the model; there are, e.g., {', '.join(names[:4])}"
             )
 
 
@@ -92,7 +81,7 @@ def cover(model: nn.Module, layer_names: list[str], method: WeightMethod | None)
                 reason = "the recipe leaves weights as they are"
             elif tied:
                 reason = f"shares its weight with {tied}"
-            elif is_ignored(name, method.ignore):
+            elif matches(name, method.ignore):
                 reason = "ignored by the recipe"
             elif not name.startswith(prefixes):
                 reason = "outside the decoder layers"
@@ -135,9 +124,12 @@ def resolve_group_size(method: WeightMethod, lines: list[Coverage]) -> WeightMet
     """The method with `group_size` "auto" replaced by what it comes to. ValueError if the size does not divide a
     Linear.
     """
+    quantized = [line for line in lines if line.status == "quantized"]
+    check_overrides(method, quantized)
     if method.storage != "int4" or method.group_size == "channel":
         return method
-    widths = {line.shape[1]: line.name for line in reversed(lines) if line.status == "quantized"}
+    plain = [line for line in quantized if method.override(line.name) is None]
+    widths = {line.shape[1]: line.name for line in reversed(plain)}
     fitting = [size for size in AUTO_SIZES if all(width % size == 0 for width in widths)]
     if method.group_size == "auto":
         return replace(method, group_size=fitting[0] if fitting else "channel")
@@ -149,3 +141,23 @@ def resolve_group_size(method: WeightMethod, lines: list[Coverage]) -> WeightMet
                 f"these divide every Linear: {', '.join([*dividing, 'channel'])} (or auto)"
             )
     return method
+
+
+def check_overrides(method: WeightMethod, quantized: list[Coverage]) -> None:
+    """ValueError for an override that changes nothing, or whose groups do not divide a Linear."""
+    names = [line.name for line in quantized]
+    for override in method.overrides:
+        check_patterns(override.modules, names, "overrides")
+        mine = [line for line in quantized if method.override(line.name) is override]
+        if not mine:
+            raise ValueError(
+                f"the override of {', '.join(override.modules)[:200]} changes nothing: earlier ones match all of its "
+                "Linears"
+            )
+        size = override.scheme(method.activations).group_size
+        for line in mine:
+            if size is not None and line.shape[1] % size:
+                raise ValueError(
+                    f"an override has group_size {size}, which does not divide the {line.shape[1]} inputs of "
+                    f"{line.name}; use a divisor of that, or channel"
+                )

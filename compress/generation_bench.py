@@ -173,7 +173,8 @@ def uncalibrated(recipe: Recipe) -> Recipe:
     weights = recipe.weights
     if weights is None or weights.storage != "int4":
         return recipe
-    nearest = RTN(group_size=weights.group_size, activations=weights.activations, ignore=weights.ignore, scale="amax")
+    shared = {key: getattr(weights, key) for key in ("group_size", "activations", "ignore", "overrides")}
+    nearest = RTN(**shared, scale="amax")
     return recipe.model_copy(update={"weights": nearest})
 
 

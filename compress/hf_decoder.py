@@ -18,7 +18,8 @@ import torch
 from accelerate.hooks import AlignDevicesHook, SequentialHook
 from torch import nn
 
-from .coverage import experts_of, is_ignored
+from ..quant.method import matches
+from .coverage import experts_of
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ def expert_modules(layers: list[tuple[str, nn.Module]]) -> dict[str, nn.Module]:
 
 def refuse_experts(layers: list[tuple[str, nn.Module]], ignore: Collection[str] = ()) -> None:
     """ValueError if a layer holds a mixture of experts, which no method quantizes, and `ignore` does not keep it."""
-    experts = {name: module for name, module in expert_modules(layers).items() if not is_ignored(name, ignore)}
+    experts = {name: module for name, module in expert_modules(layers).items() if not matches(name, ignore)}
     if not experts:
         return
     name, module = next(iter(experts.items()))
@@ -207,14 +208,21 @@ def layerwise_logits(
     calls = LayerCalls(model, layers, [tokens])
     hidden = calls.hidden[0].to(device)
     for index, (_, layer) in enumerate(layers):
-        args, kwargs = calls.of_layer(index, device)[0]
         with resident(layer, device):
-            output = layer(hidden, *args, **kwargs)
-        hidden = output[0] if isinstance(output, tuple) else output
-    return _head(model, layers, tokens, hidden).cpu()
+            hidden = run_layer(layer, hidden, calls.of_layer(index, device)[0])
+    return head_logits(model, layers, tokens, hidden).cpu()
 
 
-def _head(model: Any, layers: list[tuple[str, nn.Module]], tokens: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+def run_layer(layer: nn.Module, hidden: torch.Tensor, arguments: tuple[tuple, dict]) -> torch.Tensor:
+    """What a layer makes of `hidden`, (batch, tokens, hidden). arguments: what else it is called with."""
+    args, kwargs = arguments
+    output = layer(hidden, *args, **kwargs)
+    return output[0] if isinstance(output, tuple) else output
+
+
+def head_logits(
+    model: Any, layers: list[tuple[str, nn.Module]], tokens: torch.Tensor, hidden: torch.Tensor
+) -> torch.Tensor:
     """What the model makes of `hidden` as the output of its last layer."""
     embedding = model.get_input_embeddings().weight.device
     originals = [(layer, vars(layer).get("forward")) for _, layer in layers]

@@ -134,7 +134,7 @@ def _holds(block: Block, folds: list[Fold]) -> bool:
         folds=[],
         inputs=block.inputs[:1],
         arguments=block.arguments[:1],
-        scheme=block.scheme,
+        schemes=block.schemes,
         scale_dtype=block.scale_dtype,
         device=block.device,
     )

@@ -7,7 +7,8 @@ else.
 
 from __future__ import annotations
 
-from dataclasses import asdict
+import re
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -16,31 +17,60 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..quant.method import WeightScheme
-from .coverage import is_ignored
+from ..quant.method import WeightScheme, matches
 from .linear import CompressedLinear
 from .shared_input import share_inputs, unshare_inputs
 
 QUANT_METHOD = "kompakt"
 FORMATS = {"int4": "pack-quantized", "fp8": "float-quantized"}
+MODULE = re.compile(r"\w+(\.\w+)+")
+"""A full name of a module, as opposed to a class or a pattern."""
 FP8_INPUTS = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "token", "dynamic": True}
 
 
-class KompaktConfig(QuantizationConfigMixin):
-    """Scheme and kept Linears. `to_dict` writes the compressed-tensors form, `from_compressed_tensors` reads it."""
+EVERY = ("Linear",)
+"""Targets of a group that holds every Linear which is not ignored."""
 
-    def __init__(self, scheme: WeightScheme | dict[str, Any], ignore: list[str], **_: Any):
+
+@dataclass(frozen=True)
+class Group:
+    """Linears that are stored alike. targets: their full names, or `EVERY`."""
+
+    scheme: WeightScheme
+    targets: tuple[str, ...] = EVERY
+
+    @classmethod
+    def of(cls, content: Group | dict[str, Any]) -> Group:
+        """Itself, or what `asdict` made of one."""
+        if isinstance(content, Group):
+            return content
+        return cls(WeightScheme(**content["scheme"]), tuple(content["targets"]))
+
+
+class KompaktConfig(QuantizationConfigMixin):
+    """How Linears are stored, and which are kept. `to_dict` writes the compressed-tensors form,
+    `from_compressed_tensors` reads it. groups: one for `EVERY` Linear, or several that name theirs.
+    """
+
+    def __init__(self, groups: list[Any], ignore: list[str], **_: Any):
         self.quant_method: Any = QUANT_METHOD
-        self.scheme = WeightScheme(**scheme) if isinstance(scheme, dict) else scheme
+        self.groups = [Group.of(group) for group in groups]
         self.ignore = ignore
 
     def in_memory(self) -> dict[str, Any]:
         """What stands in a loaded config while transformers looks for the quantizer."""
-        return {"quant_method": QUANT_METHOD, "scheme": asdict(self.scheme), "ignore": self.ignore}
+        return {"quant_method": QUANT_METHOD, "groups": [asdict(group) for group in self.groups], "ignore": self.ignore}
+
+    def scheme_of(self, name: str) -> WeightScheme:
+        """How a Linear that is not ignored is stored, by its full name. ValueError if that is not said."""
+        for group in self.groups:
+            if group.targets == EVERY or name in group.targets:
+                return group.scheme
+        raise ValueError(f"quantization_config has no group for {name}, and does not ignore it")
 
     def to_dict(self) -> dict[str, Any]:
         """`quantization_config` of config.json, compressed-tensors."""
-        return compressed_tensors_config(self.scheme, self.ignore)
+        return compressed_tensors_config(self.groups, self.ignore)
 
     def to_diff_dict(self) -> dict[str, Any]:
         """The same as `to_dict`: everything is written."""
@@ -50,63 +80,86 @@ class KompaktConfig(QuantizationConfigMixin):
     def from_compressed_tensors(cls, config: dict[str, Any]) -> Any:
         """Reads what `compressed_tensors_config` wrote. ValueError for a layout that kompakt does not run."""
         groups = config.get("config_groups")
-        if config.get("quant_method") != "compressed-tensors" or not isinstance(groups, dict) or len(groups) != 1:
-            raise ValueError(
-                "quantization_config is not a compressed-tensors config with one group, as kompakt writes it"
-            )
-        group = next(iter(groups.values()))
-        weights = group.get("weights") if isinstance(group, dict) else None
-        inputs = group.get("input_activations") if isinstance(group, dict) else None
-        if not isinstance(weights, dict):
-            raise ValueError("quantization_config has a group that does not describe weights")
+        if config.get("quant_method") != "compressed-tensors" or not isinstance(groups, dict) or not groups:
+            raise ValueError("quantization_config is not a compressed-tensors config with groups, as kompakt writes it")
+        found = [read_group(group, alone=len(groups) == 1) for group in groups.values()]
         ignore = config.get("ignore", [])
         if not isinstance(ignore, list) or not all(isinstance(name, str) for name in ignore):
             raise ValueError("quantization_config has an ignore that is no list of names")
         if any(name.startswith("re:") for name in ignore):
             raise ValueError("quantization_config ignores by patterns; kompakt writes the names of Linears")
-        kinds: list[tuple[tuple[str, int], Any]] = [(("int", 4), "int4"), (("float", 8), "fp8")]
-        kind = next((kind for form, kind in kinds if form == (weights.get("type"), weights.get("num_bits"))), None)
-        size = weights.get("group_size")
-        sized = size is None or (kind == "int4" and type(size) is int and size >= 1)
-        if kind is None or not sized or weights.get("symmetric") is not True or inputs not in (None, FP8_INPUTS):
-            described = f"quantization_config stores {weights} with inputs {inputs}"
-            raise ValueError(f"{described[:400]}, which kompakt does not run")
-        return cls(WeightScheme(kind, size, "none" if inputs is None else "fp8"), list(ignore))
+        return cls(found, list(ignore))
 
 
-def compressed_tensors_config(scheme: WeightScheme, ignore: list[str]) -> dict[str, Any]:
-    """The `quantization_config` that describes `scheme` to compressed-tensors. ignore: Linears that were kept."""
+def read_group(group: Any, *, alone: bool) -> Group:
+    """One of `config_groups`. alone: it is the only one, and holds every Linear. ValueError for one that kompakt does
+    not run.
+    """
+    weights = group.get("weights") if isinstance(group, dict) else None
+    inputs = group.get("input_activations") if isinstance(group, dict) else None
+    if not isinstance(weights, dict):
+        raise ValueError("quantization_config has a group that does not describe weights")
+    kinds: list[tuple[tuple[str, int], Any]] = [(("int", 4), "int4"), (("float", 8), "fp8")]
+    kind = next((kind for form, kind in kinds if form == (weights.get("type"), weights.get("num_bits"))), None)
+    size = weights.get("group_size")
+    sized = size is None or (kind == "int4" and type(size) is int and size >= 1)
+    if kind is None or not sized or weights.get("symmetric") is not True or inputs not in (None, FP8_INPUTS):
+        described = f"quantization_config stores {weights} with inputs {inputs}"
+        raise ValueError(f"{described[:400]}, which kompakt does not run")
+    scheme = WeightScheme(kind, size, "none" if inputs is None else "fp8")
+    if alone:
+        return Group(scheme)
+    targets = group.get("targets")
+    named = isinstance(targets, list) and all(type(name) is str and MODULE.fullmatch(name) for name in targets)
+    if not isinstance(targets, list) or not named:
+        raise ValueError("quantization_config has several groups, of which one does not name its Linears")
+    return Group(scheme, tuple(targets))
+
+
+def compressed_tensors_config(groups: list[Group], ignore: list[str]) -> dict[str, Any]:
+    """The `quantization_config` that describes `groups` to compressed-tensors. ignore: Linears that were kept."""
+    formats = list(dict.fromkeys(FORMATS[group.scheme.weights] for group in groups))
+    return {
+        "quant_method": "compressed-tensors",
+        "format": formats[0] if len(formats) == 1 else "mixed-precision",
+        "quantization_status": "compressed",
+        "kv_cache_scheme": None,
+        "ignore": ignore,
+        "config_groups": {f"group_{index}": describe_group(group) for index, group in enumerate(groups)},
+    }
+
+
+def describe_group(group: Group) -> dict[str, Any]:
+    """One of `config_groups`."""
+    scheme = group.scheme
     weights: dict[str, Any] = (
         {"num_bits": 4, "type": "int"} if scheme.weights == "int4" else {"num_bits": 8, "type": "float"}
     )
     weights |= {"symmetric": True, "strategy": "channel", "dynamic": False}
     if scheme.group_size is not None:
         weights |= {"strategy": "group", "group_size": scheme.group_size}
-    group = {
-        "targets": ["Linear"],
+    return {
+        "targets": list(group.targets),
         "format": FORMATS[scheme.weights],
         "weights": weights,
         "input_activations": FP8_INPUTS if scheme.activations == "fp8" else None,
         "output_activations": None,
     }
-    return {
-        "quant_method": "compressed-tensors",
-        "format": FORMATS[scheme.weights],
-        "quantization_status": "compressed",
-        "kv_cache_scheme": None,
-        "ignore": ignore,
-        "config_groups": {"group_0": group},
-    }
 
 
-def swap_linears(model: nn.Module, scheme: WeightScheme, ignore: list[str]) -> None:
-    """Puts an empty `CompressedLinear` on the meta device in the place of every Linear that `ignore` does not name.
+def swap_linears(model: nn.Module, config: KompaktConfig) -> None:
+    """Puts an empty `CompressedLinear` on the meta device in the place of every Linear that the config does not ignore.
 
-    ValueError for a Linear that the scheme's groups do not divide.
+    ValueError for a Linear that its groups do not divide, and for a name that is no Linear.
     """
-    for name, module in list(model.named_modules()):
-        if not isinstance(module, nn.Linear) or is_ignored(name, ignore):
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    for group in config.groups:
+        if unknown := [name for name in group.targets if group.targets != EVERY and name not in linears]:
+            raise ValueError(f"quantization_config has a group for {unknown[0][:120]}, which the model does not have")
+    for name, module in linears.items():
+        if matches(name, config.ignore):
             continue
+        scheme = config.scheme_of(name)
         if scheme.group_size is not None and module.in_features % scheme.group_size:
             raise ValueError(
                 f"quantization_config has group_size {scheme.group_size}, which does not divide the "
@@ -125,7 +178,7 @@ class KompaktQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         config: Any = self.quantization_config
-        swap_linears(model, config.scheme, config.ignore)
+        swap_linears(model, config)
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
@@ -153,11 +206,22 @@ register_quantization_config(QUANT_METHOD)(KompaktConfig)
 register_quantizer(QUANT_METHOD)(KompaktQuantizer)
 
 
+def groups_of(model: nn.Module, scheme: WeightScheme) -> list[Group]:
+    """How the packed Linears of a model are stored. scheme: said where there are none."""
+    found: dict[WeightScheme, list[str]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, CompressedLinear):
+            found.setdefault(module.scheme, []).append(name)
+    if len(found) < 2:
+        return [Group(next(iter(found), scheme))]
+    return [Group(scheme, tuple(names)) for scheme, names in found.items()]
+
+
 def mark_quantized(model: Any, scheme: WeightScheme, kept: list[str]) -> None:
     """Tells transformers that `model` holds packed weights, so that `save_pretrained` writes the right config, and lets
-    their Linears share quantized inputs.
+    their Linears share quantized inputs. scheme: said where no Linear is packed.
     """
-    config = KompaktConfig(scheme, kept)
+    config = KompaktConfig(groups_of(model, scheme), kept)
     model.config.quantization_config = config
     model.hf_quantizer = KompaktQuantizer(config, pre_quantized=True)
     model.is_quantized = True

@@ -98,7 +98,7 @@ def expected_model(config: Any, build: Callable[[Any], nn.Module]) -> nn.Module:
     skeleton = build(plain)
     if quantization is not None:
         packed = KompaktConfig.from_compressed_tensors(quantization)
-        swap_linears(skeleton, packed.scheme, packed.ignore)
+        swap_linears(skeleton, packed)
     return skeleton
 
 

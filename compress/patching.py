@@ -160,7 +160,7 @@ def _patch_from_directory(model: Any, directory: Path, undo: Undo) -> Patch:
     packed = {name.rpartition(".")[0] for name in tensors if name.endswith((".weight_packed", ".weight_scale"))}
     for name in packed:
         linear = _linear(model, name, directory)
-        swapped = CompressedLinear.instead_of(linear, config.scheme, linear.weight.device)
+        swapped = CompressedLinear.instead_of(linear, config.scheme_of(name), linear.weight.device)
         for key, parameter in swapped.named_parameters():
             if f"{name}.{key}" not in tensors:
                 raise ValueError(f"{directory} lacks {name}.{key}")
@@ -188,7 +188,7 @@ def _patch_from_directory(model: Any, directory: Path, undo: Undo) -> Patch:
             undo.parameters.append((model, name, parameter.data))
             parameter.data = stored.to(parameter.dtype)
     undo.folded = bool(undo.parameters)
-    mark_quantized(model, config.scheme, config.ignore)
+    mark_quantized(model, config.groups[0].scheme, config.ignore)
     run_by(model, policies, cache)
     check_cache(model)
     return Patch(model, undo, None, policies, cache)

@@ -17,7 +17,7 @@ from torch import nn
 
 from ..kernels.attention import Mode
 from ..kernels.int4_linear import Backend, available_backends
-from ..quant.method import AttentionPolicy, CachePolicy
+from ..quant.method import AttentionPolicy, CachePolicy, WeightMethod
 from .artifact import (
     REPORT,
     cache_tensors,
@@ -349,8 +349,8 @@ def check_kernels(
         found |= sparse_backends(device)
     if recipe.kv_cache is not None:
         found |= cache_backends(device, recipe.kv_cache)
-    if recipe.weights is not None and (op := OPS.get((recipe.weights.storage, recipe.weights.activations))):
-        found[op] = available_backends(device)[op]
+    if recipe.weights is not None:
+        found |= {op: available_backends(device)[op] for op in recipe_ops(recipe.weights)}
     for op, backend in found.items():
         if backend.name not in WITHOUT_KERNEL:
             continue
@@ -358,6 +358,13 @@ def check_kernels(
         if strict:
             raise ValueError(f"{op} has no kernel on this device ({backend.reason}), and --strict forbids {way}")
         log.warning("%s runs through %s: %s", op, way, backend.reason)
+
+
+def recipe_ops(weights: WeightMethod) -> list[str]:
+    """Ops of `available_backends` that the Linears of a recipe call."""
+    storages = [weights.storage, *(override.weights for override in weights.overrides)]
+    found = (OPS.get((storage, weights.activations)) for storage in dict.fromkeys(storages))
+    return [op for op in found if op is not None]
 
 
 def check_outer(model: Any, layer_names: list[str]) -> None:

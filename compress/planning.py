@@ -19,6 +19,7 @@ from ..kernels.attention import MAX_HEAD_DIM
 from ..kernels.int4_linear import Backend, available_backends
 from ..quant.method import KVCacheMethod, WeightScheme
 from .cache import TokenStore
+from .ceilings import device_ceilings, engines, speed_ceilings, works
 from .coverage import Coverage
 from .hf import meta_model, read_config, resolve_model
 from .hf_attention import attention_modules, full_attention, layer_kind
@@ -26,7 +27,7 @@ from .hf_cache import CompressedCache
 from .hf_cache_hooks import cacheable_modules
 from .hf_decoder import decoder_layers
 from .linear import CompressedLinear
-from .pipeline import OPS, covered
+from .pipeline import covered, recipe_ops
 from .planning_memory import MemoryModel, Stage
 from .recipe import Recipe
 from .runtime import AttentionBackend, attention_backends, cache_backends, sparse_backends
@@ -40,14 +41,15 @@ class Plan:
 
     recipe: with `group_size` resolved. kv_cache: tokens → bytes of one sequence, as transformers keeps it.
     compressed_cache: as the recipe keeps it, None if it leaves it alone.
-    scheme: None if the recipe leaves weights as they are. attention: what happens to each attention layer, empty if the
-    recipe leaves it alone; sparsity likewise. kernels: what each op runs on and why; op: the one that the recipe's
-    Linears call.
+    scheme: how weights are stored, None if the recipe leaves them as they are. attention: what happens to each
+    attention layer, empty if the recipe leaves it alone; sparsity likewise. kernels: what each op runs on and why;
+    ops: those that the recipe's Linears call. engines: what else runs the result. ceilings: of speed, None if no device
+    was named.
     """
 
     model: str
     recipe: Recipe
-    scheme: WeightScheme | None
+    scheme: str | None
     dtype: str
     device: str
     base_bytes: int
@@ -61,7 +63,9 @@ class Plan:
     kv_cache: dict[int, int]
     compressed_cache: CachePlan | None
     kernels: Mapping[str, Backend | AttentionBackend]
-    op: str | None
+    ops: list[str]
+    engines: list[dict[str, str]]
+    ceilings: dict[str, Any] | None
 
     @property
     def bits_per_weight(self) -> float | None:
@@ -88,7 +92,7 @@ class Plan:
         return {
             "model": self.model,
             "recipe": self.recipe.model_dump(mode="json", exclude_none=True),
-            "scheme": None if self.scheme is None else self.scheme.describe(),
+            "scheme": self.scheme,
             "dtype": self.dtype,
             "device": self.device,
             "sizes": {
@@ -106,7 +110,7 @@ class Plan:
                 op: {
                     "backend": backend.name,
                     "reason": backend.reason,
-                    "used": op == self.op or op in self.modes or op in ("decode_attention", "sparse_attention"),
+                    "used": op in self.ops or op in self.modes or op in ("decode_attention", "sparse_attention"),
                 }
                 for op, backend in self.kernels.items()
             },
@@ -114,6 +118,8 @@ class Plan:
             **({"attention": [asdict(line) for line in self.attention]} if self.attention else {}),
             **({"sparsity": [asdict(line) for line in self.sparsity]} if self.sparsity else {}),
             **({} if self.compressed_cache is None else {"kv_cache": self.compressed_cache.as_dict()}),
+            "engines": self.engines,
+            **({} if self.ceilings is None else {"ceilings": self.ceilings}),
         }
 
 
@@ -123,14 +129,21 @@ def plan(
     *,
     overrides: dict[str, Any] | None = None,
     contexts: Sequence[int] = CONTEXTS,
+    batches: Sequence[int] = (1,),
+    runs_on: str | None = None,
     device: str | None = None,
     trust_remote_code: bool = False,
 ) -> Plan:
     """Sizes, coverage, memory and kernels of a `compress` run with the same arguments; refuses what that would refuse.
 
     model: directory or hub id; only its config.json is read. contexts: lengths in tokens for the size of the key-value
-    cache. Raises ValueError for bad input.
+    cache, and, with batches, of sequences at once, for ceilings of speed on the device `runs_on` (`ceilings.py`).
+    Raises ValueError for bad input.
     """
+    for name, numbers in (("contexts", contexts), ("batches", batches)):
+        if not numbers or min(numbers) < 1:
+            raise ValueError(f"{name} are {list(numbers)}; they are numbers from 1, one at least")
+    ceilings = None if runs_on is None else device_ceilings(runs_on)
     loaded = Recipe.load(recipe, overrides)
     path = resolve_model(model, weights=False)
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -141,14 +154,15 @@ def plan(
     layers = decoder_layers(skeleton)
     loaded, coverage = covered(skeleton, layers, loaded)
     method = loaded.weights
-    scheme = None if method is None else method.scheme()
     names = {line.name for line in coverage if line.status == "quantized"}
     linears = {name: module for name, module in skeleton.named_modules() if isinstance(module, nn.Linear)}
     linears = {name: linear for name, linear in linears.items() if name in names}
-    quantized = 0 if scheme is None else sum(packed_bytes(linear, scheme) for linear in linears.values())
+    quantized = (
+        0 if method is None else sum(packed_bytes(linear, method.scheme_of(name)) for name, linear in linears.items())
+    )
     base = sum(own_bytes(skeleton))
     compressed = base - sum(linear.weight.nbytes for linear in linears.values()) + quantized
-    op = None if method is None else OPS.get((method.storage, method.activations))
+    ops = [] if method is None else recipe_ops(method)
     kernels: dict[str, Backend | AttentionBackend] = {**available_backends(place)}
     if loaded.attention is not None:
         kernels |= attention_backends(loaded.attention.modes, place)
@@ -162,12 +176,15 @@ def plan(
         base_bytes=base,
         compressed_bytes=compressed,
         device=place,
-        reference=method is not None and (op is None or kernels[op].name == "reference"),
+        reference=method is not None and (not ops or any(kernels[op].name == "reference" for op in ops)),
     )
+    kept = {tokens: kv_cache_bytes(config, tokens, skeleton.dtype.itemsize) for tokens in contexts}
+    cache = None if loaded.kv_cache is None else plan_cache(skeleton, loaded.kv_cache, contexts)
+    work = works(skeleton, loaded, names, (base, compressed), (kept, kept if cache is None else cache.bytes))
     return Plan(
         model=str(model),
         recipe=memory.recipe,
-        scheme=scheme,
+        scheme=None if method is None else method.describe(),
         dtype=str(skeleton.dtype).removeprefix("torch."),
         device=str(place),
         base_bytes=base,
@@ -178,10 +195,12 @@ def plan(
         attention=[] if loaded.attention is None else cover_attention(skeleton, [name for name, _ in layers], loaded),
         sparsity=[] if loaded.sparsity is None else cover_sparsity(skeleton, [name for name, _ in layers], loaded),
         stages=memory.stages([(layer, _inside(name, linears)) for name, layer in layers]),
-        kv_cache={tokens: kv_cache_bytes(config, tokens, skeleton.dtype.itemsize) for tokens in contexts},
-        compressed_cache=None if loaded.kv_cache is None else plan_cache(skeleton, loaded.kv_cache, contexts),
+        kv_cache=kept,
+        compressed_cache=cache,
         kernels=kernels,
-        op=op,
+        ops=ops,
+        engines=engines(loaded),
+        ceilings=None if ceilings is None else speed_ceilings(work, ceilings, batches, contexts),
     )
 
 

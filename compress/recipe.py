@@ -8,7 +8,7 @@ import difflib
 import re
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import yaml
 from pydantic import (
@@ -48,7 +48,7 @@ SLOTS = tuple(METHODS)
 Method = WeightMethod | AttentionMethod | KVCacheMethod | SparsityMethod
 
 
-def _percent(value: Any) -> Any:
+def percent(value: Any) -> Any:
     """``"3%"`` → 0.03; numbers stay as they are."""
     if isinstance(value, str):
         match = re.fullmatch(r"\s*\+?([0-9]*\.?[0-9]+)\s*(%?)\s*", value)
@@ -107,8 +107,8 @@ class Limits(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    perplexity_increase: Annotated[float, BeforeValidator(_percent), Field(gt=0)] | None = None
-    max_restored: Annotated[float, BeforeValidator(_percent), Field(ge=0, le=1)] = 0.5
+    perplexity_increase: Annotated[float, BeforeValidator(percent), Field(gt=0)] | None = None
+    max_restored: Annotated[float, BeforeValidator(percent), Field(ge=0, le=1)] = 0.5
 
 
 class Recipe(BaseModel):
@@ -140,6 +140,11 @@ class Recipe(BaseModel):
         if method is None:
             return None
         options = TypeAdapter(type(method)).dump_python(method, mode="json")
+        if "overrides" in options:
+            found = [{key: value for key, value in item.items() if value is not None} for item in options["overrides"]]
+            options["overrides"] = found
+        if not options.get("overrides", True):
+            del options["overrides"]
         return {"method": method_key(method), **options}
 
     @property
@@ -148,7 +153,9 @@ class Recipe(BaseModel):
         return any(method.needs_data for slot in SLOTS if (method := getattr(self, slot)) is not None)
 
     def to_yaml(self) -> str:
-        """The recipe with every default written out; `Recipe.load` reads it back to an equal recipe."""
+        """The recipe with every default written out, but no empty list of overrides; `Recipe.load` reads it back to an
+        equal recipe.
+        """
         return yaml.safe_dump(self.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)
 
     @classmethod
@@ -277,6 +284,13 @@ def _method(slot: str, content: Any, label: str) -> Any:
         raise ValueError(explain(error, f"{label}: {slot} ({key})", methods[key])) from error
 
 
+def _member(owner: Any, part: str | int) -> Any:
+    """Type of what `owner`, a model, a dataclass or a tuple type, holds under a field's name or an index."""
+    if isinstance(part, int):
+        return get_args(owner)[0]
+    return owner.model_fields[part].annotation if hasattr(owner, "model_fields") else get_type_hints(owner)[part]
+
+
 def explain(error: ValidationError, label: str, owner: type) -> str:
     """The first validation error as one sentence that says the bad value, the rule and the nearest valid key."""
     first = error.errors()[0]
@@ -284,11 +298,11 @@ def explain(error: ValidationError, label: str, owner: type) -> str:
         str(part) for part in first["loc"] if not str(part).startswith(("function-", "constrained-", "literal["))
     )
     if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        *parents, key = [str(part) for part in first["loc"]]
+        *parents, key = first["loc"]
         for parent in parents:
-            owner = owner.model_fields[parent].annotation  # pyright: ignore
+            owner = _member(owner, parent)
         known = list(getattr(owner, "model_fields", None) or owner.__dataclass_fields__)  # pyright: ignore
-        return f"{label}: unknown key {shown(place)}{nearest(key, known)}"
+        return f"{label}: unknown key {shown(place)}{nearest(str(key), known)}"
     rule = first["msg"].removeprefix("Value error, ")
     if not place:
         return f"{label}: {rule}"

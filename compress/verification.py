@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from ..quant.method import AttentionPolicy, CachePolicy, WeightScheme
+from ..quant.method import AttentionPolicy, CachePolicy
 from .artifact import SIDECAR, SIDECAR_TENSORS, read_cache, read_policies, read_sidecar, sha256
 from .assess import default_device_map
 from .fingerprint import check_fingerprint, compare_fingerprint
@@ -88,7 +88,7 @@ class Subject:
     sidecar: dict[str, Any] = field(default_factory=dict)
     recipe: Any = None
     config: Any = None
-    scheme: WeightScheme | None = None
+    packed: KompaktConfig | None = None
     stored: dict[str, StoredTensor] = field(default_factory=dict)
     policies: dict[str, AttentionPolicy] = field(default_factory=dict)
     cache: CachePolicy | None = None
@@ -194,11 +194,17 @@ def check_shapes(subject: Subject) -> str:
         subject.path, subject.config, lambda config: meta_model(config, trust_remote_code=subject.trust_remote_code)
     )
     stored = getattr(subject.config, "quantization_config", None)
-    subject.scheme = None if stored is None else KompaktConfig.from_compressed_tensors(stored).scheme
-    wanted = None if subject.recipe.weights is None else subject.recipe.weights.scheme()
-    if subject.scheme != wanted:
-        have, want = (None if item is None else item.describe() for item in (subject.scheme, wanted))
-        raise ValueError(f"config.json stores weights as {have or 'floats'}, the recipe as {want or 'floats'}")
+    subject.packed = None if stored is None else KompaktConfig.from_compressed_tensors(stored)
+    weights = subject.recipe.weights
+    if weights is None or subject.packed is None:
+        have, want = ("floats" if item is None else "packed" for item in (subject.packed, weights))
+        if have != want:
+            raise ValueError(f"config.json stores weights as {have}, the recipe as {want}")
+        return f"{len(subject.stored)} tensors"
+    for name in dict.fromkeys(item.rpartition(".")[0] for item in subject.stored if item.endswith(".weight_scale")):
+        have, want = subject.packed.scheme_of(name), weights.scheme_of(name)
+        if have != want:
+            raise ValueError(f"config.json stores {name} as {have.describe()}, the recipe as {want.describe()}")
     return f"{len(subject.stored)} tensors"
 
 
@@ -207,7 +213,7 @@ def check_coverage(subject: Subject) -> str:
     lines = subject.sidecar.get("coverage", [])
     if not lines:
         raise ValueError(f"{SIDECAR} has no coverage table")
-    problems = [problem for line in lines for problem in line_problems(line, subject.stored, subject.scheme)]
+    problems = [problem for line in lines for problem in line_problems(line, subject.stored, subject.packed)]
     unknown, renamed = unknown_tensors(lines, subject.stored)
     problems += [f"{name[:120]} is stored and belongs to no module of the coverage table" for name in unknown]
     _refuse(problems)

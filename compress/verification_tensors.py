@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..quant.method import WeightScheme
+from .hf_quantizer import KompaktConfig
 from .untrusted import StoredTensor
 
 DTYPES = {"int4": ("weight_packed", "I32"), "fp8": ("weight", "F8_E4M3")}
@@ -19,7 +19,7 @@ EXPERT = re.compile(rf"({LAYER.pattern})\..*\bexperts\.\d+\.")
 """A name of a tensor in a decoder layer, and of one of an expert there; the first group is the layer."""
 
 
-def line_problems(line: dict[str, Any], stored: dict[str, StoredTensor], scheme: WeightScheme | None) -> list[str]:
+def line_problems(line: dict[str, Any], stored: dict[str, StoredTensor], packed: KompaktConfig | None) -> list[str]:
     """What is wrong with the tensors of one module, by their headers. line: of the coverage table."""
     name = line["name"]
     if line["status"] == "kept":
@@ -29,9 +29,10 @@ def line_problems(line: dict[str, Any], stored: dict[str, StoredTensor], scheme:
         if kept is not None and (kept.dtype not in FLOATS or list(kept.shape) != line["shape"]):
             return [f"{name}.weight is {kept.dtype} {list(kept.shape)}, not a float of {line['shape']}"]
         return []
-    if scheme is None or len(line["shape"]) != 2:
+    if packed is None or len(line["shape"]) != 2:
         return [f"{name} is said to be quantized, and config.json says that weights are floats"]
     rows, columns = line["shape"]
+    scheme = packed.scheme_of(name)
     codes, dtype = DTYPES[scheme.weights]
     width = -(-columns // 8) if scheme.weights == "int4" else columns
     wanted = {codes: (dtype, (rows, width)), "weight_scale": (None, (rows, scheme.groups(columns)))}

@@ -20,7 +20,8 @@ import torch
 from torch import nn
 
 from ..quant.block import Block
-from ..quant.method import QuantizedWeight, WeightMethod
+from ..quant.fp8 import round_fp8
+from ..quant.method import QuantizedWeight, WeightMethod, WeightScheme
 from .coverage import Coverage
 from .hf_decoder import LayerCalls, decoder_layers, park, resident
 from .hf_folds import find_folds
@@ -149,14 +150,16 @@ def quantize_layers(
             for child, module in layer.named_modules()
             if isinstance(module, nn.Linear) and f"{name}.{child}" in covered
         }
+        schemes = {child: method.scheme_of(f"{name}.{child}") for child in linears}
         block = Block(
             name=name,
             module=layer,
-            linears=linears,
+            linears={child: linear for child, linear in linears.items() if schemes[child].weights == method.storage},
+            nearest={child: linear for child, linear in linears.items() if schemes[child].weights != method.storage},
             folds=[],
             inputs=inputs,
             arguments=calls.of_layer(index, device),
-            scheme=method.scheme(),
+            schemes=schemes,
             scale_dtype=next(iter(linears.values())).weight.dtype if linears else torch.bfloat16,
             device=device,
             reference=reference,
@@ -207,9 +210,8 @@ def quantize_layer(
             advance(block, block.reference)
         if kept is not None:
             put_in_place(block, kept, undo, home)
-        elif block.linears:
-            block.folds = find_folds(block) if method.needs_data else []
-            commit(block, method.quantize(block), undo, home)
+        elif block.linears or block.nearest:
+            commit(block, rounded(block, method), undo, home)
         processes.agree(block.module)
         # What is calibrated must not depend on how this device multiplies many tokens.
         keep_group_scales_exact(block.module)
@@ -228,23 +230,41 @@ def advance(block: Block, states: list[torch.Tensor]) -> None:
         states[index] = block.run(hidden, index).to(hidden.device)
 
 
+def rounded(block: Block, method: WeightMethod) -> dict[str, QuantizedWeight]:
+    """Every Linear of the layer as the recipe stores it. Folds reach only what the method rounds."""
+    found = {}
+    if block.linears:
+        block.folds = find_folds(block) if method.needs_data else []
+        found = method.quantize(block)
+    for name, linear in block.nearest.items():
+        found[name] = round_fp8(linear.weight.detach().float(), block.scale_dtype)
+    return found
+
+
+def every_linear(block: Block) -> dict[str, nn.Linear]:
+    """Linears that become packed, by name inside the layer and in its order."""
+    mine = {**block.linears, **block.nearest}
+    return {name: mine[name] for name in block.schemes}
+
+
 def commit(block: Block, quantized: dict[str, QuantizedWeight], undo: Undo | None, home: torch.device) -> None:
     """Swaps the quantized Linears into the layer and stores the folded norm parameters.
 
     home: where what `undo` keeps waits.
     """
     replacements = {}
-    for name in block.linears:
-        check_quantized(f"{block.name}.{name}", quantized[name])
-        replacements[name] = CompressedLinear.from_quantized(quantized[name], block.bias(name), block.scheme)
+    for name, linear in every_linear(block).items():
+        check_quantized(f"{block.name}.{name}", quantized[name], linear, block.schemes[name])
+        bias = block.bias(name) if name in block.linears else linear.bias
+        replacements[name] = CompressedLinear.from_quantized(quantized[name], bias, block.schemes[name])
     swap(block, replacements, block.norm_parameters(), block.folded, undo, home)
 
 
 def put_in_place(block: Block, kept: KeptLayer, undo: Undo | None, home: torch.device) -> None:
     """`commit` for a layer that an earlier run quantized."""
     replacements = {}
-    for name, linear in block.linears.items():
-        replacements[name] = CompressedLinear.instead_of(linear, block.scheme, torch.device("meta"))
+    for name, linear in every_linear(block).items():
+        replacements[name] = CompressedLinear.instead_of(linear, block.schemes[name], torch.device("meta"))
         replacements[name].load_state_dict(kept.linears[name], assign=True)
         replacements[name].to(block.device)
     block.tensors.update(kept.tensors)
@@ -263,7 +283,7 @@ def still_as_reported(report: LayerReport, error: float) -> LayerReport:
 
 def to_keep(block: Block, report: LayerReport) -> KeptLayer:
     """What `put_in_place` needs of a layer that was just quantized."""
-    linears = {name: dict(block.module.get_submodule(name).state_dict()) for name in block.linears}
+    linears = {name: dict(block.module.get_submodule(name).state_dict()) for name in block.schemes}
     return KeptLayer(linears, block.norm_parameters(), dict(block.tensors), block.folded, report.as_dict())
 
 
@@ -276,7 +296,7 @@ def swap(
     home: torch.device,
 ) -> None:
     """Puts Linears and norm parameters into the layer."""
-    for name, linear in block.linears.items():
+    for name, linear in every_linear(block).items():
         block.module.set_submodule(name, replacements[name])
         if undo is not None:
             undo.modules.append((block.module, name, linear))
@@ -307,9 +327,17 @@ def check_finite(name: str, layer: nn.Module) -> None:
             raise ValueError(f"{name}.{child} holds NaN or infinite values; the checkpoint is damaged")
 
 
-def check_quantized(name: str, quantized: QuantizedWeight) -> None:
-    """ValueError if scales or codes are not what can be stored and multiplied."""
+def check_quantized(name: str, quantized: QuantizedWeight, linear: nn.Linear, scheme: WeightScheme) -> None:
+    """ValueError if scales or codes are not what can be stored and multiplied; RuntimeError if a method gave others
+    than it was asked for.
+    """
     scale, codes = quantized.scale, quantized.codes
+    wanted = (linear.out_features, scheme.groups(linear.in_features))
+    if scale.shape != wanted or codes.shape != linear.weight.shape:
+        raise RuntimeError(
+            f"{name}: the method gave codes {tuple(codes.shape)} and scales {tuple(scale.shape)} for a weight "
+            f"{tuple(linear.weight.shape)} in {scheme.describe()}, whose scales are {wanted}"
+        )
     if not bool((scale.isfinite() & (scale != 0)).all()):
         raise ValueError(f"{name}: a scale is zero, NaN or infinite after quantization")
     if codes.is_floating_point() and not bool(codes.float().isfinite().all()):

@@ -15,9 +15,10 @@ value vector is close to zero, every later token attends to it, and an error the
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -93,10 +94,11 @@ class InputStatistics:
 class Block:
     """One decoder layer on the compute device.
 
-    linears: the Linears to quantize, by name inside the layer. inputs: hidden states per batch,
-    (batch, tokens, hidden). arguments: what else the layer is called with, per batch. reference: the float model's
-    output of this layer per batch, present when the method's `needs_reference` is set. scale_dtype: the dtype group
-    scales are stored in.
+    linears: the Linears that the method rounds, by name inside the layer; schemes: how each is stored. nearest: those
+    that the recipe stores in FP8 beside them, with their schemes; the method does not see them. inputs: hidden states
+    per batch, (batch, tokens, hidden). arguments: what else the layer is called with, per batch. reference: the float
+    model's output of this layer per batch, present when the method's `needs_reference` is set. scale_dtype: the dtype
+    group scales are stored in.
 
     Where several processes share the calibration text, `inputs` is the part of this one. order: for every batch of all
     processes, the shape of its hidden states and its place in `inputs`, None if it is elsewhere. combine: makes the
@@ -109,12 +111,13 @@ class Block:
     folds: list[Fold]
     inputs: list[torch.Tensor]
     arguments: list[tuple[tuple, dict]]
-    scheme: WeightScheme
+    schemes: Mapping[str, WeightScheme]
     scale_dtype: torch.dtype
     device: torch.device
     reference: list[torch.Tensor] | None = None
     seed: int = 0
     progress: Callable[[str], None] = lambda text: None
+    nearest: Mapping[str, nn.Linear] = field(default_factory=dict)
     order: Sequence[tuple[Sequence[int], int | None]] | None = None
     combine: Callable[[dict[str, InputStatistics]], None] = lambda found: None
     notes: dict[str, Any] = field(default_factory=dict)
@@ -123,6 +126,10 @@ class Block:
     _rows: dict[str, torch.Tensor] = field(default_factory=dict)
     _gains: dict[str, tuple[torch.Tensor, torch.Tensor | None]] = field(default_factory=dict)
     _statistics: dict[str, InputStatistics] | None = None
+
+    def group_size(self, name: str) -> int | None:
+        """Consecutive inputs of a Linear that share a scale; None is one scale per output channel."""
+        return self.schemes[name].group_size
 
     def weight(self, name: str) -> torch.Tensor:
         """Weight of a Linear with every fold applied: (out, in) float32, a copy."""
@@ -191,6 +198,14 @@ class Block:
         new_bias = None if bias is None else (bias.detach().float() / implied).to(bias.dtype)
         self._gains[fold.source] = (rounded, new_bias)
         return implied
+
+    def anew(self, linears: Mapping[str, nn.Linear], schemes: Mapping[str, WeightScheme]) -> Block:
+        """The same layer for another rounding of some of its Linears: nothing folded, with a copy of the moments if
+        they were collected.
+        """
+        moments = copy.deepcopy(self._statistics)
+        fresh: dict[str, Any] = {key: {} for key in ("notes", "tensors", "nearest", "_columns", "_rows", "_gains")}
+        return replace(self, linears=dict(linears), schemes=dict(schemes), folds=[], _statistics=moments, **fresh)
 
     @contextmanager
     def replaced(self, modules: Mapping[str, nn.Module]) -> Iterator[None]:

@@ -47,13 +47,13 @@ class FireQ(WeightMethod):
 
     def quantize(self, block: Block) -> dict[str, QuantizedWeight]:
         """See `WeightMethod.quantize`. The exponents k are kept in `block.tensors`."""
-        exponent = tensor_exponent((block.weight(name) for name in block.linears), block.scheme.group_size)
+        exponent = block_exponent(block)
         if self.channel_scaling:
             snap = e4m3_snap(exponent)
             rounding = "rtn" if self.rounding == "rtn" else "gptq"
             for fold in block.folds:
                 choose_fold(block, fold, CANDIDATES, channel_scale(block, fold), snap, rounding)
-            exponent = tensor_exponent((block.weight(name) for name in block.linears), block.scheme.group_size)
+            exponent = block_exponent(block)
         block.tensors["scale_exponent"] = torch.tensor(exponent, dtype=torch.int32)
         snap = e4m3_snap(exponent)
         if self.rounding != "learned":
@@ -68,6 +68,11 @@ def channel_scale(block: Block, fold: Fold):
     weights = torch.stack([block.weight(name).abs().mean(0) for name in fold.consumers]).mean(0)
     magnitude = consumer_mean(fold, weights).clamp_min(1e-8)
     return lambda powers: normalised(activation ** powers[0] * magnitude ** -powers[1])
+
+
+def block_exponent(block: Block) -> int:
+    """`tensor_exponent` of all weights of a block, folds applied."""
+    return min(tensor_exponent([block.weight(name)], block.group_size(name)) for name in block.linears)
 
 
 def tensor_exponent(weights: Iterable[torch.Tensor], group_size: int | None) -> int:

@@ -48,11 +48,11 @@ def choose_fold(
     rule: candidate → (size,) positive scale. The first candidate must be the identity: it wins ties and is not folded.
     rounding: what will round the scaled weights. The choice is noted in `block.notes`.
     """
-    expand, group_size = fold.expand.to(block.device), block.scheme.group_size
+    expand = fold.expand.to(block.device)
     scales = [rule(candidate)[expand] for candidate in candidates]
     total = torch.zeros(len(candidates), device=block.device)
     for name in fold.consumers:
-        statistics = block.statistics[name]
+        statistics, group_size = block.statistics[name], block.group_size(name)
         hessian = statistics.hessian
         cost = column_cost(hessian, group_size) if rounding == "gptq" else hessian.diagonal()
         moments = None if rounding == "gptq" else hessian

@@ -37,7 +37,7 @@ def learn_rounding(
 
     samples_per_step: sequences whose gradients are added up in one update. learning_rate: first step of v and a.
     """
-    shared = SharedInput(block.scheme.activations == "fp8")
+    shared = SharedInput(any(block.schemes[name].activations == "fp8" for name in start))
     linears = {name: LearnedLinear(block, name, rounded, snap, shared) for name, rounded in start.items()}
     parameters = [parameter for linear in linears.values() for parameter in (linear.offset, linear.range)]
     batches = _batches(block, samples_per_step, torch.Generator().manual_seed(block.seed))
@@ -150,7 +150,7 @@ class LearnedLinear(nn.Module):
         super().__init__()
         self.snap, self.shared = snap, shared
         self.shape, self.dtype, self.bias = start.weight.shape, block.linears[name].weight.dtype, block.bias(name)
-        self.weight = grouped(start.weight, block.scheme.group_size)
+        self.weight = grouped(start.weight, block.group_size(name))
         self.start = start.scale.unsqueeze(-1)
         self.offset = nn.Parameter(torch.zeros_like(self.weight))
         self.range = nn.Parameter(torch.ones_like(self.start))

@@ -16,7 +16,8 @@ and values of one layer for static factors per channel; all of it together is a 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Collection, Mapping
+import re
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
@@ -74,13 +75,52 @@ class QuantizedWeight:
         return (self.codes.float().view(out, groups, -1) * self.scale.float().unsqueeze(-1)).view(out, -1)
 
 
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether `name`, or its last part, is one of `patterns`, or a ``re:`` pattern matches its whole or its start."""
+    for pattern in patterns:
+        if pattern.startswith("re:"):
+            if re.match(pattern[3:], name):
+                return True
+        elif pattern in (name, name.rpartition(".")[2]):
+            return True
+    return False
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightOverride:
+    """Linears that are stored in another way than the others of a recipe.
+
+    modules: their names, or ``re:`` patterns, as in `WeightMethod.ignore`. weights: "int4", rounded by the recipe's
+    method, or "fp8", rounded to nearest as the method `fp8` does. group_size: of "int4", needed there.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")  # pyright: ignore[reportUnannotatedClassAttribute]
+    modules: Annotated[tuple[str, ...], Field(min_length=1)]
+    weights: Literal["int4", "fp8"] = "int4"
+    group_size: Annotated[int, Field(ge=8)] | Literal["channel"] | None = None
+
+    def __post_init__(self) -> None:
+        if (self.group_size is None) == (self.weights == "int4"):
+            raise ValueError(
+                "an override of weights int4 needs a group_size, a number or channel, and one of fp8 has none; weights "
+                f"is {self.weights} and group_size {self.group_size}"
+            )
+
+    def scheme(self, activations: Activations) -> WeightScheme:
+        """How these Linears are stored."""
+        size = None if self.group_size in (None, "channel") else self.group_size
+        return WeightScheme(self.weights, size, activations)
+
+
 @dataclass(frozen=True, kw_only=True)
 class WeightMethod:
     """Base of every method of the `weights` slot.
 
-    group_size: a number of input channels, "channel", or "auto" (the largest of 128, 64, 32 that divides every Linear).
+    group_size: a number of input channels, "channel", or "auto" (the largest of 128, 64, 32 that divides every Linear
+    without an override).
     activations: "fp8" (e4m3 per token, dynamic) or "none".
     ignore: names of Linears to leave alone, or ``re:`` patterns matched against the full name.
+    overrides: Linears that are stored in another way, see `WeightOverride`; the first that matches counts.
 
     A subclass says what it stores (`storage`), whether it looks at calibration data at all (`needs_data`), and whether
     it wants the float model's own outputs to compare with (`needs_reference`).
@@ -94,9 +134,26 @@ class WeightMethod:
     group_size: GroupSize = "auto"
     activations: Activations = "fp8"
     ignore: tuple[str, ...] = field(default=("lm_head",))
+    overrides: tuple[WeightOverride, ...] = ()
+
+    def override(self, name: str) -> WeightOverride | None:
+        """The first override that matches a Linear, by its full name."""
+        return next((item for item in self.overrides if matches(name, item.modules)), None)
+
+    def scheme_of(self, name: str) -> WeightScheme:
+        """How a Linear is stored, by its full name; `group_size` must have been resolved."""
+        found = self.override(name)
+        return self.scheme() if found is None else found.scheme(self.activations)
+
+    def describe(self) -> str:
+        """Short names of all that the recipe stores, as `WeightScheme.describe` writes them, e.g. ``W4A16 g64``."""
+        schemes = [self.scheme(), *(item.scheme(self.activations) for item in self.overrides)]
+        return " + ".join(dict.fromkeys(scheme.describe() for scheme in schemes))
 
     def scheme(self) -> WeightScheme:
-        """The storage scheme; `group_size` must have been resolved to a number or "channel"."""
+        """The storage scheme of Linears without an override; `group_size` must have been resolved to a number or
+        "channel".
+        """
         if self.group_size == "auto":
             raise ValueError("group_size 'auto' must be resolved against a model first")
         group_size = None if self.group_size == "channel" or self.storage == "fp8" else self.group_size

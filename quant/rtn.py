@@ -25,14 +25,16 @@ class RTN(WeightMethod):
 
     def quantize(self, block: Block) -> dict[str, QuantizedWeight]:
         """See `WeightMethod.quantize`."""
-        return {name: self.round(block.weight(name), block) for name in block.linears}
+        return {
+            name: self.round(block.weight(name), block.group_size(name), block.scale_dtype) for name in block.linears
+        }
 
-    def round(self, weight: torch.Tensor, block: Block) -> QuantizedWeight:
+    def round(self, weight: torch.Tensor, group_size: int | None, scale_dtype: torch.dtype) -> QuantizedWeight:
         """weight: (out, in) float32."""
-        groups, snap = grouped(weight, block.scheme.group_size), storage_snap(block.scale_dtype)
+        groups, snap = grouped(weight, group_size), storage_snap(scale_dtype)
         if self.scale == "mse":
             scale = search_scale(groups, torch.ones((), device=weight.device), snap)
         else:
             scale = rounded_scale((signed_scale if self.scale == "signed" else amax_scale)(groups), snap)
         codes = round_codes(groups, scale)
-        return QuantizedWeight(codes.view_as(weight).to(torch.int8), scale.to(block.scale_dtype))
+        return QuantizedWeight(codes.view_as(weight).to(torch.int8), scale.to(scale_dtype))

@@ -66,10 +66,10 @@ def start_linears(
     for name in block.linears:
         if rounding == "gptq":
             hessian = block.take_statistics(name).hessian
-            yield name, solve(block.weight(name), hessian, block.scheme.group_size, snap, **options)  # pyright: ignore
+            yield name, solve(block.weight(name), hessian, block.group_size(name), snap, **options)  # pyright: ignore
         else:
             diagonal = block.take_statistics(name).hessian.diagonal().clone()
-            yield name, nearest(block.weight(name), diagonal, block.scheme.group_size, snap)
+            yield name, nearest(block.weight(name), diagonal, block.group_size(name), snap)
 
 
 def nearest(weight: torch.Tensor, diagonal: torch.Tensor, group_size: int | None, snap: Snap) -> Rounded:

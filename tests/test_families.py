@@ -76,7 +76,7 @@ def block_of(model, index: int = 0) -> Block:
         folds=[],
         inputs=hidden,
         arguments=calls.of_layer(index, torch.device("cpu")),
-        scheme=RTN(group_size="channel").scheme(),
+        schemes=dict.fromkeys(linears, RTN(group_size="channel").scheme()),
         scale_dtype=torch.bfloat16,
         device=torch.device("cpu"),
     )
@@ -128,7 +128,7 @@ def block_of_same(block: Block, linears) -> dict[str, torch.Tensor]:
         folds=[],
         inputs=block.inputs,
         arguments=block.arguments,
-        scheme=block.scheme,
+        schemes=block.schemes,
         scale_dtype=block.scale_dtype,
         device=block.device,
     )

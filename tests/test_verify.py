@@ -189,7 +189,7 @@ FILES = {
     "other activations": (
         lambda d: edit_json(d / "config.json", lambda content: one_group(content).update(input_activations=None)),
         "shapes",
-        "config.json stores weights as W4A16 g32, the recipe as W4A8-FP8 g32",
+        "stores model.layers.0.mlp.down_proj as W4A16 g32, the recipe as W4A8-FP8 g32",
     ),
 }
 

@@ -1,0 +1,162 @@
+"""How fast a model could be at most on a device, from the bytes it must read and the multiplications it must do.
+
+    decoding   a step of a batch reads all weights once (an embedding table that is no head: a row per sequence, left
+               out) and the cache of every sequence: time ≥ max(bytes / bandwidth, FLOPs / rate)
+    prefill    2 FLOPs per weight and token, and 2·2·heads·head_dim per pair of tokens that causal attention looks at;
+               the head counts for one token
+
+Linears with FP8 inputs and quantized attention multiply at the FP8 rate, all else at the bf16 rate. Nothing else takes
+time here: no launches, norms, sampling. A ceiling, not a forecast; `kompakt bench generate` measures.
+
+Devices: NVIDIA's data sheets, rates of dense matrices, which are half of those with sparsity where only these are
+given (H100 and H200: "H100/H200 Tensor Core GPU", SXM; A100: "A100 80GB", SXM; L40S: "L40S GPU"). Or a file of
+`kompakt bench linear`, whose ceilings were measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from .recipe import Recipe, nearest, shown
+from .sweep import read_result
+
+
+@dataclass(frozen=True)
+class DeviceCeilings:
+    """bandwidth: bytes per second. bf16, fp8: FLOP per second of dense matrices; fp8 None where there is no FP8."""
+
+    name: str
+    bandwidth: float
+    bf16: float
+    fp8: float | None
+    source: str
+
+
+SHEET = "data sheet"
+DEVICES = {
+    "h200": DeviceCeilings("h200", 4.8e12, 989e12, 1979e12, SHEET),
+    "h100": DeviceCeilings("h100", 3.35e12, 989e12, 1979e12, SHEET),
+    "a100": DeviceCeilings("a100", 2.039e12, 312e12, None, SHEET),
+    "l40s": DeviceCeilings("l40s", 0.864e12, 362e12, 733e12, SHEET),
+}
+
+
+def device_ceilings(device: str) -> DeviceCeilings:
+    """A name of `DEVICES`, or a file of `bench linear`. ValueError for anything else."""
+    if device.lower() in DEVICES:
+        return DEVICES[device.lower()]
+    if not device.endswith(".json"):
+        raise ValueError(
+            f"unknown device {shown(device)}{nearest(device, list(DEVICES))}; a file of `bench linear` may be named too"
+        )
+    content = read_result(Path(device))
+    found, name = content.get("ceilings"), str((content.get("environment") or {}).get("device", "the device"))
+    keys = ("read_gb_per_second", "bf16_tflops", "fp8_tflops")
+    if not isinstance(found, dict) or not all(isinstance(found.get(key), (int, float)) for key in keys):
+        raise ValueError(f"{device} holds no ceilings ({', '.join(keys)}); `bench linear` writes them")
+    bandwidth, bf16, fp8 = (float(found[key]) for key in keys)
+    return DeviceCeilings(name, 1e9 * bandwidth, 1e12 * bf16, 1e12 * fp8, f"measured, {Path(device).name}")
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a model does for a token, before or after compression. weight_bytes: read in every step. flops: of Linears
+    with the head, by rate: 2 per weight. head_flops: of the head alone. attention_flops: per pair of tokens, all
+    layers. cache: tokens → bytes of one sequence.
+    """
+
+    weight_bytes: int
+    flops: Mapping[str, int]
+    head_flops: int
+    attention_flops: int
+    attention_rate: str
+    cache: Mapping[int, int]
+
+    def decode_seconds(self, device: DeviceCeilings, batch: int, context: int) -> float:
+        """At least this long is a step in which each of `batch` sequences of `context` tokens gets one more."""
+        moved = self.weight_bytes + batch * self.cache[context]
+        busy = sum(batch * flops / rate_of(device, rate) for rate, flops in self.flops.items())
+        busy += batch * context * self.attention_flops / device.bf16
+        return max(moved / device.bandwidth, busy)
+
+    def prefill_seconds(self, device: DeviceCeilings, batch: int, context: int) -> float:
+        """At least this long do prompts of `context` tokens take, `batch` of them."""
+        flops = {rate: batch * context * count for rate, count in self.flops.items()}
+        flops["bf16"] = flops.get("bf16", 0) - batch * (context - 1) * self.head_flops
+        busy = sum(count / rate_of(device, rate) for rate, count in flops.items())
+        pairs = batch * context * (context + 1) // 2
+        return max(
+            self.weight_bytes / device.bandwidth,
+            busy + pairs * self.attention_flops / rate_of(device, self.attention_rate),
+        )
+
+
+def rate_of(device: DeviceCeilings, rate: str) -> float:
+    """FLOP per second; devices without FP8 multiply in bf16 instead."""
+    return device.fp8 if rate == "fp8" and device.fp8 is not None else device.bf16
+
+
+def works(
+    model: Any, recipe: Recipe, quantized: set[str], sizes: tuple[int, int], caches: tuple[Mapping[int, int], ...]
+) -> dict[str, Work]:
+    """The work of the base model and of the compressed one. model: without storage. quantized: names of its packed
+    Linears. sizes, caches: of both.
+    """
+    config = model.config.get_text_config()
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    attention = 4 * config.num_attention_heads * head_dim * config.num_hidden_layers
+    head, table = model.get_output_embeddings(), model.get_input_embeddings().weight
+    unread = 0 if head is not None and head.weight is table else table.nbytes
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    total = sum(2 * linear.weight.numel() for linear in linears.values())
+    fp8_inputs = recipe.weights is not None and recipe.weights.activations == "fp8"
+    packed = sum(2 * linears[name].weight.numel() for name in quantized) if fp8_inputs else 0
+    head_flops = 0 if head is None else 2 * head.weight.numel()
+    rate = "fp8" if recipe.attention is not None and recipe.attention.modes else "bf16"
+    return {
+        "base": Work(sizes[0] - unread, {"bf16": total}, head_flops, attention, "bf16", caches[0]),
+        "compressed": Work(
+            sizes[1] - unread, {"bf16": total - packed, "fp8": packed}, head_flops, attention, rate, caches[1]
+        ),
+    }
+
+
+def speed_ceilings(
+    found: Mapping[str, Work], device: DeviceCeilings, batches: Sequence[int], contexts: Sequence[int]
+) -> dict[str, Any]:
+    """Milliseconds at least, of the base model and the compressed one, JSON-able."""
+    rows = []
+    for batch in batches:
+        for context in contexts:
+            row: dict[str, Any] = {"batch": batch, "context": context}
+            for kind, work in found.items():
+                row[f"{kind}_decode_ms"] = 1e3 * work.decode_seconds(device, batch, context)
+                row[f"{kind}_prefill_ms"] = 1e3 * work.prefill_seconds(device, batch, context)
+            rows.append(row)
+    return {"device": asdict(device), "rows": rows}
+
+
+def engines(recipe: Recipe) -> list[dict[str, str]]:
+    """What runs the directory, and how much of the recipe there."""
+    rows = [{"engine": "kompakt.compress.load, in transformers", "runs": "all of the recipe"}]
+    others = [slot for slot in ("attention", "kv_cache", "sparsity") if getattr(recipe, slot) is not None]
+    without = f"; {', '.join(others)} as in the base model" if others else ""
+    if recipe.weights is None:
+        return [*rows, {"engine": "transformers, vLLM", "runs": f"the base model{without}"}]
+    schemes = [recipe.weights.scheme(), *(item.scheme(recipe.weights.activations) for item in recipe.weights.overrides)]
+    rows.append(
+        {"engine": "transformers with compressed-tensors", "runs": f"weights, expanded to floats on first use{without}"}
+    )
+    int4 = {scheme.group_size for scheme in schemes if scheme.weights == "int4"}
+    if not int4 or int4 <= ({None, 32, 64, 128} if recipe.weights.activations == "none" else {128}):
+        runs = f"weights{without}"
+    elif recipe.weights.activations == "none":
+        runs = "not: its kernels for INT4 weights take groups of 32, 64 or 128, or one per channel"
+    else:
+        runs = "not: its kernel for INT4 weights and FP8 activations takes groups of 128"
+    return [*rows, {"engine": "vLLM, by its sources, not tried", "runs": runs}]

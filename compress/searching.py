@@ -1,0 +1,413 @@
+"""`search`: the recipe of fewest bytes whose measured loss stays within a limit, every part of the model stored its own
+way.
+
+    losses      of every choice for every part, to second order (`search_losses.py`)
+    solutions   the fewest bytes within an estimated loss b (`knapsack.py`)
+    measured    each solution is compressed as `compress` would, and its perplexity measured on held-out text
+
+Estimated losses add up only roughly, so b is no limit but a dial: it is turned until solutions on both sides of the
+real limit are close, or rounds or minutes are used up. The next b is taken where a straight line through the measured
+points meets the limit. Uniform recipes are measured beside it. A recipe is within the limit if its increase of
+perplexity *and one standard error* are, which guards against picking the luckiest of several.
+
+Text: windows of the calibration source that calibration does not draw, or windows of a text that is named. Measurements
+are kept by a fingerprint of all that they depend on, so that the same command goes on where an earlier one stopped.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .assess import default_device_map, describe_text, measure_text, read_text, save_json
+from .base_results import BaseResults, base_facts, content_digest, results_folder
+from .calibration import calibration_tokens
+from .coverage import cover
+from .evaluation import text_windows
+from .hf import load_base, load_tokenizer, resolve_model
+from .hf_decoder import decoder_layers, refuse_experts
+from .knapsack import cheapest
+from .patching import patch
+from .pipeline import Progress, environment, package_version, quiet
+from .planning import own_bytes
+from .recipe import EvaluationOptions, Recipe, nearest, percent, shown
+from .restore import LimitExceeded
+from .search_losses import LossWalk, parts_of
+from .search_space import GROUP_SIZES, Choice, Part, offered, recipe_for
+
+TARGETS = ("size",)
+CLOSE = 0.003
+"""Share of the compressed bytes by which two solutions on both sides of the limit may differ at the end."""
+MEASURES = ("perplexity",)
+
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """limit: increase of perplexity, 0.02 for 2 %. group_sizes: of INT4. rounds: solutions that are measured, at most.
+    minutes: None for no budget. text: None for windows of the calibration source that calibration does not draw.
+    windows: how many, of the calibration's length, or of a text's; loss_windows: more of them, for the losses of parts.
+    """
+
+    limit: float
+    target: str = "size"
+    group_sizes: Sequence[int | str] = GROUP_SIZES
+    rounds: int = 6
+    minutes: float | None = None
+    text: str | None = None
+    windows: int = 16
+    loss_windows: int = 4
+
+    def __post_init__(self) -> None:
+        if self.target not in TARGETS:
+            raise ValueError(f"unknown target {shown(self.target)}{nearest(self.target, list(TARGETS))}")
+        if not 0 < self.limit < 10:
+            raise ValueError(f"the limit is {self.limit:g}; it is an increase above 0, such as 1%")
+        for name in ("rounds", "windows", "loss_windows"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.minutes is not None and self.minutes <= 0:
+            raise ValueError(f"the budget is {self.minutes:g} minutes; it must be more than 0")
+        offered(self.group_sizes)
+
+
+def parse_limit(text: str) -> float:
+    """``perplexity=+1%`` → 0.01. ValueError for another measure or no number."""
+    measure, equals, value = text.partition("=")
+    if measure.strip() not in MEASURES or not equals:
+        raise ValueError(f"the limit {shown(text)} is not MEASURE=+X%{nearest(measure.strip(), list(MEASURES))}")
+    return percent(value)
+
+
+@dataclass
+class Search:
+    """One search while it runs: what it works on, and what it has measured."""
+
+    path: Path
+    recipe: Recipe
+    options: SearchOptions
+    base: Any
+    subject: Any
+    tokenizer: Any
+    batches: list[torch.Tensor]
+    loss_windows: torch.Tensor
+    windows: torch.Tensor
+    source: str
+    evaluation: EvaluationOptions
+    results: BaseResults
+    progress: Progress
+    started: float = field(default_factory=lambda: time.monotonic())
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    stopped: str = ""
+
+    @classmethod
+    def open(cls, model: str | Path, recipe: Recipe, options: SearchOptions, progress: Progress) -> Search:
+        """Loads everything. ValueError for a model, a recipe or a text that cannot be used."""
+        if recipe.weights is None or recipe.weights.storage != "int4":
+            raise ValueError(f"recipe {recipe.name} has no method that rounds weights to INT4; a search needs one")
+        if recipe.weights.overrides:
+            raise ValueError(f"recipe {recipe.name} has overrides, which a search would replace; leave them out")
+        path = resolve_model(model)
+        tokenizer = load_tokenizer(path)
+        calibrating, windows, source = search_texts(tokenizer, recipe, options)
+        place = default_device_map()
+        base, subject = (load_base(path, device_map=place) for _ in range(2))
+        refuse_experts(decoder_layers(base), recipe.weights.ignore)
+        facts = base_facts(path, base, path, tokenizer, place)
+        return cls(
+            *(path, recipe, options, base, subject, tokenizer),
+            batches=list(calibrating.split(recipe.calibration.batch_size)),
+            loss_windows=windows[: options.loss_windows],
+            windows=windows[options.loss_windows :],
+            source=source,
+            evaluation=recipe.evaluation.model_copy(
+                update={"window": windows.shape[1], "windows": options.windows, "stride": None}
+            ),
+            results=BaseResults(search_folder(), facts),
+            progress=progress,
+        )
+
+    def within_time(self) -> bool:
+        """Whether there is time left; remembers that there was none."""
+        budget = self.options.minutes
+        if budget is not None and time.monotonic() - self.started > 60 * budget:
+            self.stopped = f"the budget of {budget:g} minutes was used up"
+        return not self.stopped
+
+    def parts(self) -> list[Part]:
+        """Every part of the model, in order."""
+        assert self.recipe.weights is not None
+        layers = decoder_layers(self.base)
+        lines = cover(self.base, [name for name, _ in layers], self.recipe.weights)
+        covered = {line.name for line in lines if line.status == "quantized"}
+        found = []
+        for index, (name, layer) in enumerate(layers):
+            linears = {child: module for child, module in layer.named_modules() if f"{name}.{child}" in covered}
+            if linears:
+                found += parts_of(self.base, index, linears, self.loss_windows[:1, :8])  # pyright: ignore
+        return found
+
+    def losses(self, parts: list[Part], choices: list[Choice]) -> list[list[float]] | None:
+        """Of every part, by its `choices`; None if time ran out."""
+        rounding = self.recipe.weights
+        assert rounding is not None
+        names = {name for part in parts for name in part.names}
+        walk: list[LossWalk] = []
+        found: dict[str, dict[str, float]] = {}
+        layers = decoder_layers(self.base)
+        method = self.recipe.model_dump(mode="json")["weights"] | {"group_size": None}
+        about = {"losses": method, "choices": [choice.key for choice in choices], **self.drawn()}
+        for index, (name, _) in enumerate(layers):
+            if not self.within_time():
+                return None
+
+            def measure(index: int = index) -> Any:
+                if not walk:
+                    walk.append(
+                        LossWalk(
+                            *(self.base, rounding, self.batches, self.loss_windows, names),
+                            seed=self.recipe.calibration.seed,
+                        )
+                    )
+                return walk[0].losses(index, choices, lambda text: self.progress("losses", index, len(layers), text))
+
+            found |= self.results.recall({**about, "layer": name}, measure)
+            self.progress("losses", index + 1, len(layers), "")
+        return [
+            [sum(found[name][choice.key] for name in part.names) for choice in part.choices(choices)] for part in parts
+        ]
+
+    def drawn(self) -> dict[str, Any]:
+        """The tokens that a measurement depends on, as digests."""
+        tensors = {"calibration": torch.cat(self.batches), "loss_windows": self.loss_windows, "windows": self.windows}
+        return {name: content_digest(tensor.tolist()) for name, tensor in tensors.items()}
+
+    def measure(self, recipe: Recipe | None) -> dict[str, Any]:
+        """Perplexity and KL beside the float model, of the model compressed by a recipe; None is the float model."""
+        if recipe is None:
+            return {"perplexity_increase": 0.0, "perplexity_increase_stderr": 0.0, "kl": 0.0}
+        content = recipe.model_dump(mode="json", exclude={"name", "description", "limits", "evaluation"})
+        evaluation = self.evaluation.model_dump(exclude={"text"})
+
+        def find() -> Any:
+            with patch(self.subject, recipe, tokenizer=self.tokenizer, progress=self.progress) as patched:
+                return measure_text(patched, self.base, self.windows, self.evaluation, self.progress)["comparison"]
+
+        return self.results.recall({"recipe": content, "evaluation": evaluation, **self.drawn()}, find)
+
+    def row(
+        self, kind: str, name: str, assignment: dict[Part, Choice], size: int, estimate: float | None
+    ) -> dict[str, Any]:
+        """Measures one assignment and keeps it in the table. size: bytes of all weights."""
+        self.progress("search", len(self.rows), 0, name)
+        recipe = recipe_for(self.recipe, assignment, name)
+        found = self.measure(recipe)
+        highest = found["perplexity_increase"] + (found["perplexity_increase_stderr"] or 0.0)
+        weights = sum(rows * columns for part in assignment for rows, columns in part.shapes)
+        counts: dict[str, int] = {}
+        for part, choice in assignment.items():
+            counts[choice.key] = counts.get(choice.key, 0) + sum(rows * columns for rows, columns in part.shapes)
+        row = {
+            "kind": kind,
+            "name": name,
+            "bytes": size,
+            "estimated_loss": estimate,
+            "within": highest <= self.options.limit,
+            "shares": {key: round(count / weights, 4) for key, count in counts.items()},
+            **{key: found[key] for key in ("perplexity_increase", "perplexity_increase_stderr", "kl")},
+            "recipe": None if recipe is None else recipe.model_dump(mode="json", exclude_none=True),
+        }
+        self.rows.append(row)
+        return row
+
+
+def search(
+    model: str | Path,
+    *,
+    options: SearchOptions,
+    recipe: str | Path | dict | Recipe = "w4a16-gptq",
+    overrides: dict[str, Any] | None = None,
+    output: Path | None = None,
+    progress: Progress = quiet,
+) -> dict[str, Any]:
+    """Searches, JSON-able: `rows` of what was measured, the `best` one within the limit, the `best_uniform` one.
+
+    recipe: whose weight method, activations, calibration and other slots are kept. output: where `write_result` is
+    going to write, asked for first. Raises ValueError for bad input, and
+    `LimitExceeded` if nothing that was measured is within the limit, the float model aside.
+    """
+    loaded = Recipe.load(recipe, overrides)
+    if output is not None:
+        check_recipe_file(output)
+    job = Search.open(model, loaded, options, progress)
+    assert loaded.weights is not None
+    parts, choices = job.parts(), offered(options.group_sizes)
+    activations = loaded.weights.activations
+    own = [part.choices(choices) for part in parts]
+    costs = [[part.bytes(choice, activations) for choice in found] for part, found in zip(parts, own, strict=True)]
+    fixed = sum(own_bytes(job.base)) - sum(part.bytes(choices[0], activations) for part in parts)
+    uniform(job, parts, choices, fixed)
+    losses = job.losses(parts, choices) if job.within_time() else None
+    if losses is not None:
+        turn_dial(job, parts, own, costs, losses, fixed)
+    return summary(job, sum(own_bytes(job.base)), sum(map(len, own)))
+
+
+def uniform(job: Search, parts: list[Part], choices: list[Choice], fixed: int) -> None:
+    """Measures the recipes with one choice for all, from the most bytes on, until one is outside the limit."""
+    assert job.recipe.weights is not None
+    for choice in choices[1:]:
+        if not job.within_time():
+            return
+        if any(choice not in part.choices([choice]) for part in parts):
+            continue
+        size = fixed + sum(part.bytes(choice, job.recipe.weights.activations) for part in parts)
+        row = job.row("uniform", choice.key, dict.fromkeys(parts, choice), size, None)
+        # Fewer bits lose more; FP8 and INT4 are not the same kind of bits, so that INT4 is tried whatever FP8 gave.
+        if not row["within"] and choice.weights == "int4":
+            return
+
+
+def turn_dial(
+    job: Search,
+    parts: list[Part],
+    own: list[list[Choice]],
+    costs: list[list[int]],
+    losses: list[list[float]],
+    fixed: int,
+) -> None:
+    """Solves for one estimated loss after another, and measures what comes out."""
+    # Points are (estimated loss, log perplexity over the limit); the float model is one.
+    target = math.log1p(job.options.limit)
+    inside, outside = (0.0, -target), None
+    sizes: dict[bool, int] = {}
+    seen: set[tuple[int, ...]] = set()
+    budget = target
+    for number in range(1, job.options.rounds + 1):
+        if not job.within_time():
+            return
+        chosen = cheapest(costs, losses, budget)
+        assert chosen is not None, "floats lose nothing, so that there is a solution"
+        if tuple(chosen) in seen:
+            return
+        seen.add(tuple(chosen))
+        estimate = sum(row[choice] for row, choice in zip(losses, chosen, strict=True))
+        size = fixed + sum(row[choice] for row, choice in zip(costs, chosen, strict=True))
+        assignment = {part: found[choice] for part, found, choice in zip(parts, own, chosen, strict=True)}
+        row = job.row("searched", f"searched {number}", assignment, size, estimate)
+        excess = math.log1p(row["perplexity_increase"] + (row["perplexity_increase_stderr"] or 0.0)) - target
+        sizes[row["within"]] = size
+        if row["within"]:
+            inside = (estimate, excess)
+        else:
+            outside = (estimate, excess)
+        if len(sizes) == 2 and abs(sizes[True] - sizes[False]) < CLOSE * size:
+            return
+        budget = next_budget(inside, outside)
+
+
+def next_budget(inside: tuple[float, float], outside: tuple[float, float] | None) -> float:
+    """Where the straight line through (estimated loss, excess over the limit) of two solutions meets 0, kept off the
+    ends of the interval. outside: None until a solution was outside; then the last one inside is scaled up.
+    """
+    if outside is None:
+        return 2 * inside[0]
+    (low, below), (high, above) = inside, outside
+    share = -below / (above - below) if above > below else 0.5
+    return low + (high - low) * min(max(share, 0.1), 0.9)
+
+
+def summary(job: Search, base_bytes: int, choices: int) -> dict[str, Any]:
+    """The result. LimitExceeded if there is none."""
+    fitting = [row for row in job.rows if row["within"] and row["recipe"] is not None]
+    best = min(fitting, key=lambda row: row["bytes"], default=None)
+    best_uniform = min((row for row in fitting if row["kind"] == "uniform"), key=lambda row: row["bytes"], default=None)
+    if best is None:
+        tried = ", ".join(f"{row['name']} {row['perplexity_increase']:+.2%}" for row in job.rows) or "nothing"
+        more = f"; {job.stopped}, and the same command goes on from here" if job.stopped else ""
+        raise LimitExceeded(
+            f"no recipe that was measured keeps the increase of perplexity and its standard error within "
+            f"{job.options.limit:.2%}: {tried}{more}"
+        )
+    return {
+        "search": 1,
+        "kompakt": package_version(),
+        "environment": environment(next(job.base.parameters()).device),
+        "model": str(job.path),
+        "limit": {"perplexity_increase": job.options.limit},
+        "target": job.options.target,
+        "cost": "bytes of all weights, codes, scales and shapes as packed",
+        "recipe": job.recipe.model_dump(mode="json", exclude_none=True),
+        "text": describe_text(job.evaluation, job.source, job.windows),
+        "loss_windows": len(job.loss_windows),
+        "choices": choices,
+        "base_bytes": base_bytes,
+        "minutes": round((time.monotonic() - job.started) / 60, 2),
+        "stopped": job.stopped,
+        "rows": job.rows,
+        "best": best["name"],
+        "best_uniform": None if best_uniform is None else best_uniform["name"],
+        "fewer_bytes_than_uniform": 1 - best["bytes"] / (base_bytes if best_uniform is None else best_uniform["bytes"]),
+    }
+
+
+def search_texts(tokenizer: Any, recipe: Recipe, options: SearchOptions) -> tuple[torch.Tensor, torch.Tensor, str]:
+    """Calibration tokens as `compress` would draw them, windows that are not among them, and where those come from.
+
+    ValueError for a text that is too short.
+    """
+    count, wanted = recipe.calibration.samples, options.loss_windows + options.windows
+    if options.text is not None:
+        text, source = read_text(options.text)
+        windows = text_windows(tokenizer, text, window=recipe.evaluation.window, limit=wanted)
+        calibrating = calibration_tokens(tokenizer, recipe.calibration).tokens
+    else:
+        # Windows are drawn without replacement, one after the other: those of a larger draw go on behind the others.
+        more = recipe.calibration.model_copy(update={"samples": count + wanted})
+        drawn = calibration_tokens(tokenizer, more)
+        calibrating, windows = drawn.tokens[:count], drawn.tokens[count:]
+        source = f"{drawn.source}, windows that calibration does not draw"
+    if len(windows) < wanted:
+        raise ValueError(
+            f"a search needs {wanted} windows of text beside the {len(calibrating)} of calibration, and {source} has "
+            f"{len(windows)}; give a longer text, or fewer or shorter windows"
+        )
+    return calibrating, windows, source
+
+
+def check_recipe_file(output: Path) -> None:
+    """ValueError unless a recipe can be written there, and is not there yet."""
+    if output.suffix not in (".yaml", ".yml"):
+        raise ValueError(f"the recipe file {output} must end in .yaml")
+    for file in (output, output.with_suffix(".json")):
+        if file.exists():
+            raise ValueError(f"{file} exists; choose another --output")
+    if not output.absolute().parent.is_dir():
+        raise ValueError(f"the folder of {output} does not exist")
+
+
+def write_result(result: dict[str, Any], output: Path) -> None:
+    """The best recipe as YAML, and beside it everything that was measured as JSON."""
+    best = next(row for row in result["rows"] if row["name"] == result["best"])
+    recipe = {**best["recipe"], "name": output.stem, "description": describe_best(result, best)}
+    save_json(result, output.with_suffix(".json"))
+    output.write_text(Recipe.load(recipe).to_yaml(), "utf-8")
+
+
+def describe_best(result: dict[str, Any], best: dict[str, Any]) -> str:
+    """A sentence for the recipe: the limit, and what was measured under which conditions."""
+    text, limit = result["text"], result["limit"]["perplexity_increase"]
+    return (
+        f"searched for the fewest bytes with perplexity up by {limit:.2%} at most; {best['perplexity_increase']:+.2%} "
+        f"on {text['windows']} windows of {text['window']} tokens of {text['source']}"
+    )
+
+
+def search_folder() -> Path:
+    """Where measurements are kept, beside the results of base models."""
+    return results_folder().with_name("search")

@@ -1,0 +1,133 @@
+"""Ceilings of speed in a plan: counted by hand, for named devices and measured ones, and the engines beside them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from transformers import LlamaConfig
+
+from kompakt.cli.main import main
+from kompakt.compress import Recipe, plan
+from kompakt.compress.ceilings import DEVICES, device_ceilings, engines
+
+SHAPE = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "dtype": "bfloat16",
+}
+LINEAR_WEIGHTS = 2 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 96)
+HEAD = 128 * 64
+NORMS = 2 * (5 * 64)
+"""Bytes of five norms of 64 channels."""
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(params=[True, False], ids=["tied", "untied"])
+def model(request, tmp_path):
+    LlamaConfig(**SHAPE, tie_word_embeddings=request.param).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def ceiling(model, recipe, device="h200", batch=1, context=1024):
+    found = plan(model, recipe, contexts=(context,), batches=(batch,), runs_on=device)
+    assert found.ceilings is not None
+    (row,) = found.ceilings["rows"]
+    return found, row
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_decoding_reads_weights_once_and_every_cache(model, batch):
+    found, row = ceiling(model, "w4a16-rtn", batch=batch)
+    cache = 2 * 2 * 2 * 16 * 1024 * 2  # layers × (K and V) × KV heads × head_dim × tokens × bytes
+    base = 2 * (LINEAR_WEIGHTS + HEAD) + NORMS + batch * cache
+    assert row["base_decode_ms"] == pytest.approx(1e3 * base / 4.8e12)
+    packed = 2 * HEAD + NORMS + found.quantized_bytes + batch * cache
+    assert row["compressed_decode_ms"] == pytest.approx(1e3 * packed / 4.8e12)
+
+
+def test_a_compressed_cache_is_read_as_it_is_kept(model):
+    found, row = ceiling(model, "kv-fp8", context=8192)
+    saved = found.kv_cache[8192] - found.compressed_cache.bytes[8192]
+    assert saved > 0
+    assert row["base_decode_ms"] - row["compressed_decode_ms"] == pytest.approx(1e3 * saved / 4.8e12)
+
+
+@pytest.mark.parametrize(("recipe", "rate"), [("w4a16-rtn", 989e12), ("w4a8-fireq", 1979e12)])
+def test_long_prompts_multiply_at_the_rate_of_their_inputs(recipe, rate, model):
+    tokens = 8192
+    _, row = ceiling(model, recipe, context=tokens)
+    pairs = tokens * (tokens + 1) // 2
+    attention = 2 * 4 * 16 * 2 * 2 * pairs / 989e12  # layers × heads × head_dim × (QK and PV) × 2 per pair
+    linears = 2 * tokens * LINEAR_WEIGHTS
+    assert row["base_prefill_ms"] == pytest.approx(1e3 * ((linears + 2 * HEAD) / 989e12 + attention))
+    assert row["compressed_prefill_ms"] == pytest.approx(1e3 * (linears / rate + 2 * HEAD / 989e12 + attention))
+
+
+def test_devices_without_fp8_multiply_in_bf16(model):
+    _, fp8 = ceiling(model, "w4a8-fireq", "a100", context=8192)
+    assert fp8["compressed_prefill_ms"] == pytest.approx(fp8["base_prefill_ms"])
+    _, row = ceiling(model, "w4a8-fireq", "l40s", context=8192)
+    assert row["compressed_prefill_ms"] < row["base_prefill_ms"]
+
+
+def test_many_sequences_are_bound_by_multiplications(model):
+    """Of a hundred thousand sequences of one token, reading caches takes a third of the time of the products."""
+    _, row = ceiling(model, "w4a16-rtn", batch=100_000, context=1)
+    busy = 100_000 * (2 * (LINEAR_WEIGHTS + HEAD) + 2 * 4 * 16 * 4) / 989e12
+    assert row["compressed_decode_ms"] == pytest.approx(1e3 * busy)
+
+
+def test_measured_ceilings_are_read_and_named():
+    found = device_ceilings(str(ROOT / "benchmarks/linear.json"))
+    assert found.name == "NVIDIA H200" and found.source == "measured, linear.json"
+    assert 0.8 * DEVICES["h200"].bandwidth < found.bandwidth < DEVICES["h200"].bandwidth
+    assert found.bf16 < DEVICES["h200"].bf16 and (found.fp8 or 0) < 1979e12
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--runs-on", "h20"], "unknown device 'h20'; did you mean 'h200'?"),
+        (["--runs-on", "nowhere.json"], "nowhere.json is not what a bench command wrote"),
+        (["--runs-on", str(ROOT / "benchmarks/weights.json")], "holds no ceilings"),
+        (["--batch", "1"], "needs --runs-on"),
+        (["--runs-on", "h200", "--batch", "0"], "batches are [0]"),
+        (["--contexts", "0"], "contexts are [0]"),
+        (["--contexts", "many"], "--contexts many is not a list of numbers"),
+    ],
+)
+def test_mistakes_are_one_sentence(arguments, says, model, capsys):
+    assert main(["plan", str(model), "--recipe", "w4a16-rtn", *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert not out and len(err.splitlines()) == 1 and says in err
+
+
+def test_the_table_says_what_it_is(model, capsys):
+    more = ["--runs-on", "h100", "--contexts", "512,2048", "--batch", "1,8"]
+    assert main(["plan", str(model), "--recipe", "w4a16-rtn", *more]) == 0
+    out, _ = capsys.readouterr()
+    for expected in ("ceilings, not forecasts: h100, 3.35 TB/s", "8 × 2,048", "vLLM, by its sources, not tried"):
+        assert expected in out
+    assert main(["plan", str(model), "--recipe", "w4a16-rtn", "--json", *more]) == 0
+    assert len(json.loads(capsys.readouterr().out)["ceilings"]["rows"]) == 4
+    assert main(["plan", str(model), "--recipe", "w4a16-rtn", "--json"]) == 0
+    assert "ceilings" not in json.loads(capsys.readouterr().out)
+
+
+def test_engines_are_said_to_run_what_they_run():
+    def vllm(weights, **slots):
+        return engines(Recipe.load({"weights": {"method": "rtn", **weights}, **slots}))[-1]["runs"]
+
+    assert vllm({"group_size": 64, "activations": "none"}) == "weights"
+    assert vllm({"group_size": 16, "activations": "none"}).startswith("not: its kernels for INT4 weights take")
+    assert vllm({"group_size": 64}).startswith("not: its kernel for INT4 weights and FP8 activations")
+    assert vllm({"group_size": 128}, kv_cache="kv_fp8") == "weights; kv_cache as in the base model"
+    mixed = [{"modules": ["down_proj"], "group_size": 16}]
+    assert vllm({"group_size": 64, "activations": "none", "overrides": mixed}).startswith("not")
+    assert engines(Recipe.load("kv-fp8"))[-1]["runs"] == "the base model; kv_cache as in the base model"
