@@ -12,9 +12,10 @@ import jinja2
 import yaml
 
 from ..kernels.attention import MODES
-from ..quant.method import AttentionPolicy, kv_cache_methods
+from ..quant.method import AttentionPolicy
 from ..sparsify.method import SparsityPolicy
 from .artifact import read_policies
+from .kv_evict import cache_methods
 from .layer_policies import arithmetic_of, sparsity_of
 from .recipe import Recipe
 
@@ -254,7 +255,7 @@ def cache_sentence(content: dict[str, Any] | None, measured: dict[str, Any] | No
     )
     text += f"least the last {content['recent_tokens']} stay dense."
     if any(content["layers"].values()):
-        text += f" {kv_cache_methods()[content['method']].calibrated}"
+        text += f" {cache_methods()[content['method']].calibrated}"
     if content["max_tokens"] is not None:
         text += f" Sequences of more than {content['max_tokens']:,} tokens are refused."
     if measured is not None and measured["bits_per_element"] is not None:

@@ -23,6 +23,8 @@ from ..quant.method import AttentionPolicy, CachePolicy, KVCacheMethod
 from .hf_attention import LayerAttention, attach, attention_modules, check_attention, detach, layer_kind, query_heads
 from .hf_cache import CACHE, NAMES, CompressedCache, CompressedLayer
 from .hf_capture import record_steps, run_steps_as_before
+from .hf_eviction import end_prompt
+from .kv_evict import KVEvict
 from .layer_policies import sparsity_in
 
 ATTRIBUTE = "kompakt_cache"
@@ -92,6 +94,8 @@ def run_by(model: Any, attention: Mapping[str, AttentionPolicy], cache: CachePol
     base = model.base_model
     setattr(base, ATTRIBUTE, maker)
     base.register_forward_pre_hook(give_cache, with_kwargs=True)
+    if isinstance(cache.method, KVEvict):
+        base.register_forward_hook(end_prompt, with_kwargs=True)
     record_steps(model)
 
 
@@ -123,6 +127,9 @@ def run_as_before(model: Any) -> None:
     for key in [key for key, hook in base._forward_pre_hooks.items() if hook is give_cache]:
         del base._forward_pre_hooks[key]
         base._forward_pre_hooks_with_kwargs.pop(key, None)
+    for key in [key for key, hook in base._forward_hooks.items() if hook is end_prompt]:
+        del base._forward_hooks[key]
+        base._forward_hooks_with_kwargs.pop(key, None)
 
 
 @contextmanager
@@ -147,6 +154,10 @@ def prepare_cache(model: Any, generation_config: Any, model_kwargs: dict[str, An
     if model_kwargs.get(CACHE) is not None or not wanted:
         return getattr(type(model), PREPARE)(model, generation_config, model_kwargs, *args, **kwargs)
     cache = vars(model)[ATTRIBUTE].make(model_kwargs.get("attention_mask"))
+    if cache.evicting_layers and (size := getattr(generation_config, "prefill_chunk_size", None)):
+        raise ValueError(
+            f"prefill_chunk_size is {size}, and a cache that evicts scores a prompt as a whole; leave it out"
+        )
     if getattr(generation_config, "is_assistant", False):
         cache.activate_past_recording()
     model_kwargs[CACHE] = cache
