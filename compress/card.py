@@ -254,6 +254,13 @@ def cache_sentence(content: dict[str, Any] | None, measured: dict[str, Any] | No
         f"`{content['method']}` in {len(content['layers'])} layers; the first {content['sink_tokens']} tokens and at "
     )
     text += f"least the last {content['recent_tokens']} stay dense."
+    if "scores" in content:
+        sizes = {"ratio": "{}× fewer", "tokens": "{} tokens per head", "threshold": "scores from {} on"}
+        size = next(form.format(content[name]) for name, form in sizes.items() if content[name] is not None)
+        text += (
+            f" Of the other tokens of a first prompt every KV head keeps its own, chosen by {content['scores']}, "
+            f"budget {content['budget']} ({size}); later tokens all stay."
+        )
     if any(content["layers"].values()):
         text += f" {cache_methods()[content['method']].calibrated}"
     if content["max_tokens"] is not None:
@@ -261,6 +268,20 @@ def cache_sentence(content: dict[str, Any] | None, measured: dict[str, Any] | No
     if measured is not None and measured["bits_per_element"] is not None:
         text += f" Coded tokens take {measured['bits_per_element']:.3f} bits per element, scales included."
     return text
+
+
+def eviction_sentence(measured: dict[str, Any] | None) -> str:
+    """What a cache that evicts did in an evaluation; empty for another. measured: of `eviction_in_use`."""
+    if measured is None:
+        return ""
+    kind = "query-agnostic" if measured["query_agnostic"] else "query-aware where a prompt holds the question"
+    text = f"Eviction by {measured['scores']} ({kind}), budget {measured['budget']}: "
+    if not measured["evicted_prompts"]:
+        return f"{text}NO prompt was long enough to be evicted from."
+    return (
+        f"{text}of {measured['evicted_prompts']:,} of {measured['prompts']:,} prompts; {measured['kept']:.1%} of their "
+        f"tokens were kept, in {measured['allocated']:.1%} of a dense cache's bytes, all that is allocated counted."
+    )
 
 
 def cache_evaluation_sentence(measured: dict[str, Any] | None) -> str:
@@ -280,7 +301,8 @@ def cache_evaluation_sentence(measured: dict[str, Any] | None) -> str:
         )
     if not measured["reading_codes"]:
         return f"{text}NO position had coded tokens to read, the sequences are too short: this measured a dense cache."
-    return f"{text}{measured['reading_codes']:,} of {measured['positions']:,} positions had coded tokens to read."
+    text += f"{measured['reading_codes']:,} of {measured['positions']:,} positions had coded tokens to read."
+    return f"{text} {eviction_sentence(measured.get('eviction'))}".rstrip()
 
 
 def base_name(given: str, inherited: dict[str, Any]) -> Any:

@@ -58,7 +58,7 @@ class EvictingStore(TokenStore):
 
     @torch.no_grad()
     def append(self, key: Tensor, value: Tensor) -> None:
-        """New tokens; those of a first prompt wait for their scores. ValueError as of `check`, or if those never came."""
+        """New tokens; a first prompt waits for its scores. ValueError as of `check`, or if those never came."""
         if self.pending is not None:
             raise ValueError(
                 "a prompt is to be evicted from, and its attention was never seen; a cache that evicts needs a model "
@@ -71,7 +71,7 @@ class EvictingStore(TokenStore):
                 self.pending, self.tokens = (key.detach(), value.detach()), count
                 self.version += 1
                 if key.is_meta:
-                    self.evict([self.own_pages(None)])
+                    self.evict(self.own_pages(None))
                 return
             if not key.is_meta:
                 reason = f"a prompt of fewer than {self.method.shortest_prompt} tokens would free no memory"
@@ -88,7 +88,9 @@ class EvictingStore(TokenStore):
             self.read_again(query, key, scaling, softcap)
             return
         if self.starts is not None and self.starts != starts:
-            raise ValueError(f"the mask's rows begin at {starts}, and the cache was made for rows from {self.starts} on")
+            raise ValueError(
+                f"the mask's rows begin at {starts}, and the cache was made for rows from {self.starts} on"
+            )
         self.starts = starts
         if self.method.scores == "kvzip":
             return
@@ -119,16 +121,17 @@ class EvictingStore(TokenStore):
         heads, rooms = self.pending[0].shape[1], []
         for start in self.starts or [0] * self.pending[0].shape[0]:
             length = self.tokens - start
-            whole = layers * heads * -(-length // PAGE)
-            room = self.method.room(length, layers * heads, self.method.dense_tokens)
-            rooms.append(room if length >= self.method.shortest_prompt else whole)
+            room = self.method.room(length, heads, self.method.dense_tokens)
+            if length < self.method.shortest_prompt:
+                room = heads * -(-length // PAGE)
+            rooms.append(None if room is None else layers * room)
         return rooms
 
     def own_pages(self, scores: Tensor | None) -> list[list[int]]:
-        """Row → head → pages, for scores of this layer alone; None for as many as there can be, in equal shares."""
+        """Row → head → pages, for scores of this layer alone; None for as many as there can be."""
         assert self.pending is not None
         shape = (*self.pending[0].shape[:2], self.boundary)
-        found = torch.zeros(shape) if scores is None else scores
+        found = torch.full(shape, torch.inf) if scores is None else scores
         return row_pages(found, self.first_candidates(), self.rooms(), self.method)
 
     def read_again(self, query: Tensor, key: Tensor, scaling: float, softcap: float | None) -> None:
@@ -208,8 +211,16 @@ class EvictingStore(TokenStore):
         return super().nbytes() + Sizes(codes, parameters, waiting)
 
     @property
+    def dense_bytes(self) -> int:
+        """Bytes that as many tokens take in a dense cache, padding included."""
+        if self.key is None or self.value is None:
+            return 0
+        batch, heads, _, head_dim = self.key.shape
+        return self.tokens * batch * heads * (head_dim + self.value.shape[3]) * self.key.element_size()
+
+    @property
     def kept_share(self) -> float | None:
-        """Share of the prompt's tokens that is still there, mean over rows and heads; None where nothing was evicted."""
+        """Share of the prompt's tokens that is there, mean over rows and heads; None where nothing was evicted."""
         if self.kept is None or self.starts is None:
             return None
         shares = []
@@ -229,7 +240,7 @@ def row_pages(scores: Tensor, first: list[int], rooms: list[int | None], method:
 
 
 def evict_together(stores: list[EvictingStore]) -> None:
-    """Ends a second reading: every layer evicts by its scores, sharing pages with the others if the budget is global."""
+    """Ends a second reading: every layer evicts by its scores, sharing pages with others if the budget is global."""
     first = stores[0]
     if first.method.budget != "global":
         for store in stores:

@@ -227,7 +227,7 @@ def run_cached(
             return attend_cached(query, kv, options, starts)
         found = reason
     if key.visible.compressed().kept is not None:
-        raise ValueError(f"a cache that has evicted tokens cannot be read by {former} attention, and ours cannot: {found}")
+        raise ValueError(f"attention over a cache that has evicted tokens cannot run: {found}")
     log_fallback(
         f"attention of {type(module).__name__} over a compressed cache", str(found), f"{former} attention, dequantized"
     )

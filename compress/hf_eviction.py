@@ -42,7 +42,7 @@ def end_prompt(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output:
 
 def read_again(base: Any, cache: CompressedCache, stores: list[EvictingStore], ids: Tensor) -> None:
     """Second reading of a prompt, ids (batch, tokens), part by part. ValueError if it goes beyond the positions."""
-    (rows, tokens), chunk, starts = ids.shape, stores[0].method.chunk, stores[0].starts
+    tokens, chunk, starts = ids.shape[1], stores[0].method.chunk, stores[0].starts
     assert starts is not None
     longest = tokens - min(starts)
     last = longest + min(chunk + OVERLAP, longest)

@@ -106,8 +106,8 @@ class MaskInfo:
     """Arguments of one mask of one forward pass, in place of the mask.
 
     implementation: what will run the calls that kompakt does not. arguments: as transformers gives them to a mask
-    function. checked: what was asked of it already, by whoever asked. ndim, shape and `contiguous` are what `generate` asks of a
-    prepared mask.
+    function. checked: what was asked of it already, by whoever asked. ndim, shape and `contiguous` are what `generate`
+    asks of a prepared mask.
     """
 
     implementation: str

@@ -72,7 +72,7 @@ class KVEvict(KVCacheMethod, Eviction):
 
     @property
     def dense_tokens(self) -> int:
-        """Tokens per head that storage is allocated for whatever is kept: sinks, recent tokens and the page they fill."""
+        """Tokens per head that there is storage for whatever is kept: sinks, recent tokens, the page they fill."""
         return self.sink_tokens + self.recent_tokens + PAGE
 
     @property

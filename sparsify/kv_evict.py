@@ -33,6 +33,7 @@ column.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -104,16 +105,18 @@ class Eviction:
         """
         if self.budget == "threshold":
             return None
-        size = self.tokens if self.tokens is not None else length / self.ratio  # pyright: ignore[reportOptionalOperand]
+        size = length / self.ratio if self.ratio is not None else self.tokens
+        assert size is not None
         return int(heads * (size - dense) // PAGE)
 
     def shortest(self, dense: int) -> int:
         """Tokens of the shortest prompt that is worth evicting from: a page for every head in the mean."""
         if self.budget == "threshold":
             return dense + 2 * PAGE
-        if self.tokens is not None:
-            return max(self.tokens, dense + PAGE) + 1
-        return int(self.ratio * (dense + PAGE))  # pyright: ignore[reportOptionalOperand]
+        if self.ratio is not None:
+            return math.ceil(self.ratio * (dense + PAGE))
+        assert self.tokens is not None
+        return max(self.tokens, dense + PAGE) + 1
 
 
 @dataclass(frozen=True)
@@ -209,6 +212,7 @@ def page_counts(scores: Tensor, room: int | None, eviction: Eviction) -> list[in
     heads, candidates = scores.shape
     most = -(-candidates // PAGE)
     if room is None:
+        assert eviction.threshold is not None
         return [-(-count // PAGE) for count in (scores >= eviction.threshold).sum(dim=1).tolist()]
     if room >= heads * most:
         return [most] * heads
@@ -242,7 +246,8 @@ def kept_columns(scores: Tensor, first: list[int], pages: list[list[int]]) -> tu
     """
     candidates = scores.shape[2]
     counts = [
-        [min(count * PAGE, max(candidates - start, 0)) for count in row] for row, start in zip(pages, first, strict=True)
+        [min(count * PAGE, max(candidates - start, 0)) for count in row]
+        for row, start in zip(pages, first, strict=True)
     ]
     columns = torch.arange(candidates, device=scores.device)
     before = columns < torch.tensor(first, device=scores.device)[:, None]
