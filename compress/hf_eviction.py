@@ -36,16 +36,27 @@ def end_prompt(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output:
     if not isinstance(ids, Tensor):
         raise ValueError("scores kvzip reads token ids again, and the model was given embeddings; take scores snapkv")
     with torch.no_grad():
-        read_again(base, cache, stores, ids)
+        positions = given.get("position_ids")
+        if isinstance(positions, Tensor) and positions.ndim != 2:
+            raise ValueError(
+                f"scores kvzip reads a prompt again at the positions behind it, and {type(base).__name__} has "
+                f"{positions.ndim - 1} numbers for each; take scores snapkv"
+            )
+        behind = ids.shape[1] if positions is None else positions[:, -1:] + 1
+        read_again(base, cache, stores, ids, behind)
         evict_together(stores)
 
 
-def read_again(base: Any, cache: CompressedCache, stores: list[EvictingStore], ids: Tensor) -> None:
-    """Second reading of a prompt, ids (batch, tokens), part by part. ValueError if it goes beyond the positions."""
+def read_again(
+    base: Any, cache: CompressedCache, stores: list[EvictingStore], ids: Tensor, behind: Tensor | int
+) -> None:
+    """Second reading of a prompt, ids (batch, tokens), part by part. behind: the position after its last, (batch or 1,
+    1) or the same for all. ValueError if it goes beyond the positions that there are.
+    """
     tokens, chunk, starts = ids.shape[1], stores[0].method.chunk, stores[0].starts
     assert starts is not None
     longest = tokens - min(starts)
-    last = longest + min(chunk + OVERLAP, longest)
+    last = int(torch.as_tensor(behind).max()) + min(chunk + OVERLAP, longest)
     limit = getattr(base.config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and last > limit:
         raise ValueError(
@@ -69,7 +80,7 @@ def read_again(base: Any, cache: CompressedCache, stores: list[EvictingStore], i
             base(
                 input_ids=part,
                 attention_mask=mask,
-                position_ids=tokens - first + place,
+                position_ids=behind + place if isinstance(behind, Tensor) else behind + place[None],
                 use_cache=True,
                 **{CACHE: cache},
             )

@@ -249,7 +249,7 @@ def covered(model: Any, layers: list[tuple[str, nn.Module]], recipe: Recipe) -> 
     if recipe.attention is not None or recipe.sparsity is not None:
         check_attention(model)
     if recipe.kv_cache is not None:
-        cacheable_modules(model)
+        cacheable_modules(model, recipe.kv_cache)
     names = [name for name, _ in layers]
     if recipe.weights is None:
         return recipe, cover(model, names, None)
