@@ -182,7 +182,7 @@ class Plain:
 @pytest.mark.parametrize("codes", ["none", "fp8", "int4"])
 def test_any_sequence_of_operations_reads_what_is_kept(codes, monkeypatch):
     done = dict.fromkeys(("prompt", "append", "crop", "refused", "rows", "reset", "copy"), 0)
-    for seed in range(25):
+    for seed in range(15):
         choose, generator = random.Random(seed), torch.Generator().manual_seed(seed)
         torch.manual_seed(seed)
         options = {"sink_tokens": choose.choice((0, 3)), "recent_tokens": choose.choice((0, 5, 140))}
@@ -251,7 +251,7 @@ def test_any_sequence_of_operations_reads_what_is_kept(codes, monkeypatch):
                 compare(copy.deepcopy(store), copy.deepcopy(plain), 1)
             done[operation] += 1
             compare(copy.deepcopy(store), copy.deepcopy(plain), 1)
-    assert min(done.values()) >= 5, done
+    assert min(done.values()) >= 3, done
 
 
 def test_rows_that_are_gone_give_their_pages_back():
