@@ -5,6 +5,7 @@ by name.
 from __future__ import annotations
 
 import copy
+import logging
 import random
 from typing import Any
 
@@ -14,15 +15,18 @@ from attention_models import tiny
 from cache_models import in_steps, patched
 from decode_cases import statics_of
 from evict_models import recording, reference_logits
-from transformers import DynamicCache
+from transformers import AttentionInterface, DynamicCache
 
-from kompakt.compress import CompressedCache, patch
-from kompakt.compress.evicting import EvictingStore
+from kompakt.compress import CompressedCache, hf_eviction, patch
+from kompakt.compress.evicting import EvictingStore, evict_together
 from kompakt.compress.hf_cache import CACHE
 from kompakt.compress.hf_cache_hooks import run_as_before
+from kompakt.compress.hf_capture import everywhere, steps_of
 from kompakt.compress.kv_evict import KVEvict
+from kompakt.kernels.activations import log_fallback
 from kompakt.kernels.decode_attention import decode_attention, dequantized
 from kompakt.kernels.kv_codec import PAGE
+from kompakt.sparsify.kv_evict import OVERLAP, Seen, reread
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LONG = torch.randint(3, 128, (3, 700), generator=torch.Generator().manual_seed(4))
@@ -285,6 +289,17 @@ def in_cache_logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:
     return model(tokens, **{CACHE: CompressedCache(model.config, METHODS["snapkv"])}).logits[0, -1]
 
 
+def test_recorded_steps_leave_it_to_single_launches(caplog):
+    """Which pages a head has is not known to a recorded launch."""
+    model = patched(model_of("llama"), METHODS["snapkv"])
+    wanted = model.generate(LONG, attention_mask=MASK, disable_compile=True, **GREEDY)
+    log_fallback.cache_clear()
+    with everywhere(model), caplog.at_level(logging.WARNING):
+        assert torch.equal(model.generate(LONG, attention_mask=MASK, **GREEDY), wanted)
+        assert steps_of(model).plain == 9
+    assert "a generation step runs through single launches: tokens are evicted" in caplog.text
+
+
 def test_what_cannot_be_evicted_from_is_named():
     with pytest.raises(ValueError, match=r"layer 0 of Gemma2Config has a sliding window of 7 tokens"):
         patch(tiny("gemma2"), {"kv_cache": {"method": "kv_evict", "ratio": 2}})
@@ -344,3 +359,36 @@ def test_unpatching_leaves_nothing_behind():
     assert not torch.equal(other, wanted)
     assert not model.model._forward_hooks and not model.model._forward_hooks_with_kwargs
     assert not model.model._forward_pre_hooks and torch.equal(model.generate(LONG, **GREEDY), wanted)
+
+
+def test_second_reading_is_that_of_the_prompt_followed_by_its_parts(monkeypatch):
+    """Scores of every layer, from whole passes over prompt and part in one, whose queries and keys are looked at."""
+    method, tokens, found = METHODS["kvzip"], LONG[:1, :600], []
+
+    def keep(stores: Any) -> None:
+        found.extend(store.scores.clone() for store in stores)
+        evict_together(stores)
+
+    model = patched(model_of("llama"), method)
+    monkeypatch.setattr(hf_eviction, "evict_together", keep)
+    model(tokens)
+    run_as_before(model)
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def looked_at(module: Any, query: Any, key: Any, value: Any, mask: Any, scaling: float = 1.0, **kwargs: Any) -> Any:
+        seen.append((query, key))
+        logits = query @ key.repeat_interleave(3, 1).mT * scaling
+        weights = logits.masked_fill(torch.ones(logits.shape[2:]).triu(1).bool(), -torch.inf).softmax(-1)
+        return (weights @ value.repeat_interleave(3, 1)).transpose(1, 2), None
+
+    AttentionInterface.register("looked_at", looked_at)
+    model.set_attn_implementation("looked_at")
+    for start in range(0, 600, method.chunk):
+        stop = min(start + method.chunk, 600)
+        again = tokens[:, max(0, start - OVERLAP) : stop]
+        seen.clear()
+        model(torch.cat((tokens, again), dim=1), use_cache=False)
+        for scores, (query, key) in zip(found, seen, strict=True):
+            one = Seen(query[:, :, 600:], key[:, :, :600], key[:, :, :600], [0], 32**-0.5)
+            wanted = reread(one, key[:, :, 600:], (start, stop), again.shape[1])
+            assert torch.allclose(scores[0, :, start:stop], wanted, rtol=1e-3, atol=1e-5)
