@@ -103,7 +103,7 @@ def cache_table(result: dict[str, Any]) -> str:
         cells += [_increase(row[protocol]) for protocol in ("chunks", "decode")]
         for test, length in tests:
             (found,) = [item for item in row["retrieval"][test]["rows"] if item["length"] == length]
-            cells.append(_found(found))
+            cells.append(_found(found, row["retrieval"][test]["kv_cache"].get("eviction")))
         lines.append(f"| {' | '.join(cells)} |")
     # Perplexities of the base differ, since "decode" scores the second halves alone.
     rows = [row["chunks"] for row in result["rows"] if row["chunks"] is not None]
@@ -112,7 +112,10 @@ def cache_table(result: dict[str, Any]) -> str:
     reasons = {reason for row in result["rows"] for reason in row.get("absent", {}).values()}
     sentence += "".join(f" –: {reason}." for reason in sorted(reasons))
     if reasons:
-        sentence += " Where tokens are evicted, the share of a prompt's that is kept, and of a dense cache's bytes."
+        sentence += (
+            " Where tokens are evicted: the share that is kept, and of a dense cache's bytes, beside the bits of the "
+            "text's prompts, beside what was found of its contexts."
+        )
     lines += ["", f"{sentence}{_asked(result)}{noted(result)}"]
     return "\n".join(lines)
 
@@ -120,11 +123,13 @@ def cache_table(result: dict[str, Any]) -> str:
 def _bits(used: dict[str, Any]) -> str:
     bits, eviction = used["bits_per_element"], used.get("eviction")
     text = "–" if bits is None else f"{bits:.2f}"
-    if eviction is None:
-        return text
+    return text if eviction is None else f"{text}; {_kept(eviction)}"
+
+
+def _kept(eviction: dict[str, Any]) -> str:
     if not eviction["evicted_prompts"]:
-        return f"{text}; NO prompt was evicted from"
-    return f"{text}; {eviction['kept']:.0%} kept, {eviction['allocated']:.0%} of bytes"
+        return "NO prompt was evicted from"
+    return f"{eviction['kept']:.0%} kept, {eviction['allocated']:.0%} of bytes"
 
 
 def _increase(comparison: dict[str, Any] | None) -> str:
@@ -134,11 +139,12 @@ def _increase(comparison: dict[str, Any] | None) -> str:
     return f"{100 * change:+.2f} ± {100 * stderr:.2f} %"
 
 
-def _found(row: dict[str, Any]) -> str:
-    """Share of right answers and of the base's, and what an answer's tokens lost in nats."""
+def _found(row: dict[str, Any], eviction: dict[str, Any] | None) -> str:
+    """Share of right answers and of the base's, what an answer's tokens lost in nats, and what was kept of contexts."""
     change = row["difference"]
     loss = f"{change['nll_difference']:+.3f} ± {change['nll_difference_stderr'] or 0:.3f}"
-    return f"{row['model']['token_accuracy']:.1%} of {row['base']['token_accuracy']:.1%}; {loss}"
+    text = f"{row['model']['token_accuracy']:.1%} of {row['base']['token_accuracy']:.1%}; {loss}"
+    return text if eviction is None else f"{text}; {_kept(eviction)}"
 
 
 def _asked(result: dict[str, Any]) -> str:
