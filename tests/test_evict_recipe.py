@@ -46,7 +46,11 @@ def overrides(text):
 def made(base, overrides, tmp_path_factory):
     """Recipe → what `compress` returned."""
     folder = tmp_path_factory.mktemp("made")
-    return {name: compress(base, name, folder / name, overrides=overrides) for name in RECIPES}
+    found = {name: compress(base, name, folder / name, overrides=overrides) for name in RECIPES}
+    asked = {"kv_cache": {"method": "kv_evict", "scores": "snapkv", "ratio": 3, "recent_tokens": 16}}
+    decoding = {"evaluation.cache_protocol": "decode", **overrides}
+    found["snapkv"] = compress(base, asked, folder / "snapkv", overrides=decoding)
+    return found
 
 
 @torch.no_grad()
@@ -74,7 +78,7 @@ def logits_of_dense(model):
     return model(TOKENS[:, :7], **{CACHE: first[CACHE]}).logits, first[CACHE]
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", [*RECIPES, "snapkv"])
 def test_what_is_written_says_how_it_was_measured(name, made):
     directory = made[name].output
     policy = read_cache(read_sidecar(directory), directory)
@@ -84,8 +88,8 @@ def test_what_is_written_says_how_it_was_measured(name, made):
     assert used["protocol"] == "decode" and used["reading_codes"] == used["positions"] == 100
     eviction = used["eviction"]
     assert (eviction["prompts"], eviction["evicted_prompts"]) == (1, 1)
-    assert eviction["query_agnostic"] == (name == "kv-evict2x-int4")
-    share = 1 / 3 if name == "kv-evict4x" else 0.2
+    assert eviction["query_agnostic"] == (name != "snapkv")
+    share = 0.2 if name == "kv-evict2x-int4" else 1 / 3
     assert 0.1 < eviction["allocated"] <= share * 1.01 and 0.1 < eviction["kept"] <= 1 / 3
     card = (directory / "README.md").read_text("utf-8")
     assert "every KV head keeps its own, chosen by" in card and "later tokens all stay" in card
@@ -124,7 +128,7 @@ def test_query_aware_and_query_agnostic_are_told_apart(base, made, text, capsys,
             text=str(text), lengths=(1200,), tests=("copy_words", "needle"), depths=1, samples=1, query_aware=aware
         )
         options = EvaluationOptions(windows=0)
-        found[aware] = evaluate(made["kv-evict4x"].output, against=base, options=options, retrieval=asked, speed=False)[
+        found[aware] = evaluate(made["snapkv"].output, against=base, options=options, retrieval=asked, speed=False)[
             "retrieval"
         ]
         assert found[aware]["query_aware"] is aware
