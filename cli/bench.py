@@ -350,6 +350,7 @@ def cache(
     retrieval_length: o.RetrievalLengths = None,
     retrieval_tests: o.RetrievalTests = None,
     retrieval_samples: o.RetrievalSamples = None,
+    retrieval_query_aware: o.RetrievalQueryAware = False,
     note: Note = "",
     append: Append = False,
     output: o.OutputFile = None,
@@ -371,7 +372,9 @@ def cache(
             methods=[{"method": method, **options} for method in methods.split(",")],
             calibration=calibration_options(dataset, samples, length, batch_size, seed),
             evaluation=EvaluationOptions(text=text, window=window, windows=windows),
-            retrieval=retrieval_options(window, retrieval, retrieval_length, tests, retrieval_samples),
+            retrieval=retrieval_options(
+                window, retrieval, retrieval_length, tests, retrieval_samples, query_aware=retrieval_query_aware
+            ),
             note=note,
             onto=output if append else None,
             progress=bar,

@@ -187,6 +187,7 @@ def evaluate(
     retrieval_length: o.RetrievalLengths = None,
     retrieval_tests: o.RetrievalTests = None,
     retrieval_samples: o.RetrievalSamples = None,
+    retrieval_query_aware: o.RetrievalQueryAware = False,
     generation: o.Generation = None,
     generation_prompts: o.GenerationPrompts = None,
     generation_tokens: o.GenerationTokens = None,
@@ -213,7 +214,9 @@ def evaluate(
         cache_protocol=cache_protocol,
         prompt_tokens=prompt_tokens,
     )
-    retrieved = retrieval_options(window, retrieval, retrieval_length, retrieval_tests, retrieval_samples)
+    retrieved = retrieval_options(
+        window, retrieval, retrieval_length, retrieval_tests, retrieval_samples, query_aware=retrieval_query_aware
+    )
     generated = generation_options(window, generation, generation_prompts, generation_tokens)
     harness = harness_options(tasks, num_fewshot, limit)
     with session.working(), Bar(session.stderr, "loading the model") as bar:
@@ -241,18 +244,27 @@ def evaluate(
 
 
 def retrieval_options(
-    window: int, text: str | None, lengths: str | None, tests: str | None, samples: int | None
+    window: int,
+    text: str | None,
+    lengths: str | None,
+    tests: str | None,
+    samples: int | None,
+    *,
+    query_aware: bool = False,
 ) -> Any:
     """What `--retrieval` and the options beside it ask for; None without it."""
     given = {
         "lengths": None if lengths is None else o.numbers(lengths, "--retrieval-length"),
         "tests": None if tests is None else tuple(test.strip() for test in tests.split(",")),
         "samples": samples,
+        "query_aware": query_aware or None,
     }
     given = {key: value for key, value in given.items() if value is not None}
     if text is None:
         if given:
-            raise typer.BadParameter("--retrieval-length, -tests and -samples need --retrieval, the text to ask about")
+            raise typer.BadParameter(
+                "--retrieval-length, -tests, -samples and -query-aware need --retrieval, the text to ask about"
+            )
         return None
     from ..compress import RetrievalOptions
 

@@ -209,6 +209,14 @@ RetrievalSamples = Annotated[
         help="Cases of each test, length and depth; default: 4, at 5 depths.", min=1, rich_help_panel=RETRIEVAL
     ),
 ]
+RetrievalQueryAware = Annotated[
+    bool,
+    typer.Option(
+        "--retrieval-query-aware",
+        help="Put the question into the prompt: what a cache evicts may then depend on it.",
+        rich_help_panel=RETRIEVAL,
+    ),
+]
 Generation = Annotated[
     str | None,
     typer.Option(

@@ -58,19 +58,23 @@ def depth_table(asked: dict[str, Any], compared: bool) -> Any:
 
 def retrieval_conditions(asked: dict[str, Any]) -> list[str]:
     """On what, how it went in, and what had codes to read."""
-    from ..compress.card import attention_sentence
+    from ..compress.card import attention_sentence, eviction_sentence
 
     copied = any(test.startswith("copy") for test in asked["tests"])
     cases = "1 case" if asked["samples"] == 1 else f"{asked['samples']} cases"
     grid = f"{cases} at each of {asked['depths']} depths of {asked['source']}, seed {asked['seed']}"
     lines = [f"{grid}, passages of {asked['passage']} tokens" if copied else grid]
-    if asked["fed"]["model"] == "pieces":
+    if asked["query_aware"]:
+        lines.append("Query-aware: context and question of a case went in as one prompt, then its answer")
+    elif asked["fed"]["model"] == "pieces":
         lines.append("The context of a case went in as one prompt, then its question, then its answer")
     else:
         lines.append("Cases went in in one pass: the model has recurrent layers")
     for test, result in asked["results"].items():
         if (cache := result.get("kv_cache")) is not None:
             lines.append(f"{test}: {codes_read(cache)}; {in_codes(result['rows'])}")
+            if text := eviction_sentence(cache.get("eviction")):
+                lines.append(f"{test}: {text}")
         if text := attention_sentence(result.get("attention")):
             lines.append(f"{test}: {text}")
     return lines

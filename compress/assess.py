@@ -15,7 +15,7 @@ import torch
 
 from .artifact import SIDECAR, read_cache, read_policies, read_sidecar, sha256, weight_bytes
 from .base_results import BaseResults, base_facts, results_folder
-from .cache_evaluation import CHUNK, cache_in_use, count_anew
+from .cache_evaluation import CHUNK, cache_in_use, check_fed, count_anew
 from .calibration import builtin_text
 from .evaluation import compare, generation_speed, input_device, perplexity, text_windows, windows_per_pass
 from .evaluation_generation import (
@@ -125,6 +125,10 @@ def evaluate(
         None if base_path is None else open_model(base_path, device_map=device_map, trust_remote_code=trust_remote_code)
     )
     check_protocol(options, subject, base)
+    if any((windows is not None, choices, last_word)):
+        check_fed(subject, base, prompt=bool(options.prompt))
+    if tasks is not None:
+        check_fed(subject, base, prompt=False)
     asked.check(subject, base)
     result["bytes"] = {"model": weight_bytes(path), "base": None if base_path is None else weight_bytes(base_path)}
     if windows is not None:
@@ -167,6 +171,7 @@ def measure_text(
     latter cannot be followed.
     """
     check_protocol(options, subject, base)
+    check_fed(subject, base, prompt=bool(options.prompt))
 
     def report(done: int, total: int) -> None:
         progress("evaluate", done, total, "windows")
@@ -291,6 +296,7 @@ class Asked:
                     subject,
                     base,
                     cases,
+                    query_aware=self.retrieval.query_aware,
                     recall=recall,
                     progress=lambda done, total, test=test: progress(test, done, total, ""),
                 )

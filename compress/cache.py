@@ -58,6 +58,7 @@ class TokenStore:
 
     version counts changes: what was read before one is not to be used after it. kept_from: columns from it on are all
     there. pages_from: pages that end before it are gone. skipped: columns of the last append that nobody will see.
+    gone: columns before it were evicted, and what is left of them is kept elsewhere (`evicting.py`).
     """
 
     def __init__(
@@ -89,7 +90,7 @@ class TokenStore:
         self.addresses: Tensor | None = None
         self.located: Pages | None = None
         self.tokens = self.coded = 0
-        self.kept_from = self.pages_from = 0
+        self.kept_from = self.pages_from = self.gone = 0
         self.skipped = (0, 0)
         self.key = self.value = self.sink_key = self.sink_value = self.sink_starts = None
         self.version += 1
@@ -117,7 +118,7 @@ class TokenStore:
     @property
     def first(self) -> int:
         """First column that the next token can see."""
-        return 0 if self.window is None else max(0, self.tokens - self.window + 1)
+        return self.gone if self.window is None else max(0, self.tokens - self.window + 1)
 
     def check(self, key: Tensor, value: Tensor) -> None:
         """ValueError, with the store as it was, if new tokens do not fit to those that are there, or are too many."""
@@ -350,7 +351,7 @@ class TokenStore:
         assert self.key is not None and self.value is not None and self.pool is not None
         assert self.sink_key is not None and self.sink_value is not None and self.sink_starts is not None
         past = self.tokens if new is None else self.tokens - queries
-        first = 0 if self.window is None else max(0, self.tokens - queries - self.window + 1)
+        first = self.gone if self.window is None else max(0, self.tokens - queries - self.window + 1)
         coded = min(self.coded, past)
         dense = tuple(self.ring(max(first, coded), past))
         return CompressedKV(

@@ -6,6 +6,8 @@ past, its own tokens dense, so that the past itself was computed from codes. "de
 as one prompt, attended to exactly and then coded, as `generate()` does it; the rest follows in chunks, and it alone is
 scored. Which share of the positions had coded tokens to read is counted and reported, since sinks and recent tokens
 stay dense.
+
+A cache that evicts does so from a prompt, which "chunks" has none of: it is measured by "decode" alone (`check_fed`).
 """
 
 from __future__ import annotations
@@ -23,10 +25,15 @@ from ..kernels.decode_attention import PAGE
 from ..quant.method import AttentionPolicy, CachePolicy
 from .hf_attention import at_least, attached_layers
 from .hf_cache import CACHE, former_cache, holds_attention_alone
-from .hf_cache_hooks import cache_maker, running
+from .hf_cache_hooks import CacheMaker, cache_maker, running
+from .kv_evict import KVEvict
 
 CHUNK = PAGE
 """Tokens that go in at a time."""
+NO_PROMPT = (
+    f"text that goes in {CHUNK} tokens at a time (cache_protocol chunks, tasks of lm-eval) has no prompt to evict "
+    "from; measure a cache that evicts by cache_protocol decode"
+)
 PROBE_TOKENS, PROBE_CHUNK = 2 * PAGE, PAGE // 2
 
 
@@ -60,6 +67,8 @@ class Reader:
             options["logits_to_keep"] = max(1, keep)
         logits = self.model(input_ids=ids, use_cache=True, **{CACHE: self.cache}, **options).logits
         if self.maker is not None:
+            if start == 0:
+                self.count_prompt(ids.shape[0])
             seen, count = self.maker.seen, ids.shape[0] * keep
             seen["positions"] += count
             if self.cache.reads_codes(start, self.fed):
@@ -71,6 +80,19 @@ class Reader:
                 f"{type(self.model).__name__} keeps no cache of transformers, so it cannot be fed in pieces"
             )
         return logits[:, logits.shape[1] - keep :]
+
+    def count_prompt(self, rows: int) -> None:
+        """Notes what is left of a first prompt, in a cache that evicts."""
+        seen, layers = self.maker.seen, self.cache.evicting_layers  # pyright: ignore[reportOptionalMemberAccess]
+        if not layers:
+            return
+        seen["prompts"] += rows
+        shares = [share for layer in layers if (share := layer.kept_share) is not None]
+        if shares:
+            seen["evicted_prompts"] += rows
+            seen["kept"] += rows * sum(shares) / len(shares)  # pyright: ignore[reportArgumentType]
+            dense = sum(layer.dense_bytes for layer in layers)
+            seen["allocated"] += rows * self.cache.nbytes().total / dense  # pyright: ignore[reportArgumentType]
 
     def holds_codes(self, start: int, stop: int) -> bool:
         """Whether the columns [start, stop) are all in codes, in the layer that has most; sinks stay dense."""
@@ -97,6 +119,28 @@ def cached_logits(
         if stop > first:
             parts.append(logits)
     return torch.cat(parts, dim=1)
+
+
+def check_fed(*models: Any, prompt: bool) -> None:
+    """ValueError if the cache of a model evicts and nothing of a text goes in as a prompt. None is no model."""
+    makers = [maker for model in models if model is not None and (maker := cache_maker(model)) is not None]
+    if not prompt and any(isinstance(maker.method, KVEvict) for maker in makers):
+        raise ValueError(NO_PROMPT)
+
+
+def eviction_in_use(maker: CacheMaker) -> dict[str, Any]:
+    """How a cache that evicts did, JSON-able; nothing for another. query_agnostic: whether scores do not ask what a
+    prompt ends with. kept: share of a prompt's tokens in the mean, and allocated: of the bytes of a dense cache of it,
+    both over the prompts that were long enough, None if none was.
+    """
+    method, seen = maker.method, maker.seen
+    if not isinstance(method, KVEvict):
+        return {}
+    evicted = seen["evicted_prompts"]
+    asked = {"scores": method.scores, "budget": method.budget, "codes": method.codes}
+    counted = {"prompts": seen["prompts"], "evicted_prompts": evicted}
+    shares = {name: seen[name] / evicted if evicted else None for name in ("kept", "allocated")}
+    return {"eviction": {**asked, "query_agnostic": method.query_agnostic, **counted, **shares}}
 
 
 def fits_in_pieces(model: Any) -> bool:
@@ -133,7 +177,8 @@ def cache_in_use(model: Any, *, prompt: int | None = 0) -> dict[str, Any] | None
 
     protocol: "chunks", "decode" (see the module), or "not read". prompt: tokens that went in before, at once; None
     where that differs from item to item. positions: that were scored; reading_codes: of them, had coded tokens to
-    attend to. bits_per_element: of codes and scales as allocated, None where nothing was coded.
+    attend to. bits_per_element: of codes and scales as allocated, None where nothing was coded. eviction: of a cache
+    that evicts, see `eviction_in_use`.
     """
     maker = cache_maker(model)
     if maker is None:
@@ -147,4 +192,5 @@ def cache_in_use(model: Any, *, prompt: int | None = 0) -> dict[str, Any] | None
         "positions": seen["positions"],
         "reading_codes": seen["reading_codes"],
         "bits_per_element": seen.get("bits"),
+        **eviction_in_use(maker),
     }

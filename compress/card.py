@@ -12,9 +12,10 @@ import jinja2
 import yaml
 
 from ..kernels.attention import MODES
-from ..quant.method import AttentionPolicy, kv_cache_methods
+from ..quant.method import AttentionPolicy
 from ..sparsify.method import SparsityPolicy
 from .artifact import read_policies
+from .kv_evict import cache_methods
 from .layer_policies import arithmetic_of, sparsity_of
 from .recipe import Recipe
 
@@ -253,13 +254,34 @@ def cache_sentence(content: dict[str, Any] | None, measured: dict[str, Any] | No
         f"`{content['method']}` in {len(content['layers'])} layers; the first {content['sink_tokens']} tokens and at "
     )
     text += f"least the last {content['recent_tokens']} stay dense."
+    if "scores" in content:
+        sizes = {"ratio": "{}× fewer", "tokens": "{} tokens per head", "threshold": "scores from {} on"}
+        size = next(form.format(content[name]) for name, form in sizes.items() if content[name] is not None)
+        text += (
+            f" Of the other tokens of a first prompt every KV head keeps its own, chosen by {content['scores']}, "
+            f"budget {content['budget']} ({size}); later tokens all stay."
+        )
     if any(content["layers"].values()):
-        text += f" {kv_cache_methods()[content['method']].calibrated}"
+        text += f" {cache_methods()[content['method']].calibrated}"
     if content["max_tokens"] is not None:
         text += f" Sequences of more than {content['max_tokens']:,} tokens are refused."
     if measured is not None and measured["bits_per_element"] is not None:
         text += f" Coded tokens take {measured['bits_per_element']:.3f} bits per element, scales included."
     return text
+
+
+def eviction_sentence(measured: dict[str, Any] | None) -> str:
+    """What a cache that evicts did in an evaluation; empty for another. measured: of `eviction_in_use`."""
+    if measured is None:
+        return ""
+    kind = "query-agnostic" if measured["query_agnostic"] else "query-aware where a prompt holds the question"
+    text = f"Eviction by {measured['scores']} ({kind}), budget {measured['budget']}: "
+    if not measured["evicted_prompts"]:
+        return f"{text}NO prompt was long enough to be evicted from."
+    return (
+        f"{text}of {measured['evicted_prompts']:,} of {measured['prompts']:,} prompts; {measured['kept']:.1%} of their "
+        f"tokens were kept, in {measured['allocated']:.1%} of a dense cache's bytes, all that is allocated counted."
+    )
 
 
 def cache_evaluation_sentence(measured: dict[str, Any] | None) -> str:
@@ -279,7 +301,8 @@ def cache_evaluation_sentence(measured: dict[str, Any] | None) -> str:
         )
     if not measured["reading_codes"]:
         return f"{text}NO position had coded tokens to read, the sequences are too short: this measured a dense cache."
-    return f"{text}{measured['reading_codes']:,} of {measured['positions']:,} positions had coded tokens to read."
+    text += f"{measured['reading_codes']:,} of {measured['positions']:,} positions had coded tokens to read."
+    return f"{text} {eviction_sentence(measured.get('eviction'))}".rstrip()
 
 
 def base_name(given: str, inherited: dict[str, Any]) -> Any:

@@ -2,7 +2,8 @@
 
 The context of a case goes in as one prompt, which is attended to as any prompt is and only then coded where the cache
 is compressed; the question follows in a call of its own, and the answer behind it in chunks, as it should be
-(teacher-forced). So the context is stored before anything is known of the question. Every answer token is scored by
+(teacher-forced). So the context is stored before anything is known of the question. Query-aware, context and question
+are one prompt: what a cache keeps of the context may then depend on the question. Every answer token is scored by
 -log p, and by whether it is the most likely one; where all of an answer's are, greedy decoding would have written it.
 
 Quantized or sparse attention takes prompts and questions however short they are, and text that is copied; an answer
@@ -77,15 +78,17 @@ class RetrievalDifference(Result):
     flips: Flips
 
 
-def answer_cases(model: Any, cases: Sequence[Case], *, progress: Progress | None = None) -> list[Answer]:
-    """Every case, answered by the model. ValueError if one is longer than the model's positions, or a loss is not
-    finite.
+def answer_cases(
+    model: Any, cases: Sequence[Case], *, query_aware: bool = False, progress: Progress | None = None
+) -> list[Answer]:
+    """Every case, answered by the model. query_aware: the question is part of the prompt. ValueError if one is longer
+    than the model's positions, or a loss is not finite.
     """
     check_lengths(model, cases)
     found = []
     with scoring_mode(model):
         for number, case in enumerate(cases):
-            logits, in_codes = _answer_logits(model, case)
+            logits, in_codes = _answer_logits(model, case, query_aware)
             target = torch.tensor(case.answer, device=logits.device)
             nll = token_nll(logits, target).double().sum().item()
             if not math.isfinite(nll):
@@ -104,7 +107,7 @@ def check_lengths(model: Any, cases: Sequence[Case]) -> None:
         raise ValueError(f"retrieval length {longest} exceeds the {limit} positions of {type(model).__name__}")
 
 
-def _answer_logits(model: Any, case: Case) -> tuple[torch.Tensor, bool]:
+def _answer_logits(model: Any, case: Case, query_aware: bool) -> tuple[torch.Tensor, bool]:
     """Logits that predict the answer, (tokens, vocabulary), and whether what it asks for was in codes."""
     device = input_device(model)
     context, question, answer = (
@@ -117,9 +120,13 @@ def _answer_logits(model: Any, case: Case) -> tuple[torch.Tensor, bool]:
         return logits[0, -answer.shape[1] :], False
     reader = Reader(model)
     with at_least(model, 2):
-        reader.feed(context, keep=0)
-        in_codes = reader.holds_codes(*case.evidence)
-        parts = [reader.feed(question, keep=1)]
+        if query_aware:
+            parts = [reader.feed(torch.cat([context, question], dim=1), keep=1)]
+            in_codes = reader.holds_codes(*case.evidence)
+        else:
+            reader.feed(context, keep=0)
+            in_codes = reader.holds_codes(*case.evidence)
+            parts = [reader.feed(question, keep=1)]
     with nullcontext() if case.written else at_least(model, 2):
         parts += [reader.feed(piece) for piece in answer[:, :-1].split(CHUNK, dim=1) if piece.shape[1]]
     return torch.cat(parts, dim=1)[0], in_codes
@@ -164,6 +171,7 @@ def measure_test(
     base: Any,
     cases: Sequence[Case],
     *,
+    query_aware: bool = False,
     recall: Callable[[dict[str, Any], Callable[[], Any]], Any] = lambda question, find: find(),
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -181,12 +189,17 @@ def measure_test(
     for side, model in sides.items():
         count_anew(model)
         if side == "model":
-            found[side] = answer_cases(model, cases, progress=report)
+            found[side] = answer_cases(model, cases, query_aware=query_aware, progress=report)
             used = in_use(model, max(case.length for case in cases))
         else:
-            question = {"retrieval": content_digest([asdict(case) for case in cases])}
+            question: dict[str, Any] = {"retrieval": content_digest([asdict(case) for case in cases])}
+            # The base's logits differ by rounding alone, and answers of former versions are named without it.
+            question |= {"query_aware": True} if query_aware else {}
             answers = recall(
-                question, lambda: [asdict(answer) for answer in answer_cases(base, cases, progress=report)]
+                question,
+                lambda: [
+                    asdict(answer) for answer in answer_cases(base, cases, query_aware=query_aware, progress=report)
+                ],
             )
             found[side] = [Answer(**answer) for answer in answers]
     rows = []

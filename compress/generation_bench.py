@@ -44,6 +44,7 @@ from .hf_capture import steps_of
 from .hf_decoder import decoder_layers
 from .hf_generation import ModelSource, cache_facts, forget_compiled, generate_timed, is_compiled, step_weight_bytes
 from .hf_quantizer import mark_quantized
+from .kv_evict import KVEvict
 from .layer_policies import combined
 from .linear_contenders import Absent
 from .linear_speed import installed, reason
@@ -80,7 +81,8 @@ class Way:
         ways: list[Way] = [cls("dynamic", cache="dynamic")]
         for recipe in found:
             ways.append(cls(recipe.name, recipe))
-            if launches and recipe.kv_cache is not None:
+            # Steps of a cache that evicts run launch by launch anyway.
+            if launches and recipe.kv_cache is not None and not isinstance(recipe.kv_cache, KVEvict):
                 ways.append(cls(f"{recipe.name}, launch by launch", recipe, launches=True))
         return [*ways, cls("static", cache="static")]
 
@@ -243,7 +245,9 @@ def measured(model: Any, way: Way, shape: Shape, repeats: int, device: torch.dev
     """Times in milliseconds, and memory. Raises Absent if a compressed cache was asked for and not read, or a CUDA
     graph was not replayed.
     """
-    recorded = device.type == "cuda" and way.recipe is not None and way.recipe.kv_cache is not None and not way.launches
+    cached = way.recipe is not None and way.recipe.kv_cache is not None
+    evicts = way.recipe is not None and isinstance(way.recipe.kv_cache, KVEvict)
+    recorded = device.type == "cuda" and cached and not way.launches and not evicts
     before = steps_of(model).replayed if recorded else 0
     found = timed(model, way, shape, repeats, device)
     if recorded:

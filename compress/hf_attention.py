@@ -23,10 +23,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..kernels.activations import log_fallback
 from ..kernels.attention import MODES, Mode
+from ..kernels.decode_attention import CompressedKV
 from ..quant.method import AttentionInputs, AttentionPolicy
 from ..sparsify.method import SparsityPolicy
 from ..sparsify.online import MIN_QUERIES
-from .hf_cache import CachedTensor
+from .evicting import EvictingStore
+from .hf_cache import AWAITING, CachedTensor
 from .hf_masks import Layout, MaskInfo, keep_arguments, keep_every_mask
 from .layer_policies import sparsity_in
 from .runtime import attend, attend_cached, attend_sparse, needs_gradient, refusal, sparse_refusal
@@ -110,6 +112,8 @@ def attention_forward(
     (batch, queries, num_heads, value_head_dim) and attention weights or None.
     """
     layer: LayerAttention | None = vars(module).get(ATTRIBUTE)
+    if (store := getattr(key, AWAITING, None)) is not None:
+        untraced(show_prompt)(store, module, (query, key, value, attention_mask, scaling, dropout), kwargs)
     if isinstance(key, CachedTensor):
         call = (query, key, value, attention_mask, scaling, dropout)
         out = untraced(run_cached)(layer, former, module, call, kwargs)
@@ -128,6 +132,33 @@ def attention_forward(
             layer.ran["dense"] += 1
     mask = attention_mask.build(former, query.device) if isinstance(attention_mask, MaskInfo) else attention_mask
     return former_function(former, module)(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)
+
+
+@torch.no_grad()
+def show_prompt(
+    store: EvictingStore,
+    module: nn.Module,
+    call: tuple[Tensor, Tensor, Tensor, Any, float | None, float],
+    kwargs: Mapping[str, Any],
+) -> None:
+    """Lets a store that waits for a prompt's scores look at a call. ValueError if it cannot be scored."""
+    query, key, value, mask, scaling, dropout = call
+    if store.reading is not None:
+        scaling = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+        store.look(query, key, scaling=scaling, softcap=kwargs.get("softcap"), starts=[])
+        return
+    found = call_options(module, query, key, value, mask, scaling, dropout, kwargs)
+    reason = found if isinstance(found, str) else None
+    if not isinstance(found, str):
+        layout, options = found
+        starts = mask.key_starts(layout)
+        if isinstance(starts, str) or not layout.causal or options["window"] is not None:
+            reason = starts if isinstance(starts, str) else "its mask is not causal attention to all tokens"
+        else:
+            rows = [0] * query.shape[0] if starts is None else starts.tolist()
+            store.look(query, key, scaling=options["scaling"], softcap=options["softcap"], starts=rows)
+    if reason is not None:
+        raise ValueError(f"the prompt cannot be scored for eviction: {reason}")
 
 
 def run_layer(
@@ -188,17 +219,32 @@ def run_cached(
                 layer.ran["kv_cache"] += 1
             assert not isinstance(starts, str)
             kv = key.visible.compressed()
+            if kv.kept is not None:
+                check_kept_mask(mask, kv)
             if kv.lengths is not None:
                 # The same launch is to do for later tokens: what the mask does not show yet is asked of the cache.
                 options, starts = {**options, "window": key.visible.store.window}, kv.sink_starts
             return attend_cached(query, kv, options, starts)
         found = reason
+    if key.visible.compressed().kept is not None:
+        raise ValueError(f"attention over a cache that has evicted tokens cannot run: {found}")
     log_fallback(
         f"attention of {type(module).__name__} over a compressed cache", str(found), f"{former} attention, dequantized"
     )
     if layer is not None:
         layer.ran[f"dense: {found}"] += 1
     return None
+
+
+def check_kept_mask(mask: MaskInfo, kv: CompressedKV) -> None:
+    """ValueError if a mask hides evicted columns that were not hidden when their tokens were chosen."""
+    given = mask.arguments.get("attention_mask")
+    if given is None or "kept" in mask.checked:
+        return
+    shown = torch.arange(kv.first, device=given.device) >= kv.sink_starts.to(given.device)[:, None]
+    if given.ndim != 2 or not torch.equal(given[:, : kv.first].bool(), shown):
+        raise ValueError("the mask is not the one that tokens were evicted under; it may only grow by ones")
+    mask.checked.add("kept")
 
 
 def cache_refusal(query: Tensor, key: CachedTensor, layout: Layout) -> str | None:

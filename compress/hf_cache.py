@@ -4,6 +4,9 @@
 on it gives back two `CachedTensor`: our attention reads the codes behind them, and anything else that touches them sees
 the dequantized keys or values as an ordinary tensor.
 
+Where a recipe evicts, keys of a prompt that is to be scored go to the attention function with the store that waits for
+its queries (`AWAITING`), and cannot be dequantized afterwards.
+
 The cache has the layers that `DynamicCache` would have for the same config. Those of plain and of sliding-window
 attention are compressed where a policy names them; the others (linear attention, shared keys, …) stay as they are.
 """
@@ -23,6 +26,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from ..kernels.decode_attention import CompressedKV, dequantized
 from ..quant.method import KVCacheMethod
 from .cache import Sizes, TokenStore
+from .evicting import EvictingStore
+from .kv_evict import KVEvict
 
 # What transformers calls a cache among the arguments and outputs of its models; until 5.23 the second.
 NAMES = ("cache", "past_key_values")
@@ -30,6 +35,8 @@ CACHE = NAMES[0] if NAMES[0] in CausalLMOutputWithPast.__dataclass_fields__ else
 
 ATTENTION = (DynamicLayer, DynamicSlidingWindowLayer)
 """Layers of a cache that hold keys and values and nothing else."""
+AWAITING = "kompakt_store"
+"""Attribute of keys that go into an attention function: the store that waits to see it."""
 STAYS = "a compressed cache stays on its device; pass cache_implementation='offloaded' for transformers' own offloading"
 
 
@@ -194,6 +201,22 @@ class CompressedLayer(CacheLayerMixin):
         raise ValueError(STAYS)
 
 
+class EvictingLayer(CompressedLayer):
+    """One layer of a cache that evicts."""
+
+    store: EvictingStore
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """See `CompressedLayer.update`. What a second reading of the prompt brings is not stored."""
+        if self.store.reading is not None:
+            found = self.store.beside(key_states, value_states)
+        else:
+            found = super().update(key_states, value_states)
+        if self.store.pending is not None:
+            setattr(found[0], AWAITING, self.store)
+        return found
+
+
 class CompressedCache(Cache):
     """A key-value cache in codes, for `generate` or a forward pass to be given.
 
@@ -215,10 +238,16 @@ class CompressedCache(Cache):
             window = getattr(layer, "sliding_window", None)
             if type(layer) in ATTENTION and (statics is None or index in statics):
                 known = None if statics is None else statics[index]
-                layer = CompressedLayer(TokenStore(method, statics=known, window=window, starts=starts))
+                if isinstance(method, KVEvict):
+                    check_evictable(config, index, window)
+                    layer = EvictingLayer(EvictingStore(method, statics=known, starts=starts))
+                else:
+                    layer = CompressedLayer(TokenStore(method, statics=known, window=window, starts=starts))
             layers.append(layer)
         if not any(isinstance(layer, CompressedLayer) for layer in layers):
             raise ValueError(f"{type(config).__name__} describes no layer whose keys and values can be compressed")
+        if isinstance(method, KVEvict):
+            check_together(config, method, layers)
         super().__init__(layers=layers)
         self.method = method
 
@@ -251,14 +280,40 @@ class CompressedCache(Cache):
     @property
     def bits_per_element(self) -> float:
         """Bits of codes and scales per key or value channel that pages hold; some must be coded."""
-        stores = [store for store in self.compressed_layers if store.pages]
+        stores = [store for store in self.compressed_layers if store.page_elements]
         sizes = sum((store.nbytes() for store in stores), Sizes(0, 0, 0))
         return round(8 * (sizes.codes + sizes.scales) / sum(store.page_elements for store in stores), 4)
+
+    @property
+    def evicting_layers(self) -> list[EvictingStore]:
+        """The layers that evict; all or none of those that hold codes."""
+        return [store for store in self.compressed_layers if isinstance(store, EvictingStore)]
 
     @property
     def coded_tokens(self) -> int:
         """Columns that are in codes, in the layer that has most."""
         return max(store.coded for store in self.compressed_layers)
+
+
+def check_evictable(config: Any, index: int, window: int | None) -> None:
+    """ValueError if a layer cannot evict."""
+    if window is not None:
+        raise ValueError(
+            f"layer {index} of {type(config).__name__} has a sliding window of {window} tokens, which is evicted from "
+            "as it moves; kv_evict is for models with full attention in every layer"
+        )
+
+
+def check_together(config: Any, method: KVEvict, layers: list[Any]) -> None:
+    """ValueError if other layers of a cache do not go with ones that evict."""
+    for index, layer in enumerate(layers):
+        if type(layer) in ATTENTION:
+            raise ValueError(f"layer {index} would keep all tokens, and one mask serves all layers; evict in all")
+        if method.scores == "kvzip" and not isinstance(layer, EvictingLayer):
+            raise ValueError(
+                f"layer {index} of {type(config).__name__} has a {type(layer).__name__}, which a second reading of the "
+                "prompt would change; take scores snapkv or expected"
+            )
 
 
 def former_cache(config: Any) -> Cache:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import types
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +23,8 @@ from ..quant.method import AttentionPolicy, CachePolicy, KVCacheMethod
 from .hf_attention import LayerAttention, attach, attention_modules, check_attention, detach, layer_kind, query_heads
 from .hf_cache import CACHE, NAMES, CompressedCache, CompressedLayer
 from .hf_capture import record_steps, run_steps_as_before
+from .hf_eviction import end_prompt
+from .kv_evict import KVEvict
 from .layer_policies import sparsity_in
 
 ATTRIBUTE = "kompakt_cache"
@@ -48,8 +50,10 @@ class CacheMaker:
         return CompressedCache(self.config, self.method, statics=self.statics, starts=starts)
 
 
-def cacheable_modules(model: Any) -> dict[str, nn.Module]:
-    """Attention modules whose keys and values can be compressed, by name. ValueError, naming the model, if none can."""
+def cacheable_modules(model: Any, method: KVCacheMethod | None = None) -> dict[str, nn.Module]:
+    """Attention modules whose keys and values can be compressed, by name. ValueError, naming the model, if none can, or
+    if `method` evicts and not all can do so.
+    """
     name, text = type(model).__name__, model.config.get_text_config()
     check_attention(model)
     if getattr(text, "kv_lora_rank", None):
@@ -57,7 +61,8 @@ def cacheable_modules(model: Any) -> dict[str, nn.Module]:
     supported = getattr(model, "_supports_default_dynamic_cache", None)
     if supported is None or not hasattr(model, PREPARE) or not supported():
         raise ValueError(f"{name} does not generate with a cache of transformers, so that it has none to compress")
-    layers = dict(enumerate(CompressedCache(text, KVCacheMethod()).layers))
+    evicting = method if isinstance(method, KVEvict) else None
+    layers = dict(enumerate(CompressedCache(text, evicting or KVCacheMethod()).layers))
     found = {}
     for module_name, module in attention_modules(model).items():
         known = isinstance(layers.get(getattr(module, "layer_idx", -1)), CompressedLayer)
@@ -80,7 +85,7 @@ def run_by(model: Any, attention: Mapping[str, AttentionPolicy], cache: CachePol
     if cache is None:
         attach(model, layers)
         return
-    modules = cacheable_modules(model)
+    modules = cacheable_modules(model, cache.method)
     unknown = [name for name in cache.layers if name not in modules]
     if unknown:
         raise ValueError(f"the model has no cache of a module {unknown[0]}; it has, e.g., {next(iter(modules))}")
@@ -92,6 +97,8 @@ def run_by(model: Any, attention: Mapping[str, AttentionPolicy], cache: CachePol
     base = model.base_model
     setattr(base, ATTRIBUTE, maker)
     base.register_forward_pre_hook(give_cache, with_kwargs=True)
+    if isinstance(cache.method, KVEvict):
+        base.register_forward_hook(end_prompt, with_kwargs=True)
     record_steps(model)
 
 
@@ -123,6 +130,9 @@ def run_as_before(model: Any) -> None:
     for key in [key for key, hook in base._forward_pre_hooks.items() if hook is give_cache]:
         del base._forward_pre_hooks[key]
         base._forward_pre_hooks_with_kwargs.pop(key, None)
+    for key in [key for key, hook in base._forward_hooks.items() if hook is end_prompt]:
+        del base._forward_hooks[key]
+        base._forward_hooks_with_kwargs.pop(key, None)
 
 
 @contextmanager
@@ -147,10 +157,25 @@ def prepare_cache(model: Any, generation_config: Any, model_kwargs: dict[str, An
     if model_kwargs.get(CACHE) is not None or not wanted:
         return getattr(type(model), PREPARE)(model, generation_config, model_kwargs, *args, **kwargs)
     cache = vars(model)[ATTRIBUTE].make(model_kwargs.get("attention_mask"))
+    if cache.evicting_layers:
+        check_prompt_alone(generation_config, args)
     if getattr(generation_config, "is_assistant", False):
         cache.activate_past_recording()
     model_kwargs[CACHE] = cache
     return None
+
+
+def check_prompt_alone(generation_config: Any, modes: Iterable[Any]) -> None:
+    """ValueError if a first pass is not the prompt, the whole prompt and nothing but that. modes: of generation."""
+    if size := getattr(generation_config, "prefill_chunk_size", None):
+        raise ValueError(
+            f"prefill_chunk_size is {size}, and a cache that evicts scores a prompt as a whole; leave it out"
+        )
+    if any(getattr(mode, "value", mode) == "assisted_generation" for mode in modes):
+        raise ValueError(
+            "assisted decoding puts candidates behind the prompt before it is evicted from; generate without an "
+            "assistant or prompt lookup"
+        )
 
 
 def give_cache(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -172,6 +172,8 @@ class Steps:
         positions = inputs.get("position_ids")
         if positions is not None and tuple(positions.shape) not in ((1, 1), tuple(ids.shape)):
             return "positions are not one number for each token"
+        if cache.evicting_layers:
+            return "tokens are evicted"
         if not known and (reason := self.seen_by_others()) is not None:
             return reason
         if not all(isinstance(layer, CompressedLayer) for layer in cache.layers):

@@ -106,8 +106,8 @@ class MaskInfo:
     """Arguments of one mask of one forward pass, in place of the mask.
 
     implementation: what will run the calls that kompakt does not. arguments: as transformers gives them to a mask
-    function. ndim, shape and `contiguous` are what `generate` asks of a
-    prepared mask.
+    function. checked: what was asked of it already, by whoever asked. ndim, shape and `contiguous` are what `generate`
+    asks of a prepared mask.
     """
 
     implementation: str
@@ -117,6 +117,7 @@ class MaskInfo:
     layouts: dict[torch.device, Layout | str] = field(default_factory=dict)
     built: dict[tuple[str, torch.device], Tensor | None] = field(default_factory=dict)
     starts: dict[torch.device, Tensor | str] = field(default_factory=dict)
+    checked: set[str] = field(default_factory=set)
 
     def contiguous(self) -> MaskInfo:
         """Itself."""

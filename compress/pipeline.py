@@ -32,6 +32,7 @@ from .artifact import (
 from .assess import read_text, save_json
 from .attention_calibration import SEQUENCES, choose_policies
 from .cache_calibration import choose_cache
+from .cache_evaluation import NO_PROMPT
 from .calibration import CalibrationSet, calibration_tokens
 from .card import write_card
 from .coverage import Coverage, cover, resolve_group_size
@@ -41,6 +42,7 @@ from .hf import load_base, load_tokenizer, resolve_model, save_weights, transfor
 from .hf_attention import check_attention
 from .hf_cache_hooks import cacheable_modules
 from .hf_decoder import decoder_layers, refuse_experts
+from .kv_evict import KVEvict
 from .layer_policies import combined
 from .linear import storage
 from .processes import ALONE, Processes, check_shared, joined, own_device
@@ -162,6 +164,8 @@ def compressed(
     """`compress` in one of its processes; those that are not the first return when the layers are done."""
     started = time.perf_counter()
     loaded = Recipe.load(recipe, overrides)
+    if isinstance(loaded.kv_cache, KVEvict) and loaded.evaluation.windows and not loaded.evaluation.prompt:
+        raise ValueError(f"evaluation: {NO_PROMPT}")
     source = resolve_model(model)
     output = Path(output) if output is not None else Path(f"{source.resolve().name}-{loaded.name}")
     place = own_device(device)
@@ -245,7 +249,7 @@ def covered(model: Any, layers: list[tuple[str, nn.Module]], recipe: Recipe) -> 
     if recipe.attention is not None or recipe.sparsity is not None:
         check_attention(model)
     if recipe.kv_cache is not None:
-        cacheable_modules(model)
+        cacheable_modules(model, recipe.kv_cache)
     names = [name for name, _ in layers]
     if recipe.weights is None:
         return recipe, cover(model, names, None)

@@ -21,11 +21,13 @@ from ..quant.method import KVCacheMethod, WeightScheme
 from .cache import TokenStore
 from .ceilings import device_ceilings, engines, speed_ceilings, works
 from .coverage import Coverage
+from .evicting import EvictingStore
 from .hf import meta_model, read_config, resolve_model
 from .hf_attention import attention_modules, full_attention, layer_kind
 from .hf_cache import CompressedCache
 from .hf_cache_hooks import cacheable_modules
 from .hf_decoder import decoder_layers
+from .kv_evict import KVEvict
 from .linear import CompressedLinear
 from .pipeline import covered, recipe_ops
 from .planning_memory import MemoryModel, Stage
@@ -278,7 +280,9 @@ class CachePlan:
 
 
 def plan_cache(model: Any, method: KVCacheMethod, contexts: Sequence[int]) -> CachePlan:
-    """What `method` allocates for one sequence: a cache is filled with tokens that have no storage."""
+    """What `method` allocates for one sequence: a cache is filled with tokens that have no storage, as one prompt. Of
+    eviction by a threshold nobody knows before the prompt is there: then nothing is counted as evicted.
+    """
     modules, config = cacheable_modules(model), model.config.get_text_config()
     heads, head_dim = kv_shape(config)
     statics = method.blank_statics(heads, head_dim)
@@ -293,7 +297,11 @@ def plan_cache(model: Any, method: KVCacheMethod, contexts: Sequence[int]) -> Ca
     for tokens in contexts:
         total = 0
         for window, count in Counter(windows).items():
-            store = TokenStore(replace(method, max_tokens=None), statics=statics, window=window)
+            free = replace(method, max_tokens=None)
+            if isinstance(free, KVEvict):
+                store = EvictingStore(free, statics=statics)
+            else:
+                store = TokenStore(free, statics=statics, window=window)
             empty = torch.empty((1, heads, tokens, head_dim), dtype=model.dtype, device="meta")
             store.append(empty, empty)
             total += count * store.nbytes().total

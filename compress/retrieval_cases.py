@@ -43,6 +43,7 @@ CITIES = (
 class RetrievalOptions:
     """What is asked. text: "builtin" or a .txt file. lengths: tokens of a case. tests: of `TESTS`. depths: how many.
     samples: cases of each test, length and depth. passage: tokens that are copied. seed: of everything random.
+    query_aware: the question goes in with its context, as one prompt.
 
     ValueError for what cannot be.
     """
@@ -54,6 +55,7 @@ class RetrievalOptions:
     samples: int = 4
     passage: int = 64
     seed: int = 0
+    query_aware: bool = False
 
     def __post_init__(self) -> None:
         for name, least in (("depths", 1), ("samples", 1), ("passage", CUE + 1), ("seed", 0)):

@@ -15,6 +15,9 @@ computed online in FP32 over blocks of at most `PAGE` tokens, so that no more of
 coded, a reader takes them from there and passes over their codes. What codes are, and
 how they lie in a page, is up to `kv_codec.py`.
 
+*Evicted tokens* (`kept`). Of the columns before `first` there may be, instead of all, those that each KV head has kept
+(`kv_kept.py`), beside the sinks among them. They precede every query, which sees all of its head's.
+
 *Mask.* Query i of Q has the column p = tokens − Q + i and sees the columns j with first ≤ j, key_starts ≤ j ≤ p, and
 with a window w, j > p − w. A query that sees no token gets zeros and lse = −∞. A sink logit is one more logit per head
 that has no value; it takes part in the softmax but not in lse. Inference only: no gradient.
@@ -30,8 +33,10 @@ from torch import Tensor
 
 from .activations import FP8_CAPABILITY, launching_on, log_fallback, triton_refusal
 from .attention import DTYPES, MAX_HEAD_DIM, check_logits
+from .kv_kept import KeptTokens
 from .kv_pages import PAGE, Pages, read_page, read_tokens
 
+KEPT_REFUSAL = "no kernel reads heads that have kept different numbers of tokens"
 MAX_ROWS = 64
 """Queries of one KV head that a kernel holds: 16 tokens of a group of 4, say."""
 
@@ -46,7 +51,8 @@ class CompressedKV:
     (batch, num_kv_heads, length, head_dim), with each of these columns at its place modulo length; None if not all are
     there. sink_key, sink_value: (batch, num_kv_heads, sink_tokens, head_dim). sink_starts: (batch,) int64, the column
     of each row's first sink token. lengths: of `kv_append.LENGTHS`; where given, a kernel takes tokens and coded from
-    it, and first from its window, so that the launch is that of any later token too.
+    it, and first from its window, so that the launch is that of any later token too. kept: what every head has kept of
+    the columns before first, of which sinks are looked at too; None where nothing was evicted.
     """
 
     pages: Pages
@@ -59,6 +65,12 @@ class CompressedKV:
     sink_value: Tensor
     sink_starts: Tensor
     lengths: Tensor | None = None
+    kept: KeptTokens | None = None
+
+    @property
+    def numbers(self) -> range:
+        """Pages that hold columns from `first` on."""
+        return range(self.first // PAGE, -(-self.coded // PAGE)) if self.first < self.coded else range(0)
 
 
 @dataclass(frozen=True)
@@ -127,6 +139,8 @@ def decode_attention(
 def decode_refusal(query: Tensor, kv: CompressedKV) -> str | None:
     """Why no kernel runs a call; None if one does."""
     refusal = triton_refusal(query.device, FP8_CAPABILITY)
+    if refusal is None and kv.kept is not None:
+        refusal = KEPT_REFUSAL
     head_dim = max(query.shape[3], kv.pages.layout.value_dim)
     if refusal is None and not query.dtype == kv.sink_key.dtype in DTYPES:
         refusal = f"the kernel takes bf16 and fp16, not {query.dtype} with a cache of {kv.sink_key.dtype}"
@@ -196,6 +210,12 @@ def decode_ref(
         if call.softcap is not None:
             logits = call.softcap * torch.tanh(logits / call.softcap)
         state.add(logits, mask[:, None, None], value[:, :, None])
+    for key, value, valid in kept_blocks(kv):
+        key, value = (torch.where(valid[..., None], part.to(dtype), 0.0) for part in (key, value))
+        logits = q @ key[:, :, None].transpose(-1, -2) * call.scaling
+        if call.softcap is not None:
+            logits = call.softcap * torch.tanh(logits / call.softcap)
+        state.add(logits, valid[:, :, None, None], value[:, :, None])
     lse = state.maximum + torch.log(state.total)
     whole = lse
     if sinks is not None:
@@ -226,7 +246,7 @@ def blocks(kv: CompressedKV) -> Iterator[Block]:
     if sink_tokens:
         columns = starts + torch.arange(sink_tokens, device=device)
         yield Block(columns, kv.sink_key, kv.sink_value, columns < kv.coded)
-    for number in range(kv.first // PAGE, -(-kv.coded // PAGE)):
+    for number in kv.numbers:
         count = min(PAGE, kv.coded - number * PAGE)
         columns = number * PAGE + torch.arange(count, device=device)[None]
         is_sink = (columns >= starts) & (columns < starts + sink_tokens)
@@ -241,12 +261,32 @@ def blocks(kv: CompressedKV) -> Iterator[Block]:
                 yield Block(columns, k, v, torch.ones_like(columns, dtype=torch.bool))
 
 
+def kept_blocks(kv: CompressedKV) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """What is there of the columns before `first` where tokens were evicted: keys and values, (batch, num_kv_heads, n,
+    head_dim), and which of them are tokens, (batch, num_kv_heads, n).
+    """
+    if kv.kept is None:
+        return
+    batch, heads, sink_tokens = kv.sink_key.shape[:3]
+    if sink_tokens:
+        columns = kv.sink_starts.to(torch.long)[:, None] + torch.arange(sink_tokens, device=kv.sink_key.device)
+        valid = (columns < kv.first)[:, None].expand(batch, heads, sink_tokens)
+        yield kv.sink_key, kv.sink_value, valid
+    for number in range(kv.kept.pages):
+        yield kv.kept.read(number)
+
+
 def dequantized(
     kv: CompressedKV, dtype: torch.dtype, start: int | None = None, stop: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """Keys and values of columns [start, stop), default all that a call reads, (batch, num_kv_heads, stop − start,
-    head_dim), one dense tensor each.
+    head_dim), one dense tensor each. ValueError where tokens were evicted, since heads then have different ones.
     """
+    if kv.kept is not None:
+        raise ValueError(
+            "heads have kept different tokens, which no dense keys and values can hold; they are read by "
+            "decode_attention alone"
+        )
     start, stop = max(start or 0, kv.first), kv.tokens if stop is None else stop
     batch, heads, _, head_dim = kv.sink_key.shape
     shape = (batch, heads, stop - start)
@@ -316,4 +356,8 @@ def check_storage(kv: CompressedKV) -> None:
     if (layout.key_dim, layout.value_dim) != (head_dim, value_dim):
         raise ValueError(f"pages hold heads of {layout.key_dim} and {layout.value_dim} channels, not {head_dim}")
     kv.pages.codec.check(kv_heads, head_dim, value_dim)
-    kv.pages.check(kv.first // PAGE, -(-kv.coded // PAGE), batch, kv_heads)
+    kv.pages.check(kv.numbers.start, kv.numbers.stop, batch, kv_heads)
+    if kv.kept is not None and tuple(kv.kept.lengths.shape) != (batch, kv_heads):
+        raise ValueError(
+            f"kept tokens are of {tuple(kv.kept.lengths.shape)} rows and heads, the cache of {(batch, kv_heads)}"
+        )
