@@ -23,8 +23,9 @@ from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from ..quant.method import AttentionPolicy, CachePolicy, kv_cache_methods
+from ..quant.method import AttentionPolicy, CachePolicy
 from ..sparsify.method import SparsityPolicy
+from .cache_methods import kv_cache_methods
 from .layer_policies import arithmetic_of, combined, sparsity_of
 from .sidecar import check_sidecar, first_error
 from .untrusted import check_entry, file_inside, header, read_json, weight_files

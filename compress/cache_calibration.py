@@ -50,4 +50,5 @@ def choose_cache(
             log.warning("the cache of %s stays dense: %s", name, reasons.get(name, "it was not called"))
     if not found:
         raise ValueError(f"no layer of {type(model).__name__} could be calibrated for a compressed cache")
-    return CachePolicy(method, {name: found[name] for name in modules if name in found})
+    settled = method.settled({name: found[name] for name in modules if name in found})
+    return CachePolicy(method, settled)

@@ -12,9 +12,10 @@ import jinja2
 import yaml
 
 from ..kernels.attention import MODES
-from ..quant.method import AttentionPolicy, kv_cache_methods
+from ..quant.method import AttentionPolicy
 from ..sparsify.method import SparsityPolicy
 from .artifact import read_policies
+from .cache_methods import kv_cache_methods
 from .layer_policies import arithmetic_of, sparsity_of
 from .recipe import Recipe
 

@@ -27,10 +27,10 @@ from ..quant.method import (
     KVCacheMethod,
     WeightMethod,
     attention_methods,
-    kv_cache_methods,
     weight_methods,
 )
 from ..sparsify.method import SparsityMethod, sparsity_methods
+from .cache_methods import kv_cache_methods
 from .calibration import CalibrationOptions
 
 RECIPE_VERSION = 1
