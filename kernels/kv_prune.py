@@ -294,7 +294,7 @@ class PruneCodec(Codec):
         """See `Codec.write`."""
         from .kv_prune_triton import write_pruned
 
-        write_pruned(key, value, columns, pages, self, ring=options["ring"])
+        write_pruned(key, value, columns, pages, self, **options)
 
     def read(self, key: Tensor, value: Tensor, columns: tuple[int, int], pages: Pages) -> None:
         """See `Codec.read`."""
@@ -306,7 +306,7 @@ class PruneCodec(Codec):
         """See `Codec.append`."""
         from .kv_prune_triton import append_pruned
 
-        append_pruned(key, value, to, self)
+        append_pruned(key, value, to, self, interpret=interpret)
 
     def attend(
         self,
