@@ -7,7 +7,11 @@ Where weights are quantized too, that has happened before, so that they are thos
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,11 +48,43 @@ def choose_cache(
             found[name] = {key: tensor.cpu() for key, tensor in method.statics(inputs).items()}
             progress("kv_cache", len(found), len(modules), name)
 
-    reasons = observe_attention(model, tokens[: method.sequences], visit, device=device)
+    with measured_shares(model, modules) as shares:
+        reasons = observe_attention(model, tokens[: method.sequences], visit, device=device)
     for name in modules:
         if name not in found:
             log.warning("the cache of %s stays dense: %s", name, reasons.get(name, "it was not called"))
     if not found:
         raise ValueError(f"no layer of {type(model).__name__} could be calibrated for a compressed cache")
-    settled = method.settled({name: found[name] for name in modules if name in found})
-    return CachePolicy(method, settled)
+    return CachePolicy(method, method.settled({name: found[name] for name in modules if name in found}, shares))
+
+
+@contextmanager
+def measured_shares(model: Any, names: Iterable[str]) -> Iterator[dict[str, float]]:
+    """By attention module, ‖its output‖² / ‖the output of the module it is in‖², filled as the model runs; without
+    those that return no tensors."""
+    sizes: dict[str, float] = {}
+    shares: dict[str, float] = {}
+
+    def inner(name: str, module: Any, args: Any, output: Any) -> None:
+        if (size := squared_size(output)) is not None:
+            sizes[name] = size
+
+    def outer(name: str, module: Any, args: Any, output: Any) -> None:
+        if name in sizes and (size := squared_size(output)) is not None:
+            shares[name] = sizes.pop(name) / max(size, sys.float_info.min)
+
+    hooks = []
+    for name in names:
+        hooks.append(model.get_submodule(name).register_forward_hook(partial(inner, name)))
+        hooks.append(model.get_submodule(name.rpartition(".")[0]).register_forward_hook(partial(outer, name)))
+    try:
+        yield shares
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def squared_size(output: Any) -> float | None:
+    """‖x‖² of what a module returns, or of the first thing; None if that is no tensor."""
+    x = output[0] if isinstance(output, tuple) else output
+    return float(x.detach().float().square().sum()) if isinstance(x, Tensor) else None

@@ -68,8 +68,14 @@ class KVCacheMethod:
         """Named tensors of one layer that its tokens are coded with, found on calibration text."""
         raise NotImplementedError
 
-    def settled(self, layers: Mapping[str, dict[str, torch.Tensor]]) -> dict[str, dict[str, torch.Tensor]]:
-        """Static tensors of all layers, by module, once `statics` has seen every one of them."""
+    def settled(
+        self, layers: Mapping[str, dict[str, torch.Tensor]], shares: Mapping[str, float]
+    ) -> dict[str, dict[str, torch.Tensor]]:
+        """Static tensors of all layers, by module, once `statics` has seen every one of them.
+
+        shares: ‖a‖² / ‖h‖² on the calibration text, a what the attention module adds, h the hidden states behind its
+        decoder layer.
+        """
         return dict(layers)
 
     def blank_statics(self, heads: int, head_dim: int) -> dict[str, torch.Tensor]:

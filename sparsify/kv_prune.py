@@ -9,13 +9,19 @@ need no weights: all channels of a value share one probability, so that magnitud
 
 *Search.* With ``loss`` every layer has a key and a value sparsity of its own, of `LEVELS`. What leaving channels out of
 keys alone, or of values alone, does to the attention output O of the last `QUERIES` queries of each calibration window
-is measured at every level, sinks dense,
+is measured at every level, sinks dense. The levels minimise, over layers, keys and values,
 
-    e(layer, part, level) = ‖Ô − O‖² / ‖O‖²
+    Σ ‖Ô − O‖² / ‖O‖² · ‖a‖² / ‖h‖²
 
-and the levels minimise Σ e over layers, keys and values, at no more channels in all than the uniform setting keeps:
-from the highest sparsity on, whatever takes most error away per channel is taken next. Errors of keys and of values
-are added up as if they were unrelated, and layers count alike.
+at no more channels in all than the uniform setting keeps; a is what the attention module makes of O and h the hidden
+states that the layer hands on, so that layers whose attention adds little to them give most. From the highest sparsity
+on, whatever takes most error away per channel is taken next. Errors of keys and of values are added up as if they were
+unrelated. Perplexity of SmolLM2-135M at 30 % of the channels, every position reading codes, two windows of 1,536 tokens
+of WikiText-2, by what the levels minimise:
+
+| nothing: uniform | the sum above, a from Ô − O through the output projection | without ‖a‖² / ‖h‖² | Σ ‖Ô − O‖² |
+|---|---|---|---|
+| +12.1 % | +8.2 % | +16.8 % | +21.0 % |
 
 Source: Mustafar (arXiv 2505.22913), section 3; its sparsities are the same for all layers.
 """
@@ -87,18 +93,25 @@ class KVPrune(KVCacheMethod):
         """Sparsities that a search chooses from, rising; the uniform ones are among them."""
         return sorted({*LEVELS, self.key_sparsity, self.value_sparsity})
 
-    def settled(self, layers: Mapping[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+    def settled(
+        self, layers: Mapping[str, dict[str, Tensor]], shares: Mapping[str, float]
+    ) -> dict[str, dict[str, Tensor]]:
         """See `KVCacheMethod.settled`: with a search, ``key_sparsity`` and ``value_sparsity``, (1,) fp64 each, in place
         of what was measured."""
         if self.search == "off":
             return dict(layers)
         parts, uniform = [], 0
-        for statics in layers.values():
-            shapes, errors = statics["shape"].tolist(), statics["errors"].tolist()
+        for name, statics in layers.items():
+            if name not in shares:
+                raise ValueError(
+                    f"{name} returns no hidden states that its share of them could be told from, and search 'loss' "
+                    "shares channels out by that; use search 'off'"
+                )
+            shapes, errors, share = statics["shape"].tolist(), statics["errors"].tolist(), shares[name]
             for part, sparsity in enumerate((self.key_sparsity, self.value_sparsity)):
                 heads, dim = shapes[part]
                 known = zip(self.levels, errors[part], strict=True)
-                parts.append([Level(heads * kept_channels(level, dim), error, level) for level, error in known])
+                parts.append([Level(heads * kept_channels(x, dim), share * error, x) for x, error in known])
                 uniform += heads * kept_channels(sparsity, dim)
         chosen = iter(shared_out(parts, uniform))
         found = {}

@@ -194,7 +194,9 @@ def test_search_beats_the_uniform_setting_at_equal_channels():
     """One layer whose queries look at few channels, one whose look at all; values that are all alike."""
     layers = {"uneven": inputs(spread=4.0), "even": inputs(spread=0.0)}
     method = KVPrune(key_sparsity=0.5, value_sparsity=0.5, search="loss")
-    settled = method.settled({name: method.statics(given) for name, given in layers.items()})
+    settled = method.settled(
+        {name: method.statics(given) for name, given in layers.items()}, dict.fromkeys(layers, 0.1)
+    )
     kept = 0
     errors = {"uniform": 0.0, "searched": 0.0}
     for index, (name, statics) in enumerate(settled.items()):
@@ -214,6 +216,16 @@ def test_search_beats_the_uniform_setting_at_equal_channels():
     assert kept <= 4 * 8
     assert errors["searched"] < 0.9 * errors["uniform"], errors
     assert settled["uneven"]["key_sparsity"] != settled["even"]["key_sparsity"]
+
+
+def test_layers_that_add_little_give_most():
+    method = KVPrune(search="loss")
+    measured = {name: method.statics(inputs()) for name in ("much", "little")}
+    settled = method.settled(measured, {"much": 0.5, "little": 0.01})
+    for part in ("key_sparsity", "value_sparsity"):
+        assert settled["much"][part] < settled["little"][part]
+    with pytest.raises(ValueError, match="little returns no hidden states"):
+        method.settled(measured, {"much": 0.5})
 
 
 def test_errors_are_those_of_one_part_alone_without_the_sinks():
