@@ -19,9 +19,9 @@ on, whatever takes most error away per channel is taken next. Errors of keys and
 unrelated. Perplexity of SmolLM2-135M at 30 % of the channels, every position reading codes, two windows of 1,536 tokens
 of WikiText-2, by what the levels minimise:
 
-| nothing: uniform | the sum above, a from Ô − O through the output projection | without ‖a‖² / ‖h‖² | Σ ‖Ô − O‖² |
-|---|---|---|---|
-| +12.1 % | +8.2 % | +16.8 % | +21.0 % |
+| nothing: uniform | this sum | the same, Ô − O through the output projection | without ‖a‖² / ‖h‖² | Σ ‖Ô − O‖² |
+|---|---|---|---|---|
+| +12.1 % | +8.5 % | +8.2 % | +16.8 % | +21.0 % |
 
 Source: Mustafar (arXiv 2505.22913), section 3; its sparsities are the same for all layers.
 """
