@@ -7,7 +7,6 @@ Where weights are quantized too, that has happened before, so that they are thos
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -60,18 +59,20 @@ def choose_cache(
 
 @contextmanager
 def measured_shares(model: Any, names: Iterable[str]) -> Iterator[dict[str, float]]:
-    """By attention module, ‖its output‖² / ‖the output of the module it is in‖², filled as the model runs; without
-    those that return no tensors."""
-    sizes: dict[str, float] = {}
+    """By attention module, the mean over tokens of ‖its output‖² / ‖the output of the module it is in‖², filled as the
+    model runs; without modules that return no tensors."""
+    sizes: dict[str, Tensor] = {}
     shares: dict[str, float] = {}
 
     def inner(name: str, module: Any, args: Any, output: Any) -> None:
-        if (size := squared_size(output)) is not None:
+        if (size := token_sizes(output)) is not None:
             sizes[name] = size
 
     def outer(name: str, module: Any, args: Any, output: Any) -> None:
-        if name in sizes and (size := squared_size(output)) is not None:
-            shares[name] = sizes.pop(name) / max(size, sys.float_info.min)
+        added, size = sizes.pop(name, None), token_sizes(output)
+        if added is not None and size is not None and added.shape == size.shape:
+            # Of each token, since norms make its hidden states one size, and a first token's may be a thousand others'.
+            shares[name] = float((added / size.clamp_min(torch.finfo(size.dtype).tiny)).mean())
 
     hooks = []
     for name in names:
@@ -84,7 +85,7 @@ def measured_shares(model: Any, names: Iterable[str]) -> Iterator[dict[str, floa
             hook.remove()
 
 
-def squared_size(output: Any) -> float | None:
-    """‖x‖² of what a module returns, or of the first thing; None if that is no tensor."""
+def token_sizes(output: Any) -> Tensor | None:
+    """(batch, tokens) ‖x‖² of what a module returns, or of the first thing; None if that is no tensor."""
     x = output[0] if isinstance(output, tuple) else output
-    return float(x.detach().float().square().sum()) if isinstance(x, Tensor) else None
+    return x.detach().float().square().sum(dim=-1) if isinstance(x, Tensor) else None

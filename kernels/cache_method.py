@@ -73,8 +73,8 @@ class KVCacheMethod:
     ) -> dict[str, dict[str, torch.Tensor]]:
         """Static tensors of all layers, by module, once `statics` has seen every one of them.
 
-        shares: ‖a‖² / ‖h‖² on the calibration text, a what the attention module adds, h the hidden states behind its
-        decoder layer.
+        shares: the mean of ‖a‖² / ‖h‖² over tokens of calibration text, a what the attention module adds to a token's
+        hidden states, h those behind its decoder layer.
         """
         return dict(layers)
 

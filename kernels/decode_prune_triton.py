@@ -1,21 +1,24 @@
 """Triton kernel of `decode_attention.py` over pruned pages (`kv_prune.py`).
 
 A program holds all queries of one KV head and a run of pages. Bitmaps and values are expanded once per KV head, into
-operands of the matrix units. A lane has the four channels 4·j … 4·j + 3, and four tiles of (tokens, lanes) hold one of
-its channels each, so that one count of bits serves four channels and nothing is shuffled::
+operands of the matrix units, whose rows are all queries of the group. A lane has four channels side by side: a count of
+bits below them says where its values begin, three words hold all it can need, and byte permutes, chosen by its four
+bits out of tables in registers, put the values at their channels::
 
-    r_j = popcount(bits below channel 4·j)        X_i[t, j] = value at place r_j + bits of its channels below i, or 0
-    S = Σ_i Q_i·X_iᵀ        A_i = Σ P·X_i,  channel 4·j + i of the output
+    r = popcount(bits below channel 4·j)        lane j of X = spread(values r … r + 3, bits of channels 4·j … 4·j + 3)
+    S = Q·Xᵀ        A = Σ P·X
 
-The expansion is bound by instructions, not by bytes, and the unit that counts bits takes 16 lanes a clock: a count for
-every channel of 8 sequences of 32K tokens is 145 µs of an H200 by itself, a quarter of them 36. What was left out:
-scattering kept values into shared memory, whose work grows with what is kept, needs addresses that Triton has no words
-for; a fixed number kept in every 16 channels makes addresses static but is another, worse choice of channels; an index
-for each value takes more bytes than the bitmap.
+The expansion is bound by instructions, not by bytes. The unit that counts bits takes 16 lanes a clock: a count for
+every channel of 8 sequences of 32K tokens is 145 µs of an H200 by itself, a quarter of them 36. Instructions of the
+loop over tiles for each channel of a thread (sm_90, head_dim 128, ptxas of Triton 3.6), products and softmax included:
 
-The loop over tiles has 16 instructions for each channel of a thread in bf16, of which 6 are the addresses of single
-values (sm_90, head_dim 128, ptxas of Triton 3.6); FP8 has 20 and INT4 27. Dense attention in bf16 is therefore not
-reached yet; reading the values of a lane as words and spreading them by byte permutes is the way that is left.
+| bf16, words and permutes | bf16, a load for each channel | FP8 and INT4, a load for each channel |
+|---|---|---|
+| 12 | 16 | 20 and 26 |
+
+What was left out: scattering kept values into shared memory, whose work grows with what is kept, needs addresses that
+Triton has no words for; a fixed number kept in every 16 channels makes addresses static but is another, worse choice of
+channels; an index for each value takes more bytes than the bitmap.
 
 Scales of FP8 and INT4 go into logits and probabilities, once per token. Queries, probabilities and values are
 multiplied in bf16. The dense tokens and the merging of parts are those of `decode_dense_triton.py` and
@@ -34,8 +37,19 @@ from torch import Tensor
 from .attention_quant import padded_width
 from .decode_dense_triton import dense_part
 from .decode_ends_triton import merge_kernel
-from .decode_pq_triton import MAX_SPLITS, splits_of
-from .decode_tiles_triton import LOG2E, LOWEST, PAGE_, capped, multiply, position_of, readable, record_at, store_state
+from .decode_pq_triton import MAX_SPLITS, splits_of, two_channels
+from .decode_tiles_triton import (
+    LOG2E,
+    LOWEST,
+    PAGE_,
+    capped,
+    load_queries,
+    multiply,
+    position_of,
+    readable,
+    record_at,
+    store_state,
+)
 from .kv_pages import PAGE
 from .kv_prune_triton import layout_of, shapes
 
@@ -46,6 +60,33 @@ TOKENS = tl.constexpr(32)
 """Of a tile."""
 TILES = tl.constexpr(PAGE // 32)
 """Of a page."""
+HALVES = (0x4444, 0x4410, 0x1044, 0x3210)
+"""Byte permutes that put the next of two 16-bit numbers at the channels whose bits, 0 … 3, are set, and zeros else."""
+RESTS = (0x3210, 0x5432, 0x5432, 0x7654)
+"""That take the two numbers behind those, of four."""
+TABLES = [sum(entry << 16 * index for index, entry in enumerate(table)) for table in (HALVES, RESTS)]
+SPREAD = tl.constexpr(
+    f"""{{
+    .reg .b32 low, high, s, a, b, z;
+    .reg .b64 t;
+    shl.b32 s, $3, 4;
+    shf.r.wrap.b32 low, $4, $5, s;
+    shf.r.wrap.b32 high, $5, $6, s;
+    shl.b32 a, $2, 4;
+    and.b32 a, a, 48;
+    shl.b32 b, $2, 2;
+    and.b32 b, b, 48;
+    shr.u64 t, {TABLES[0]}, a;
+    cvt.u32.u64 z, t;
+    prmt.b32 $0, low, 0, z;
+    shr.u64 t, {TABLES[1]}, a;
+    cvt.u32.u64 z, t;
+    prmt.b32 low, low, high, z;
+    shr.u64 t, {TABLES[0]}, b;
+    cvt.u32.u64 z, t;
+    prmt.b32 $1, low, 0, z;
+    }}"""
+)
 
 
 @triton.jit
@@ -84,9 +125,7 @@ def channel_of(values, token, bits, place, index: tl.constexpr, KIND: tl.constex
     """(TOKENS, lanes) bf16: the lanes' channels `index`, without scale; and the places of the next ones."""
     bit = (bits >> index) & 1
     there = bit != 0
-    if KIND == "bf16":
-        x = tl.load(values.to(tl.pointer_type(tl.bfloat16)) + token[:, None] * KEPT + place, mask=there, other=0.0)
-    elif KIND == "fp8":
+    if KIND == "fp8":
         source = values.to(tl.pointer_type(tl.float8e4nv)) + token[:, None] * KEPT + place
         x = tl.load(source, mask=there, other=0.0).to(tl.bfloat16)
     else:
@@ -95,6 +134,52 @@ def channel_of(values, token, bits, place, index: tl.constexpr, KIND: tl.constex
         code = tl.where(there, ((both >> (place & 1) * 4) & 15) - 8, 0)
         x = code.to(tl.float32).to(tl.bfloat16)
     return x, place + bit
+
+
+@triton.jit
+def spread(bits, number, w0, w1, w2, INTERPRET: tl.constexpr):
+    """Two words of two channels each, (TOKENS, lanes) int32: kept values from that number on, which three words hold,
+    at the channels whose bit is set."""
+    if INTERPRET:
+        low, high = w0.to(tl.uint32, bitcast=True).to(tl.uint64), w1.to(tl.uint32, bitcast=True).to(tl.uint64)
+        odd = (number & 1).to(tl.uint64)
+        run = (low | (high << 32)) >> (odd * 16)
+        last = w2.to(tl.uint32, bitcast=True).to(tl.uint64)
+        run = tl.where(odd != 0, run | (last << 48), run)
+        b0, b1, b2, b3 = bits & 1, (bits >> 1) & 1, (bits >> 2) & 1, (bits >> 3) & 1
+        x0 = tl.where(b0 != 0, run & 0xFFFF, 0)
+        x1 = tl.where(b1 != 0, (run >> (16 * b0).to(tl.uint64)) & 0xFFFF, 0)
+        x2 = tl.where(b2 != 0, (run >> (16 * (b0 + b1)).to(tl.uint64)) & 0xFFFF, 0)
+        x3 = tl.where(b3 != 0, (run >> (16 * (b0 + b1 + b2)).to(tl.uint64)) & 0xFFFF, 0)
+        first = (x0 | (x1 << 16)).to(tl.uint32).to(tl.int32, bitcast=True)
+        second = (x2 | (x3 << 16)).to(tl.uint32).to(tl.int32, bitcast=True)
+    else:
+        first, second = tl.inline_asm_elementwise(
+            SPREAD, "=&r,=&r,r,r,r,r,r", [bits, number, w0, w1, w2], dtype=(tl.int32, tl.int32), is_pure=True, pack=1
+        )
+    return first, second
+
+
+@triton.jit
+def tile_of(values, token, bits, place, KIND: tl.constexpr, KEPT: tl.constexpr, WIDTH: tl.constexpr,
+            INTERPRET: tl.constexpr):  # fmt: skip
+    """(TOKENS, WIDTH) bf16, without scale."""
+    if KIND == "bf16":
+        number = token[:, None] * KEPT + place
+        # A token without bits reads what it does not use; behind the last one of a record is room for that.
+        source = values.to(tl.pointer_type(tl.int32)) + (number >> 1)
+        first, second = spread(
+            bits, number, tl.load(source), tl.load(source + 1), tl.load(source + 2), INTERPRET
+        )  # fmt: skip
+        even, odd = two_channels(tl.join(first, second), INTERPRET)
+        x = tl.join(even, odd)
+    else:
+        x0, place = channel_of(values, token, bits, place, 0, KIND, KEPT)
+        x1, place = channel_of(values, token, bits, place, 1, KIND, KEPT)
+        x2, place = channel_of(values, token, bits, place, 2, KIND, KEPT)
+        x3, place = channel_of(values, token, bits, place, 3, KIND, KEPT)
+        x = tl.join(tl.join(x0, x2), tl.join(x1, x3))
+    return tl.reshape(x, (TOKENS, WIDTH))
 
 
 @triton.jit
@@ -107,25 +192,6 @@ def scale_of(scales, token, valid, KIND: tl.constexpr):
         upper = tl.load(scales.to(tl.pointer_type(tl.uint16)) + token, mask=valid, other=0).to(tl.uint32)
         scale = (upper << 16).to(tl.float32, bitcast=True)
     return scale
-
-
-@triton.jit
-def query_channel(base, qh, qt, index: tl.constexpr, QUERIES: tl.constexpr, GROUP: tl.constexpr,
-                  HEAD_DIM: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
-    """(ROWS, WIDTH // 4) bf16, channel `index` of every lane."""
-    row, channel = tl.arange(0, ROWS), 4 * tl.arange(0, WIDTH // 4) + index
-    known = (row < QUERIES * GROUP)[:, None] & (channel < HEAD_DIM)[None, :]
-    place = (row % GROUP)[:, None] * qh + (row // GROUP)[:, None] * qt + channel[None, :]
-    return tl.load(base + place, mask=known, other=0.0).to(tl.float32).to(tl.bfloat16)
-
-
-@triton.jit
-def store_channel(acc, part_ptr, part, row, index: tl.constexpr, ROWS: tl.constexpr, VALUE_DIM: tl.constexpr,
-                  VALUE_WIDTH: tl.constexpr):  # fmt: skip
-    """Channel `index` of every lane into a part."""
-    channel = 4 * tl.arange(0, VALUE_WIDTH // 4) + index
-    place = part_ptr + (part * ROWS + row)[:, None] * VALUE_DIM + channel[None, :]
-    tl.store(place, acc, mask=(row < ROWS)[:, None] & (channel < VALUE_DIM)[None, :])
 
 
 @triton.jit(do_not_specialize=["tokens", "coded", "first", "splits", "window", "ring_length", "heads", "sink_tokens"])
@@ -169,32 +235,24 @@ def decode_prune_kernel(
         )  # fmt: skip
     else:
         row = tl.arange(0, QUERY_ROWS)
-        q0 = query_channel(q_base, qh, qt, 0, QUERIES, GROUP, HEAD_DIM, QUERY_ROWS, WIDTH)
-        q1 = query_channel(q_base, qh, qt, 1, QUERIES, GROUP, HEAD_DIM, QUERY_ROWS, WIDTH)
-        q2 = query_channel(q_base, qh, qt, 2, QUERIES, GROUP, HEAD_DIM, QUERY_ROWS, WIDTH)
-        q3 = query_channel(q_base, qh, qt, 3, QUERIES, GROUP, HEAD_DIM, QUERY_ROWS, WIDTH)
+        q = load_queries(q_base, qh, qt, QUERIES, GROUP, HEAD_DIM, QUERY_ROWS, WIDTH)
+        q = q.to(tl.float32).to(tl.bfloat16)
         position = position_of(row, tokens, QUERIES, GROUP)
         m = tl.full((QUERY_ROWS,), LOWEST, tl.float32)
         total = tl.zeros((QUERY_ROWS,), tl.float32)
-        a0 = tl.zeros((QUERY_ROWS, VALUE_WIDTH // 4), tl.float32)
-        a1, a2, a3 = a0, a0, a0
+        acc = tl.zeros((QUERY_ROWS, VALUE_WIDTH), tl.float32)
         WORDS: tl.constexpr = (HEAD_DIM + 31) // 32
         VALUE_WORDS: tl.constexpr = (VALUE_DIM + 31) // 32
-        for tile in tl.range(page_begin * TILES, page_end * TILES, num_stages=2):
+        for tile in tl.range(page_begin * TILES, page_end * TILES, num_stages=1):
             record = record_at(tl.load(table_ptr + tile // TILES), plane * RECORD)
             column = tile * TOKENS + tl.arange(0, TOKENS)
             token = column % PAGE_
             valid = readable(column, coded, lowest, sink_start, sink_tokens, SINKS)
             bits, place = lanes_of(record, token, valid, WORDS, WIDTH, INTERPRET)
-            stored = record + PAGE_ * 4 * WORDS
-            x, place = channel_of(stored, token, bits, place, 0, KIND, KEY_KEPT)
-            s = multiply(q0, x.T, None, INTERPRET)
-            x, place = channel_of(stored, token, bits, place, 1, KIND, KEY_KEPT)
-            s = multiply(q1, x.T, s, INTERPRET)
-            x, place = channel_of(stored, token, bits, place, 2, KIND, KEY_KEPT)
-            s = multiply(q2, x.T, s, INTERPRET)
-            x, place = channel_of(stored, token, bits, place, 3, KIND, KEY_KEPT)
-            s = multiply(q3, x.T, s, INTERPRET) * (scaling * LOG2E)
+            x = tile_of(record + PAGE_ * 4 * WORDS, token, bits, place, KIND, KEY_KEPT, WIDTH, INTERPRET)
+            if QUERY_ROWS >= 64:
+                x = tl.where(valid[:, None], x, 0.0)
+            s = multiply(q, x.T, None, INTERPRET) * (scaling * LOG2E)
             if KIND != "bf16":
                 s = s * scale_of(record + KEY_SCALES, token, valid, KIND)[None, :]
             if SOFTCAP:
@@ -213,19 +271,15 @@ def decode_prune_kernel(
                 p = p * scale_of(record + VALUE_SCALES, token, valid, KIND)[None, :]
             p = p.to(tl.bfloat16)
             bits, place = lanes_of(record + VALUES, token, valid, VALUE_WORDS, VALUE_WIDTH, INTERPRET)
-            stored = record + VALUES + PAGE_ * 4 * VALUE_WORDS
-            x, place = channel_of(stored, token, bits, place, 0, KIND, VALUE_KEPT)
-            a0 = multiply(p, x, a0 * alpha[:, None], INTERPRET)
-            x, place = channel_of(stored, token, bits, place, 1, KIND, VALUE_KEPT)
-            a1 = multiply(p, x, a1 * alpha[:, None], INTERPRET)
-            x, place = channel_of(stored, token, bits, place, 2, KIND, VALUE_KEPT)
-            a2 = multiply(p, x, a2 * alpha[:, None], INTERPRET)
-            x, place = channel_of(stored, token, bits, place, 3, KIND, VALUE_KEPT)
-            a3 = multiply(p, x, a3 * alpha[:, None], INTERPRET)
-        store_channel(a0, part_ptr, part, row, 0, ROWS, VALUE_DIM, VALUE_WIDTH)
-        store_channel(a1, part_ptr, part, row, 1, ROWS, VALUE_DIM, VALUE_WIDTH)
-        store_channel(a2, part_ptr, part, row, 2, ROWS, VALUE_DIM, VALUE_WIDTH)
-        store_channel(a3, part_ptr, part, row, 3, ROWS, VALUE_DIM, VALUE_WIDTH)
+            values = record + VALUES + PAGE_ * 4 * VALUE_WORDS
+            x = tile_of(values, token, bits, place, KIND, VALUE_KEPT, VALUE_WIDTH, INTERPRET)
+            if QUERY_ROWS >= 64:
+                # The compiler of Triton 3.6 fails on Hopper's products of a tile that was only put together.
+                x = tl.where(valid[:, None], x, 0.0)
+            acc = multiply(p, x, acc * alpha[:, None], INTERPRET)
+        channel = tl.arange(0, VALUE_WIDTH)
+        place = part_ptr + (part * ROWS + row)[:, None] * VALUE_DIM + channel[None, :]
+        tl.store(place, acc, mask=(row < ROWS)[:, None] & (channel < VALUE_DIM)[None, :])
         store_state(state_ptr, part, row, m, total, ROWS)
 
 

@@ -40,7 +40,7 @@ import torch
 from torch import Tensor
 
 from .activations import FP8_CAPABILITY, unseen_refusal
-from .kv_codec import PAGE, Codec, Coded, Layout, Page, Part
+from .kv_codec import ALIGNMENT, PAGE, Codec, Coded, Layout, Page, Part
 from .kv_codes import MIN_SCALE, outwards, quantize_tokens
 
 if TYPE_CHECKING:
@@ -171,10 +171,10 @@ class Stored:
         size = {"bf16": 2 * self.kept, "fp8": self.kept, "int4": -(-self.kept // 2)}[self.values]
         return bitmap_bytes(self.head_dim), size
 
-    def regions(self, codes: Tensor) -> list[Tensor]:
+    def regions(self, codes: Tensor) -> tuple[Tensor, Tensor]:
         """Views of a page's (..., PAGE, bytes): bitmaps of all tokens, and values of all tokens behind them."""
-        sizes = [PAGE * size for size in self.row_bytes]
-        return [part.unflatten(-1, (PAGE, -1)) for part in codes.flatten(-2).split(sizes, dim=-1)]
+        bitmaps, values = codes.flatten(-2).split([PAGE * size for size in self.row_bytes], dim=-1)
+        return bitmaps.unflatten(-1, (PAGE, -1)), values.unflatten(-1, (PAGE, -1))
 
     def write(self, codes: Tensor, place: slice, tokens: Tensor) -> None:
         """Puts codes of `prune_tokens` into a page."""
@@ -200,6 +200,11 @@ class PruneLayout(Layout):
         parameters = Part((PAGE, count), dtype)
         keys, values = (Part((PAGE, sum(part.row_bytes)), torch.uint8) for part in (self.keys, self.values))
         return keys, parameters, values, parameters
+
+    @property
+    def record_bytes(self) -> int:
+        """See `Layout.record_bytes`; a kernel reads values in words, up to 12 bytes behind the last one."""
+        return super().record_bytes + ALIGNMENT
 
     def page(self, records: Tensor) -> PrunePage:
         """See `Layout.page`."""

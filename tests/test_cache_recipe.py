@@ -274,8 +274,8 @@ def test_plan_counts_what_is_allocated(base):
     assert codes.codebook_bytes == 4 * sum(tensor.nbytes for tensor in tensors)
     pruned = plan(base, "kv-prune50", contexts=(1000,)).compressed_cache
     assert pruned is not None
-    # A bitmap of 4 bytes and 8 channels of bf16 for each token in a page.
-    assert pruned.bytes[1000] == heads * (768 * 20 + 16 * (128 + 128 + 4) * model.dtype.itemsize)
+    # A bitmap of 4 bytes and 8 channels of bf16 for each key and value of a page, and 16 bytes behind them all.
+    assert pruned.bytes[1000] == heads * (768 * 20 + 768 // 128 * 8 + 16 * (128 + 128 + 4) * model.dtype.itemsize)
     assert pruned.codebook_bytes == 4 * 2 * 16 * 4
     assert plan(base, "kv-fp8").as_dict()["kernels"]["decode_attention"]["used"]
     assert plan(base, "w4a16-rtn").compressed_cache is None

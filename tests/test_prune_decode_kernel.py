@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -125,15 +126,17 @@ INTERPRETER_CASES |= {
 MUTATIONS = {
     "bits below a lane": ("before[:, :, None] + ones_of(", "before[:, :, None] + 0 * ones_of(", "plain"),
     "words before": ("- ones\n", "\n", "plain"),
-    "places within a lane": ("return x, place + bit", "return x, place", "plain"),
-    "channels of a lane": ("bit = (bits >> index) & 1", "bit = bits & 1", "plain"),
-    "third channel": ("multiply(q2, x.T", "multiply(q1, x.T", "plain"),
-    "channels of the output": ("a3, part_ptr, part, row, 3", "a3, part_ptr, part, row, 2", "plain"),
+    "places within a lane": ("return x, place + bit", "return x, place", "fp8, plain"),
+    "channels of a lane": ("bit = (bits >> index) & 1", "bit = bits & 1", "fp8, plain"),
+    "order of channels": ("tl.join(tl.join(x0, x2)", "tl.join(tl.join(x0, x1)", "fp8, plain"),
+    "first of two numbers": ("(number & 1)", "(number & 0)", "plain"),
+    "third word": ("tl.load(source + 2)", "tl.load(source)", "plain"),
+    "words of a lane": ("tl.join(first, second)", "tl.join(second, first)", "plain"),
     "rows of fp8": ("float8e4nv)) + token[:, None] * KEPT", "float8e4nv)) + token[:, None] * (KEPT - 4)", "fp8, plain"),
     "scale of keys": ("scale_of(record + KEY_SCALES", "scale_of(record + VALUE_SCALES", "fp8, plain"),
     "scale of values": ("p = p * scale_of", "p = p + 0 * scale_of", "int4, everything"),
     "halves of a byte": ("both >> (place & 1) * 4", "both >> (place & 1) * 3", "int4, everything"),
-    "earlier tiles": ("a1 * alpha[:, None]", "a1", "plain"),
+    "earlier tiles": ("acc * alpha[:, None]", "acc", "plain"),
     "soft cap": ("s = capped(s, softcap)", "s = s", "softcap"),
     "tokens that are not read": ("mask=valid[:, None] & (word", "mask=(word >= 0)[None, :] & (word", "damaged token"),
     "tiles of a page": ("page_end * TILES", "page_end * TILES - 1", "plain"),
@@ -145,6 +148,27 @@ MUTATIONS = {
 @pytest.mark.parametrize("name", [*INTERPRETER_CASES, *MUTATIONS])
 def test_kernel_in_interpreter(name):
     assert interpreter_results(__file__)[name] == ""
+
+
+@needs_triton
+def test_permutes_put_numbers_at_their_channels():
+    """What the assembly does, which the interpreter does not run, in Python."""
+    from kompakt.kernels.decode_prune_triton import HALVES, RESTS
+
+    def permuted(low: int, high: int, selector: int) -> int:
+        every = low.to_bytes(4, "little") + high.to_bytes(4, "little")
+        return int.from_bytes(bytes(every[selector >> 4 * index & 7] for index in range(4)), "little")
+
+    for bits, odd in itertools.product(range(16), range(2)):
+        numbers = [0x1111 * (index + 1) for index in range(6)]
+        words = [numbers[index] | numbers[index + 1] << 16 for index in (0, 2, 4)]
+        run = words[0] | words[1] << 32 | words[2] << 64
+        low, high = (run >> 16 * odd) & 0xFFFFFFFF, (run >> 16 * odd + 32) & 0xFFFFFFFF
+        first, second = permuted(low, 0, HALVES[bits & 3]), permuted(low, high, RESTS[bits & 3])
+        second = permuted(second, 0, HALVES[bits >> 2])
+        kept = iter(numbers[odd:])
+        wanted = [next(kept) if bits >> channel & 1 else 0 for channel in range(4)]
+        assert [first & 0xFFFF, first >> 16, second & 0xFFFF, second >> 16] == wanted
 
 
 @pytest.mark.gpu
