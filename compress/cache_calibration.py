@@ -59,8 +59,8 @@ def choose_cache(
 
 @contextmanager
 def measured_shares(model: Any, names: Iterable[str]) -> Iterator[dict[str, float]]:
-    """By attention module, the mean over tokens of ‖its output‖² / ‖the output of the module it is in‖², filled as the
-    model runs; without modules that return no tensors."""
+    """By attention module, the mean over tokens of ‖its output‖² / ‖what the module it is in was given‖², filled as the
+    model runs; without modules where these are no tensors of the same tokens."""
     sizes: dict[str, Tensor] = {}
     shares: dict[str, float] = {}
 
@@ -68,16 +68,17 @@ def measured_shares(model: Any, names: Iterable[str]) -> Iterator[dict[str, floa
         if (size := token_sizes(output)) is not None:
             sizes[name] = size
 
-    def outer(name: str, module: Any, args: Any, output: Any) -> None:
-        added, size = sizes.pop(name, None), token_sizes(output)
+    def outer(name: str, module: Any, args: Any, named: dict[str, Any], output: Any) -> None:
+        added, size = sizes.pop(name, None), token_sizes(args or named.get("hidden_states"))
         if added is not None and size is not None and added.shape == size.shape:
             # Of each token, since norms make its hidden states one size, and a first token's may be a thousand others'.
             shares[name] = float((added / size.clamp_min(torch.finfo(size.dtype).tiny)).mean())
 
     hooks = []
     for name in names:
+        layer = model.get_submodule(name.rpartition(".")[0])
         hooks.append(model.get_submodule(name).register_forward_hook(partial(inner, name)))
-        hooks.append(model.get_submodule(name.rpartition(".")[0]).register_forward_hook(partial(outer, name)))
+        hooks.append(layer.register_forward_hook(partial(outer, name), with_kwargs=True))
     try:
         yield shares
     finally:
@@ -85,7 +86,7 @@ def measured_shares(model: Any, names: Iterable[str]) -> Iterator[dict[str, floa
             hook.remove()
 
 
-def token_sizes(output: Any) -> Tensor | None:
-    """(batch, tokens) ‖x‖² of what a module returns, or of the first thing; None if that is no tensor."""
-    x = output[0] if isinstance(output, tuple) else output
+def token_sizes(x: Any) -> Tensor | None:
+    """(batch, tokens) ‖x‖² of hidden states, or of the first of several things; None if that is no tensor."""
+    x = x[0] if isinstance(x, tuple) else x
     return x.detach().float().square().sum(dim=-1) if isinstance(x, Tensor) else None

@@ -74,7 +74,7 @@ class KVCacheMethod:
         """Static tensors of all layers, by module, once `statics` has seen every one of them.
 
         shares: the mean of ‖a‖² / ‖h‖² over tokens of calibration text, a what the attention module adds to a token's
-        hidden states, h those behind its decoder layer.
+        hidden states, h these as its decoder layer is given them.
         """
         return dict(layers)
 

@@ -7,10 +7,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from attention_models import TOKENS, tiny
 from kernel_cases import same_bits
 
 from kompakt.compress.cache import TokenStore
+from kompakt.compress.cache_calibration import measured_shares
 from kompakt.compress.cache_methods import kv_cache_methods
+from kompakt.compress.hf_cache_hooks import cacheable_modules
 from kompakt.kernels.activations import E4M3_MAX
 from kompakt.kernels.cache_method import AttentionInputs
 from kompakt.kernels.kv_pages import PAGE
@@ -226,8 +229,26 @@ def test_layers_that_add_little_give_most():
     settled = method.settled(measured, {"much": 0.5, "little": 0.01})
     for part in ("key_sparsity", "value_sparsity"):
         assert settled["much"][part] < settled["little"][part]
-    with pytest.raises(ValueError, match="little returns no hidden states"):
+    with pytest.raises(ValueError, match="little is given no hidden states"):
         method.settled(measured, {"much": 0.5})
+
+
+def test_shares_are_those_of_tokens_beside_what_they_are_added_to():
+    model = tiny("llama")
+    given, added = [], []
+    layer = model.model.layers[1]
+    hooks = [
+        layer.register_forward_hook(lambda module, args, output: given.append(args[0])),
+        layer.self_attn.register_forward_hook(lambda module, args, output: added.append(output[0])),
+    ]
+    with measured_shares(model, cacheable_modules(model)) as shares:
+        model(TOKENS)
+    assert list(shares) == list(cacheable_modules(model))
+    wanted = (added[0].square().sum(-1) / given[0].square().sum(-1)).mean()
+    assert shares["model.layers.1.self_attn"] == pytest.approx(float(wanted), rel=1e-5)
+    for hook in hooks:
+        hook.remove()
+    assert not layer._forward_hooks and not layer.self_attn._forward_hooks
 
 
 def test_errors_are_those_of_one_part_alone_without_the_sinks():
