@@ -18,13 +18,15 @@ of the kept x of a token, two INT4 codes in a byte, the lower place in its low h
 one with NaN or infinity, comes back as it was in bf16, and as NaN else.
 
 A page holds, of keys and then of values, all bitmaps, in words of 32 channels, channel c in bit c mod 32 of its word,
-and behind them all values: every row of them starts at a multiple of `kept`/2 bytes or more. For head_dim 128 a token
-takes, for keys or values each, 16 bytes of bitmap and 2, 1 or ½ bytes for each kept channel: at sparsity 0.5 and 0.7
+and behind them all values. For head_dim 128 a token takes, for keys or values each, 16 bytes of bitmap and 2, 1 or ½
+bytes for each kept channel, and a scale: at sparsity 0.5 and 0.7
 
 | | bf16 | fp8 | int4 |
 |---|---|---|---|
 | 0.5 | 144 bytes, 56.3 % of bf16 | 84, 32.8 % | 50, 19.5 % |
 | 0.7 | 96 bytes, 37.5 % | 60, 23.4 % | 38, 14.8 % |
+
+and 16 bytes for each page of a KV head, room behind the last values, which a kernel reads in words.
 
 Departures from the paper: the number kept is rounded to a multiple of 4, where theirs is ⌈(1 − s)·D⌉ and one more;
 tokens are pruned one by one where theirs come in blocks of 256; no padding and no offsets; keys of a token in one row,

@@ -105,7 +105,8 @@ def test_what_is_written(name, made, base):
     stock = AutoModelForCausalLM.from_pretrained(directory)
     assert type(stock(TOKENS)[CACHE]) is DynamicCache
     found = made[name].evaluation["kv_cache"]
-    bits = {"kv-fp8": 10.0, "kv-pq2": 2.0, "w4a8-pq4": 4.0}.get(name, 6.0)
+    # A bitmap of 4 bytes and 4 channels of bf16 for 16 channels, and 16 bytes for the keys and values of 128 tokens.
+    bits = {"kv-fp8": 10.0, "kv-pq2": 2.0, "kv-prune70": 6 + 16 * 8 / 4096, "w4a8-pq4": 4.0}.get(name, 6.0)
     assert found == {
         "protocol": "chunks",
         "chunk": 128,
