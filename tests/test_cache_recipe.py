@@ -106,7 +106,7 @@ def test_what_is_written(name, made, base):
     assert type(stock(TOKENS)[CACHE]) is DynamicCache
     found = made[name].evaluation["kv_cache"]
     # A bitmap of 4 bytes and 4 channels of bf16 for 16 channels, and 16 bytes for the keys and values of 128 tokens.
-    bits = {"kv-fp8": 10.0, "kv-pq2": 2.0, "kv-prune70": 6 + 16 * 8 / 4096, "w4a8-pq4": 4.0}.get(name, 6.0)
+    bits = {"kv-fp8": 10.0, "kv-pq2": 2.0, "kv-prune70": round(6 + 16 * 8 / 4096, 4), "w4a8-pq4": 4.0}.get(name, 6.0)
     assert found == {
         "protocol": "chunks",
         "chunk": 128,
