@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 
 from ..quant.method import AttentionPolicy, CachePolicy
 from ..sparsify.method import SparsityPolicy
-from .kv_evict import cache_methods
+from .cache_methods import kv_cache_methods
 from .layer_policies import arithmetic_of, combined, sparsity_of
 from .sidecar import check_sidecar, first_error
 from .untrusted import check_entry, file_inside, header, read_json, weight_files
@@ -222,7 +222,7 @@ def read_cache(sidecar: dict[str, Any], directory: Path) -> CachePolicy | None:
     if not isinstance(content, dict) or not isinstance(content.get("layers"), dict):
         raise ValueError(f"{SIDECAR} is damaged: its kv_cache holds no layers")
     options = {name: value for name, value in content.items() if name not in ("method", "layers")}
-    methods = cache_methods()
+    methods = kv_cache_methods()
     if not isinstance(content.get("method"), str) or content["method"] not in methods:
         raise ValueError(
             f"kv_cache method {str(content.get('method'))[:80]!r} is unknown to this kompakt; "

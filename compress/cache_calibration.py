@@ -7,7 +7,10 @@ Where weights are quantized too, that has happened before, so that they are thos
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,10 +47,46 @@ def choose_cache(
             found[name] = {key: tensor.cpu() for key, tensor in method.statics(inputs).items()}
             progress("kv_cache", len(found), len(modules), name)
 
-    reasons = observe_attention(model, tokens[: method.sequences], visit, device=device)
+    with measured_shares(model, modules) as shares:
+        reasons = observe_attention(model, tokens[: method.sequences], visit, device=device)
     for name in modules:
         if name not in found:
             log.warning("the cache of %s stays dense: %s", name, reasons.get(name, "it was not called"))
     if not found:
         raise ValueError(f"no layer of {type(model).__name__} could be calibrated for a compressed cache")
-    return CachePolicy(method, {name: found[name] for name in modules if name in found})
+    return CachePolicy(method, method.settled({name: found[name] for name in modules if name in found}, shares))
+
+
+@contextmanager
+def measured_shares(model: Any, names: Iterable[str]) -> Iterator[dict[str, float]]:
+    """By attention module, the mean over tokens of ‖its output‖² / ‖what the module it is in was given‖², filled as the
+    model runs; without modules where these are no tensors of the same tokens."""
+    sizes: dict[str, Tensor] = {}
+    shares: dict[str, float] = {}
+
+    def inner(name: str, module: Any, args: Any, output: Any) -> None:
+        if (size := token_sizes(output)) is not None:
+            sizes[name] = size
+
+    def outer(name: str, module: Any, args: Any, named: dict[str, Any], output: Any) -> None:
+        added, size = sizes.pop(name, None), token_sizes(args or named.get("hidden_states"))
+        if added is not None and size is not None and added.shape == size.shape:
+            # Of each token, since norms make its hidden states one size, and a first token's may be a thousand others'.
+            shares[name] = float((added / size.clamp_min(torch.finfo(size.dtype).tiny)).mean())
+
+    hooks = []
+    for name in names:
+        layer = model.get_submodule(name.rpartition(".")[0])
+        hooks.append(model.get_submodule(name).register_forward_hook(partial(inner, name)))
+        hooks.append(layer.register_forward_hook(partial(outer, name), with_kwargs=True))
+    try:
+        yield shares
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def token_sizes(x: Any) -> Tensor | None:
+    """(batch, tokens) ‖x‖² of hidden states, or of the first of several things; None if that is no tensor."""
+    x = x[0] if isinstance(x, tuple) else x
+    return x.detach().float().square().sum(dim=-1) if isinstance(x, Tensor) else None

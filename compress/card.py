@@ -15,7 +15,7 @@ from ..kernels.attention import MODES
 from ..quant.method import AttentionPolicy
 from ..sparsify.method import SparsityPolicy
 from .artifact import read_policies
-from .kv_evict import cache_methods
+from .cache_methods import kv_cache_methods
 from .layer_policies import arithmetic_of, sparsity_of
 from .recipe import Recipe
 
@@ -262,7 +262,7 @@ def cache_sentence(content: dict[str, Any] | None, measured: dict[str, Any] | No
             f"budget {content['budget']} ({size}); later tokens all stay."
         )
     if any(content["layers"].values()):
-        text += f" {cache_methods()[content['method']].calibrated}"
+        text += f" {kv_cache_methods()[content['method']].calibrated}"
     if content["max_tokens"] is not None:
         text += f" Sequences of more than {content['max_tokens']:,} tokens are refused."
     if measured is not None and measured["bits_per_element"] is not None:

@@ -24,7 +24,7 @@ from ..kernels.kv_codec import PAGE, Codec
 from ..kernels.kv_pages import TokenCodec
 from ..quant.kv_fp8 import KVFP8
 from ..quant.kv_int4 import KVINT4
-from ..quant.method import AttentionInputs, KVCacheMethod, kv_cache_methods
+from ..quant.method import AttentionInputs, KVCacheMethod
 from ..sparsify.kv_evict import Eviction
 
 CODECS: dict[str, type[KVCacheMethod]] = {"fp8": KVFP8, "int4": KVINT4}
@@ -79,8 +79,3 @@ class KVEvict(KVCacheMethod, Eviction):
     def shortest_prompt(self) -> int:
         """Tokens of the shortest prompt that anything is evicted from."""
         return self.shortest(self.dense_tokens)
-
-
-def cache_methods() -> dict[str, type[KVCacheMethod]]:
-    """Methods of the slot `kv_cache`, by key."""
-    return {**kv_cache_methods(), "kv_evict": KVEvict}

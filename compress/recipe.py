@@ -30,8 +30,8 @@ from ..quant.method import (
     weight_methods,
 )
 from ..sparsify.method import SparsityMethod, sparsity_methods
+from .cache_methods import kv_cache_methods
 from .calibration import CalibrationOptions
-from .kv_evict import cache_methods
 
 RECIPE_VERSION = 1
 YAML_BYTES = 2**20
@@ -40,7 +40,7 @@ SHOWN = 200
 METHODS = {
     "weights": weight_methods,
     "attention": attention_methods,
-    "kv_cache": cache_methods,
+    "kv_cache": kv_cache_methods,
     "sparsity": sparsity_methods,
 }
 """Slot → its methods by key."""

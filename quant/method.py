@@ -9,15 +9,15 @@ mutates a module itself.
 An *attention* method sees queries, keys and values as they arrive at one attention layer and returns an
 `AttentionPolicy`: the arithmetic in which that layer's prefill runs.
 
-A *cache* method says in which codes past keys and values are kept and which tokens stay dense, and may look at the keys
-and values of one layer for static factors per channel; all of it together is a `CachePolicy`.
+A *cache* method (`kernels.cache_method`) says in which codes past keys and values are kept and which tokens stay dense,
+and may look at the keys and values of one layer for static factors per channel; all of it together is a `CachePolicy`.
 """
 
 from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
@@ -25,11 +25,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 import torch
 from pydantic import ConfigDict, Field
 
-from ..kernels.activations import FP8_CAPABILITY, triton_refusal
 from ..kernels.attention import MODES, Mode
-from ..kernels.kv_codec import Codec
-from ..kernels.kv_codes import KeyMap, Kind
-from ..kernels.kv_pages import TokenCodec
+from ..kernels.cache_method import AttentionInputs, KVCacheMethod
 
 if TYPE_CHECKING:
     from .block import Block
@@ -208,20 +205,6 @@ class AttentionPolicy:
         return policy
 
 
-@dataclass(frozen=True)
-class AttentionInputs:
-    """What one call of an attention layer works on.
-
-    query: (batch, num_heads, queries, head_dim), key and value: (batch, num_kv_heads, keys, head_dim), post-RoPE.
-    options: the other arguments of `kernels.attention.prefill_attention`, without its mode.
-    """
-
-    query: torch.Tensor
-    key: torch.Tensor
-    value: torch.Tensor
-    options: dict[str, Any]
-
-
 @dataclass(frozen=True, kw_only=True)
 class AttentionMethod:
     """Base of every method of the `attention` slot."""
@@ -241,54 +224,6 @@ class AttentionMethod:
     def choose(self, inputs: AttentionInputs | None, usable: Collection[Mode]) -> AttentionPolicy:
         """The policy of one attention layer. usable: modes that the device can run on such inputs."""
         raise NotImplementedError
-
-
-@dataclass(frozen=True, kw_only=True)
-class KVCacheMethod:
-    """Base of every method of the `kv_cache` slot.
-
-    sink_tokens: tokens at the start of every sequence that stay dense. recent_tokens: the last tokens that stay dense;
-    older ones are coded a page at a time. max_tokens: a longer sequence is refused, None for no limit.
-
-    A subclass says in which codes it stores tokens: by `kind`, of `kernels.kv_codes`, or by a `codec` of its own.
-    """
-
-    __pydantic_config__ = ConfigDict(extra="forbid")  # pyright: ignore[reportUnannotatedClassAttribute]
-    kind: ClassVar[Kind] = "fp8"
-    calibrated: ClassVar[str] = ""
-    """A sentence on what calibration text was used for."""
-    sequences: ClassVar[int] = 2
-    """Windows of calibration text that it looks at, at most."""
-
-    sink_tokens: Annotated[int, Field(ge=0)] = 4
-    recent_tokens: Annotated[int, Field(ge=0)] = 128
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-
-    @property
-    def needs_data(self) -> bool:
-        """Whether `statics` looks at calibration text; if not, it is not called."""
-        return False
-
-    def kernel_refusal(self, device: torch.device) -> str | None:
-        """Why no kernel reads such a cache on a device; None if one does."""
-        return triton_refusal(device, FP8_CAPABILITY)
-
-    def statics(self, inputs: AttentionInputs) -> dict[str, torch.Tensor]:
-        """Named tensors of one layer that its tokens are coded with, found on calibration text."""
-        raise NotImplementedError
-
-    def blank_statics(self, heads: int, head_dim: int) -> dict[str, torch.Tensor]:
-        """Tensors without content, on the meta device, for counting bytes: of the shapes that `statics` gives where
-        codes need them, and none where these can do without."""
-        return {}
-
-    def key_map(self, statics: Mapping[str, torch.Tensor]) -> KeyMap | None:
-        """What is done to a layer's keys before they are coded. statics: of the layer; empty without calibration."""
-        return None
-
-    def codec(self, statics: Mapping[str, torch.Tensor]) -> Codec:
-        """What codes a layer's tokens. statics: of the layer; empty without calibration."""
-        return TokenCodec(self.kind, self.key_map(statics))
 
 
 @dataclass(frozen=True)
@@ -325,5 +260,5 @@ def attention_methods() -> dict[str, type[AttentionMethod]]:
 
 
 def kv_cache_methods() -> dict[str, type[KVCacheMethod]]:
-    """Methods of the slot `kv_cache`."""
+    """Methods of the slot `kv_cache` that quantize."""
     return methods_of(KVCacheMethod)

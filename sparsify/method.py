@@ -4,6 +4,8 @@ pattern each head runs.
 A method lives in a file of its own in this folder; the file's name is its key in a recipe and its fields are the
 recipe's options. It sees queries, keys and values as they arrive at a layer (`profile`), layer by layer, keeps a few
 numbers of each, and decides when it has seen them all (`choose`).
+
+Methods of the slot `kv_cache` that leave something out of the cache are files of this folder too.
 """
 
 from __future__ import annotations
@@ -12,13 +14,15 @@ import importlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import torch
 from pydantic import ConfigDict, Field
 
+from ..kernels.cache_method import KVCacheMethod
 from .patterns import Dense, Pattern, read_pattern
 
+Base = TypeVar("Base")
 MIN_LENGTH = 32768
 """Keys from which sparse prefill can pay: published kernels gain nothing below 32K to 50K tokens. Not measured here."""
 
@@ -145,13 +149,23 @@ class SparsityMethod:
         raise NotImplementedError
 
 
-def sparsity_methods() -> dict[str, type[SparsityMethod]]:
-    """Methods of the slot `sparsity` by key (the name of the file), found by looking into this folder."""
+def methods_of(base: type[Base]) -> dict[str, type[Base]]:
+    """Every method that derives from `base`, by its key (the name of its file), found by looking into this folder."""
     found = {}
     for path in sorted(Path(__file__).parent.glob("[a-z]*.py")):
         module = importlib.import_module(f".{path.stem}", __package__)
         for item in vars(module).values():
             local = isinstance(item, type) and item.__module__ == module.__name__
-            if local and issubclass(item, SparsityMethod) and item is not SparsityMethod:
+            if local and issubclass(item, base) and item is not base:
                 found[path.stem] = item
     return found
+
+
+def sparsity_methods() -> dict[str, type[SparsityMethod]]:
+    """Methods of the slot `sparsity`."""
+    return methods_of(SparsityMethod)
+
+
+def kv_cache_methods() -> dict[str, type[KVCacheMethod]]:
+    """Methods of the slot `kv_cache` that leave something out."""
+    return methods_of(KVCacheMethod)

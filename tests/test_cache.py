@@ -20,6 +20,7 @@ from kompakt.quant.kv_fp8 import KVFP8
 from kompakt.quant.kv_int4 import KVINT4
 from kompakt.quant.kv_pq import KVPQ
 from kompakt.quant.method import KVCacheMethod
+from kompakt.sparsify.kv_prune import KVPrune
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 HEADS, KEY_DIM, VALUE_DIM = 2, 6, 4
@@ -87,16 +88,20 @@ def append_and_compare(store: TokenStore, plain: Plain, count: int, generator: t
 
 
 @pytest.mark.parametrize("window", [None, 3, 150, 400])
-@pytest.mark.parametrize("method", [KVFP8, KVINT4, KVPQ])
+@pytest.mark.parametrize("method", [KVFP8, KVINT4, KVPQ, KVPrune])
 def test_any_sequence_of_operations_gives_the_same_tokens(method, window):
     done = dict.fromkeys(("append", "crop", "rows", "repeat", "reset"), 0)
     for seed in range(16 if method is KVPQ else 100):
         choose, generator = random.Random(seed), torch.Generator().manual_seed(seed)
         options = {"sink_tokens": choose.choice((0, 4, 9)), "recent_tokens": choose.choice((0, 1, 5, 128, 150))}
+        if method is KVPrune:
+            options |= {"values": choose.choice(("bf16", "fp8", "int4")), "key_sparsity": choose.choice((0.0, 0.5))}
         made = method(**options)
         statics = statics_of(HEADS, KEY_DIM) if method is KVINT4 and choose.random() < 0.7 else {}
         if method is KVPQ:
             statics = pq_statics(HEADS, KEY_DIM, VALUE_DIM)
+        if method is KVPrune:
+            statics = {"query_weight": torch.rand(HEADS, KEY_DIM, generator=generator)}
         starts = [choose.choice((0, 0, 3, 127, 140)) for _ in range(choose.randint(1, 3))]
         store = TokenStore(made, statics=statics, window=window, starts=starts)
         store.recording = recording = choose.random() < 0.5

@@ -27,8 +27,8 @@ from kompakt.quant.kv_pq import KVPQ, PARTS
 pytestmark = pytest.mark.usefixtures("one_thread")
 TOKENS = torch.randint(3, 200, (2, 300), generator=torch.Generator().manual_seed(3))
 FAST = {"calibration.samples": 4, "calibration.length": 64, "evaluation.window": 400, "evaluation.windows": 2}
-RECIPES = ("kv-fp8", "kv-int4", "kv-pq2", "w4a8-kv4", "w4a8-pq4", "w4a8-sage-kv4")
-METHOD = {"kv-fp8": "kv_fp8", "kv-pq2": "kv_pq", "w4a8-pq4": "kv_pq"}
+RECIPES = ("kv-fp8", "kv-int4", "kv-pq2", "kv-prune70", "w4a8-kv4", "w4a8-pq4", "w4a8-sage-kv4")
+METHOD = {"kv-fp8": "kv_fp8", "kv-pq2": "kv_pq", "kv-prune70": "kv_prune", "w4a8-pq4": "kv_pq"}
 
 PQ_TENSORS = sorted(f"{part}_{name}" for part in ("key", "value") for name in PARTS)
 
@@ -89,7 +89,8 @@ def test_what_is_written(name, made, base):
     sidecar = read_sidecar(directory)
     policy = read_cache(sidecar, directory)
     assert policy is not None and list(policy.layers) == [f"model.layers.{index}.self_attn" for index in range(4)]
-    keys = {"kv_fp8": [], "kv_pq": PQ_TENSORS}.get(METHOD.get(name, ""), ["key_factors", "key_mean", "key_rotated"])
+    own = {"kv_fp8": [], "kv_pq": PQ_TENSORS, "kv_prune": ["key_sparsity", "query_weight", "value_sparsity"]}
+    keys = own.get(METHOD.get(name, ""), ["key_factors", "key_mean", "key_rotated"])
     # A layer may be best off with its keys as they are.
     assert all(sorted(tensors) in (keys, []) for tensors in policy.layers.values())
     assert any(sorted(tensors) == keys for tensors in policy.layers.values())
@@ -97,12 +98,15 @@ def test_what_is_written(name, made, base):
     if METHOD.get(name) == "kv_pq":
         bits = 2 if name == "kv-pq2" else 4
         shapes = {key: tuple(tensor.shape) for key, tensor in KVPQ(bits=bits).blank_statics(2, 16).items()}
+    if METHOD.get(name) == "kv_prune":
+        shapes = {"key_sparsity": (1,), "query_weight": (2, 16), "value_sparsity": (1,)}
     assert all(t.shape == shapes[key] for tensors in policy.layers.values() for key, t in tensors.items())
     assert sidecar["kv_cache"]["method"] == METHOD.get(name, "kv_int4")
     stock = AutoModelForCausalLM.from_pretrained(directory)
     assert type(stock(TOKENS)[CACHE]) is DynamicCache
     found = made[name].evaluation["kv_cache"]
-    bits = {"kv-fp8": 10.0, "kv-pq2": 2.0, "w4a8-pq4": 4.0}.get(name, 6.0)
+    # A bitmap of 4 bytes and 4 channels of bf16 for 16 channels, and 16 bytes for the keys and values of 128 tokens.
+    bits = {"kv-fp8": 10.0, "kv-pq2": 2.0, "kv-prune70": round(6 + 16 * 8 / 4096, 4), "w4a8-pq4": 4.0}.get(name, 6.0)
     assert found == {
         "protocol": "chunks",
         "chunk": 128,
@@ -269,6 +273,11 @@ def test_plan_counts_what_is_allocated(base):
     assert codes.bytes[1000] == heads * 16 * (768 // 2 + (128 + 128 + 4) * model.dtype.itemsize)
     tensors = KVPQ().blank_statics(2, 16).values()
     assert codes.codebook_bytes == 4 * sum(tensor.nbytes for tensor in tensors)
+    pruned = plan(base, "kv-prune50", contexts=(1000,)).compressed_cache
+    assert pruned is not None
+    # A bitmap of 4 bytes and 8 channels of bf16 for each key and value of a page, and 16 bytes behind them all.
+    assert pruned.bytes[1000] == heads * (768 * 20 + 768 // 128 * 8 + 16 * (128 + 128 + 4) * model.dtype.itemsize)
+    assert pruned.codebook_bytes == 4 * 2 * 16 * 4
     assert plan(base, "kv-fp8").as_dict()["kernels"]["decode_attention"]["used"]
     assert plan(base, "w4a16-rtn").compressed_cache is None
 

@@ -104,7 +104,7 @@ def test_percentages(text, value):
         ({"version": 2, "weights": "rtn"}, "recipe version 2 is not supported; this kompakt reads version 1"),
         ({"version": "1", "weights": "rtn"}, "recipe version '1' is not supported"),
         ({"weights": "rtn", "kv_cache": "int4"}, "unknown method 'int4' in slot kv_cache; did you mean 'kv_int4'?"),
-        ({"kv_cache": {}}, "kv_cache needs a `method` (known: kv_fp8, kv_int4, kv_pq, kv_evict)"),
+        ({"kv_cache": {}}, "kv_cache needs a `method` (known: kv_fp8, kv_int4, kv_pq, kv_prune, kv_evict)"),
         ({"kv_cache": {"method": "kv_fp8", "recent": 4}}, "unknown key 'recent'; did you mean 'recent_tokens'?"),
         ({"kv_cache": {"method": "kv_fp8", "recent_tokens": -1}}, "recent_tokens = -1 is not valid"),
         ({"kv_cache": {"method": "kv_fp8", "max_tokens": 0}}, "max_tokens = 0 is not valid"),
