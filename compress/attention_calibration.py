@@ -69,18 +69,19 @@ def observe_attention(
     visit: Callable[[str, AttentionInputs], None],
     *,
     device: torch.device | None = None,
+    positions: torch.Tensor | None = None,
 ) -> dict[str, str]:
     """Runs an unpatched model once over `tokens`, (batch, length) ids, and calls `visit` at every attention layer.
 
-    device: where one decoder layer at a time runs, default where its weights are. Returns, for layers whose calls the
-    op could not have run, the reason by name.
+    positions: of the tokens, likewise; from 0 on by default. device: where one decoder layer at a time runs, default
+    where its weights are. Returns, for layers whose calls the op could not have run, the reason by name.
     """
     layers = {name: LayerAttention(DENSE, None, 1, observe=partial(visit, name)) for name in check_attention(model)}
     training = [module for module in model.modules() if module.training]
     attach(model, layers)
     try:
         model.eval()
-        run_layers(model, tokens, device)
+        run_layers(model, tokens, device, positions)
     finally:
         detach(model)
         for module in training:
@@ -93,7 +94,9 @@ def observe_attention(
     return reasons
 
 
-def run_layers(model: Any, tokens: torch.Tensor, device: torch.device | None) -> None:
+def run_layers(
+    model: Any, tokens: torch.Tensor, device: torch.device | None, positions: torch.Tensor | None = None
+) -> None:
     """One pass without a head: decoder layer by decoder layer, or the whole model where there are none to be found, or
     where the first ones found may be those of another tower.
     """
@@ -102,9 +105,10 @@ def run_layers(model: Any, tokens: torch.Tensor, device: torch.device | None) ->
     except ValueError:
         layers = []
     if not layers:
-        model(tokens.to(next(model.parameters()).device))
+        place = next(model.parameters()).device
+        model(tokens.to(place), **({} if positions is None else {"position_ids": positions.to(place)}))
         return
-    calls = LayerCalls(model, layers, [tokens])
+    calls = LayerCalls(model, layers, [tokens], positions)
     hidden = calls.hidden[0]
     for index, (_, layer) in enumerate(layers):
         place = device or home_of(layer)

@@ -7,7 +7,7 @@ Where weights are quantized too, that has happened before, so that they are thos
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -21,6 +21,8 @@ from .hf_cache_hooks import cacheable_modules
 
 log = logging.getLogger(__name__)
 Progress = Callable[[str, int, int, str], None]
+STATIC_ROPE = {"default", "linear", "llama3", "yarn"}
+"""Rotary embeddings whose frequencies do not depend on how long a sequence is."""
 
 
 def choose_cache(
@@ -47,14 +49,39 @@ def choose_cache(
             found[name] = {key: tensor.cpu() for key, tensor in method.statics(inputs).items()}
             progress("kv_cache", len(found), len(modules), name)
 
+    tokens = tokens[: method.sequences]
+    positions = None if method.spread_over is None else spread_positions(model, tokens, method.spread_over)
     with measured_shares(model, modules) as shares:
-        reasons = observe_attention(model, tokens[: method.sequences], visit, device=device)
+        reasons = observe_attention(model, tokens, visit, device=device, positions=positions)
     for name in modules:
         if name not in found:
             log.warning("the cache of %s stays dense: %s", name, reasons.get(name, "it was not called"))
     if not found:
         raise ValueError(f"no layer of {type(model).__name__} could be calibrated for a compressed cache")
     return CachePolicy(method, method.settled({name: found[name] for name in modules if name in found}, shares))
+
+
+def spread_positions(model: Any, tokens: Tensor, count: int) -> Tensor | None:
+    """Positions of calibration text, (sequences, length), whose sequences stand evenly in the first `count` positions,
+    or in those that the model has. Attention with rotary embeddings looks at distances, so that only its keys and
+    queries know where a sequence stands. None where that is not so, or there is no room.
+    """
+    config = model.config.get_text_config()
+    sequences, length = tokens.shape
+    room = min(count, getattr(config, "max_position_embeddings", None) or count) - length
+    if room < 1 or not rotary_types(getattr(config, "rope_parameters", None)) <= STATIC_ROPE:
+        return None
+    starts = torch.linspace(0, room, sequences).long() if sequences > 1 else torch.tensor([room // 2])
+    return starts[:, None] + torch.arange(length)
+
+
+def rotary_types(parameters: Any) -> set[str]:
+    """Kinds of rotary embeddings in a config's `rope_parameters`, which may be by type of layer; "none" without any."""
+    if not isinstance(parameters, Mapping):
+        return {"none"}
+    if "rope_type" in parameters:
+        return {str(parameters["rope_type"])}
+    return set().union(*(rotary_types(value) for value in parameters.values())) or {"none"}
 
 
 @contextmanager

@@ -146,9 +146,16 @@ class LayerCalls:
     """What each decoder layer is called with besides hidden states, for every batch of tokens.
 
     arguments[batch][layer]: (args, kwargs). hidden[batch]: (batch, tokens, hidden), the input of the first layer.
+    positions: of the tokens of every batch, from 0 on by default.
     """
 
-    def __init__(self, model: Any, layers: list[tuple[str, nn.Module]], batches: list[torch.Tensor]):
+    def __init__(
+        self,
+        model: Any,
+        layers: list[tuple[str, nn.Module]],
+        batches: list[torch.Tensor],
+        positions: torch.Tensor | None = None,
+    ):
         self.hidden: list[torch.Tensor] = []
         self.arguments: list[list[tuple[tuple, dict]]] = []
         modules = [module for _, module in layers]
@@ -161,7 +168,9 @@ class LayerCalls:
                 for index, module in enumerate(modules):
                     module.forward = self._recorder(index, calls)
                 with torch.no_grad():
-                    base(tokens.to(device) if device.type != "meta" else tokens, use_cache=False)
+                    place = tokens.device if device.type == "meta" else device
+                    placed = {} if positions is None else {"position_ids": positions.to(place)}
+                    base(tokens.to(place), use_cache=False, **placed)
                 if len(calls) != len(modules):
                     raise ValueError(
                         f"{len(calls)} of {len(modules)} decoder layers ran; models that skip layers are not supported"

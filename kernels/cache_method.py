@@ -56,6 +56,12 @@ class KVCacheMethod:
     max_tokens: Annotated[int, Field(ge=1)] | None = None
 
     @property
+    def spread_over(self) -> int | None:
+        """Positions that calibration text is spread over, where codes are made for keys as they stand; None leaves it
+        at the beginning."""
+        return None
+
+    @property
     def needs_data(self) -> bool:
         """Whether `statics` looks at calibration text; if not, it is not called."""
         return False

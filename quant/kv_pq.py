@@ -40,9 +40,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from ..kernels.kv_pq import CENTROIDS, DAMAGED, PQCodec, ProductQuantizer, sub_vectors
@@ -59,7 +60,11 @@ MAX_TOKENS = 2**17
 
 @dataclass(frozen=True, kw_only=True)
 class KVPQ(KVCacheMethod):
-    """Product-quantized codes of past keys and values. bits: per channel, codebooks not counted. seed: of k-means."""
+    """Product-quantized codes of past keys and values. bits: per channel, codebooks not counted. seed: of k-means.
+
+    positions: of the longest cache that codebooks are made for; calibration text is spread over so many, or over those
+    that the model has.
+    """
 
     calibrated: ClassVar[str] = (
         "Codes are numbers of centroids, 256 for each sub-vector of every layer's and KV head's keys and values, which "
@@ -69,6 +74,12 @@ class KVPQ(KVCacheMethod):
 
     bits: Literal[4, 3, 2] = 4
     seed: int = 0
+    positions: Annotated[int, Field(ge=1)] = 32768
+
+    @property
+    def spread_over(self) -> int:
+        """See `KVCacheMethod.spread_over`: a centroid is of keys after RoPE, which turns them."""
+        return self.positions
 
     @property
     def needs_data(self) -> bool:
