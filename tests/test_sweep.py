@@ -1,4 +1,4 @@
-"""The sweep over weight recipes, and that the README's table is the committed measurement."""
+"""The sweep over weight recipes, and that the pages' table is the committed measurement."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_the_method_in_the_readme_works(tmp_path, monkeypatch):
     from kompakt.compress.coverage import cover
     from kompakt.compress.hf_decoder import decoder_layers
 
-    code = (ROOT / "README.md").read_text("utf-8").partition("# quant/floor.py\n")[2].partition("```")[0]
+    code = (ROOT / "docs" / "adding-a-method.md").read_text("utf-8").partition("# quant/floor.py\n")[2].partition("```")[0]
     module = types.ModuleType("kompakt.quant.floor")
     module.__package__ = "kompakt.quant"
     monkeypatch.setitem(sys.modules, module.__name__, module)
