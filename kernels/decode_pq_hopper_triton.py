@@ -33,6 +33,17 @@ DAMAGED_ = gl.constexpr(255)
 CHUNK = gl.constexpr(32)
 """Rows of a codebook that are stored at a time."""
 LOWEST = gl.constexpr(-1.0e38)
+# Triton 3.6 and later ones name this differently.
+NAMED = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
+
+
+@gluon.jit
+def channels_of(words, CHANNELS: gl.constexpr, layout: gl.constexpr):
+    """Words of a tile as bf16 channels."""
+    if NAMED:
+        return words.reinterpret(gl.bfloat16, [PAGE_, CHANNELS], layout)
+    else:
+        return words._reinterpret(gl.bfloat16, [PAGE_, CHANNELS], layout)
 
 
 @gluon.jit
@@ -136,8 +147,8 @@ def decode_pq_hopper_kernel(
     books = gl.allocate_shared_memory(gl.int32, [2 * CENTROIDS_, WORDS], gl.SwizzledSharedLayout(1, 1, 1, order=[1, 0]))
     key_words = gl.allocate_shared_memory(gl.int32, [PAGE_, WORDS], words_layout)
     value_words = gl.allocate_shared_memory(gl.int32, [PAGE_, WORDS], words_layout)
-    key_tile = key_words._reinterpret(gl.bfloat16, [PAGE_, CHANNELS], tile_layout)
-    value_tile = value_words._reinterpret(gl.bfloat16, [PAGE_, CHANNELS], tile_layout)
+    key_tile = channels_of(key_words, CHANNELS, tile_layout)
+    value_tile = channels_of(value_words, CHANNELS, tile_layout)
     query_tile = gl.allocate_shared_memory(gl.bfloat16, [ROWS, CHANNELS], tile_layout)
     p_tile = gl.allocate_shared_memory(gl.bfloat16, [ROWS, PAGE_], tile_layout)
 
