@@ -77,7 +77,9 @@ def test_the_method_in_the_readme_works(tmp_path, monkeypatch):
     from kompakt.compress.coverage import cover
     from kompakt.compress.hf_decoder import decoder_layers
 
-    code = (ROOT / "docs" / "adding-a-method.md").read_text("utf-8").partition("# quant/floor.py\n")[2].partition("```")[0]
+    code = (
+        (ROOT / "docs" / "adding-a-method.md").read_text("utf-8").partition("# quant/floor.py\n")[2].partition("```")[0]
+    )
     module = types.ModuleType("kompakt.quant.floor")
     module.__package__ = "kompakt.quant"
     monkeypatch.setitem(sys.modules, module.__name__, module)
