@@ -237,7 +237,7 @@ def run_cached(
 
 
 def check_kept_mask(mask: MaskInfo, kv: CompressedKV) -> None:
-    """ValueError if a mask hides other of the evicted columns than when their tokens were chosen; no mask hides none."""
+    """ValueError if a mask hides other evicted columns than when their tokens were chosen; no mask hides none."""
     if "kept" in mask.checked:
         return
     given, starts = mask.arguments.get("attention_mask"), kv.sink_starts
