@@ -28,6 +28,7 @@ from typing import Any
 from torch import nn
 
 from .coverage import experts_of
+from .hf_cache import layer_kinds
 from .kv_evict import KVEvict
 from .recipe import Recipe, nearest, shown
 from .sweep import read_result
@@ -111,17 +112,9 @@ class Work:
 
 
 def attention_windows(config: Any) -> list[int | None]:
-    """Of each layer of full or sliding-window attention, as `DynamicCache` reads a text model's config; None without
-    one.
-    """
-    window = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None)
-    if kinds is None:
-        chunked = window is None and getattr(config, "attention_chunk_size", None) is not None
-        alike = "sliding_attention" if window is not None else "chunked_attention" if chunked else "full_attention"
-        kinds = [alike] * config.num_hidden_layers
-    known = {"full_attention": None, "sliding_attention": window}
-    return [known[kind] for kind in kinds if kind in known]
+    """Of each layer of full or sliding-window attention of a text model; None without one."""
+    known = {"full_attention": None, "sliding_attention": getattr(config, "sliding_window", None)}
+    return [known[kind] for kind in layer_kinds(config) if kind in known]
 
 
 def causal_pairs(tokens: int, window: int | None) -> int:

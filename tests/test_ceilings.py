@@ -91,7 +91,8 @@ def test_windows_end_attention(listed, tmp_path):
     kind = Qwen2Config if listed else MistralConfig
     kind(**SHAPE, **kinds, use_sliding_window=True, sliding_window=100).save_pretrained(tmp_path)
     context = 8192
-    _, row = ceiling(tmp_path, "kv-fp8", context=context)
+    found, row = ceiling(tmp_path, "kv-fp8", context=context)
+    assert found.kv_cache[context] == 2 * 2 * 16 * 2 * (100 + (context if listed else 100))
     windowed, full = sum(min(place, 100) for place in range(1, context + 1)), context * (context + 1) // 2
     pairs = windowed + (full if listed else windowed)
     products = 2 * context * LINEAR_WEIGHTS + 2 * HEAD + 4 * 16 * 2 * 2 * pairs
