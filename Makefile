@@ -41,6 +41,10 @@ demo: $(INSTALLED) demo/base
 	$(KOMPAKT) evaluate demo/compressed --against demo/base --window 1024 --windows 6
 	$(KOMPAKT) report demo/compressed -o demo/report.html
 
+# Nothing is evicted from prompts as short as the others'.
+demo/recipes/kv-evict%: SHORT := --num-calibration-samples 16 --max-seq-length 512 --evaluation-window 4096 \
+	--evaluation-windows 2
+
 demo/recipes/%: | $(INSTALLED) demo/base
 	$(KOMPAKT) compress demo/base --recipe $* -o $@ $(SHORT)
 

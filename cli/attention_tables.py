@@ -138,7 +138,7 @@ def cache_plan(content: dict[str, Any]) -> list[str]:
     if dense:
         covered += f", that of {dense} stays dense"
     if codebooks := content["kv_cache"]["codebook_bytes"]:
-        covered += f"; codebooks take {codebooks / 1e6:,.1f} MB, once for all sequences"
+        covered += f"; codebooks and other static tensors take {codebooks / 1e6:,.1f} MB, once for all sequences"
     return ["", covered]
 
 

@@ -27,6 +27,7 @@ from .hf_attention import at_least, attached_layers
 from .hf_cache import CACHE, former_cache, holds_attention_alone
 from .hf_cache_hooks import CacheMaker, cache_maker, running
 from .kv_evict import KVEvict
+from .recipe import Recipe
 
 CHUNK = PAGE
 """Tokens that go in at a time."""
@@ -126,6 +127,21 @@ def check_fed(*models: Any, prompt: bool) -> None:
     makers = [maker for model in models if model is not None and (maker := cache_maker(model)) is not None]
     if not prompt and any(isinstance(maker.method, KVEvict) for maker in makers):
         raise ValueError(NO_PROMPT)
+
+
+def check_prompt(recipe: Recipe) -> None:
+    """ValueError if a recipe evicts, and its evaluation would be one in which nothing is evicted."""
+    method, prompt = recipe.kv_cache, recipe.evaluation.prompt
+    if not isinstance(method, KVEvict) or not recipe.evaluation.windows:
+        return
+    if not prompt:
+        raise ValueError(f"evaluation: {NO_PROMPT}")
+    if prompt < method.shortest_prompt:
+        raise ValueError(
+            f"evaluation: a prompt of {prompt} tokens is too short for kv_evict, which evicts from "
+            f"{method.shortest_prompt} on with these options, so that a cache of all tokens would be measured; set "
+            "evaluation.prompt_tokens or evaluation.window higher, or evaluation.windows to 0"
+        )
 
 
 def eviction_in_use(maker: CacheMaker) -> dict[str, Any]:

@@ -5,6 +5,10 @@
     prefill    2 FLOPs per weight and token, and 2·2·heads·head_dim per pair of tokens that causal attention looks at;
                the head counts for one token
 
+What may be left out counts as left out: of a mixture of experts those that one token goes to are read, once for all
+tokens; sliding windows end attention, layers of another kind and sparse prefill have none that is counted, and neither
+has decoding from a cache that evicts.
+
 Linears with FP8 inputs and quantized attention multiply at the FP8 rate, all else at the bf16 rate. Nothing else takes
 time here: no launches, norms, sampling. A ceiling, not a forecast; `kompakt bench generate` measures.
 
@@ -16,12 +20,16 @@ given (H100 and H200: "H100/H200 Tensor Core GPU", SXM; A100: "A100 80GB", SXM; 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from .coverage import experts_of
+from .hf_cache import layer_kinds
+from .kv_evict import KVEvict
 from .recipe import Recipe, nearest, shown
 from .sweep import read_result
 
@@ -37,6 +45,8 @@ class DeviceCeilings:
     source: str
 
 
+PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_topk", "moe_k", "top_k_experts")
+"""What configs call the number of experts that a token goes to."""
 SHEET = "data sheet"
 DEVICES = {
     "h200": DeviceCeilings("h200", 4.8e12, 989e12, 1979e12, SHEET),
@@ -66,22 +76,27 @@ def device_ceilings(device: str) -> DeviceCeilings:
 @dataclass(frozen=True)
 class Work:
     """What a model does for a token, before or after compression. weight_bytes: read in every step. flops: of Linears
-    with the head, by rate: 2 per weight. head_flops: of the head alone. attention_flops: per pair of tokens, all
-    layers. cache: tokens → bytes of one sequence.
+    and experts with the head, by rate: 2 per weight. head_flops: of the head alone. windows: of each layer whose
+    attention counts, None without one. attention_flops: per pair of tokens, in a layer. sparse: prefill may leave any
+    pair out. evicts: decoding may leave any token out. cache: tokens → bytes of one sequence.
     """
 
     weight_bytes: int
     flops: Mapping[str, int]
     head_flops: int
+    windows: tuple[int | None, ...]
     attention_flops: int
     attention_rate: str
     cache: Mapping[int, int]
+    sparse: bool = False
+    evicts: bool = False
 
     def decode_seconds(self, device: DeviceCeilings, batch: int, context: int) -> float:
         """At least this long is a step in which each of `batch` sequences of `context` tokens gets one more."""
         moved = self.weight_bytes + batch * self.cache[context]
         busy = sum(batch * flops / rate_of(device, rate) for rate, flops in self.flops.items())
-        busy += batch * context * self.attention_flops / device.bf16
+        seen = 0 if self.evicts else sum(min(context, window or context) for window in self.windows)
+        busy += batch * seen * self.attention_flops / device.bf16
         return max(moved / device.bandwidth, busy)
 
     def prefill_seconds(self, device: DeviceCeilings, batch: int, context: int) -> float:
@@ -89,11 +104,23 @@ class Work:
         flops = {rate: batch * context * count for rate, count in self.flops.items()}
         flops["bf16"] = flops.get("bf16", 0) - batch * (context - 1) * self.head_flops
         busy = sum(count / rate_of(device, rate) for rate, count in flops.items())
-        pairs = batch * context * (context + 1) // 2
+        pairs = 0 if self.sparse else batch * sum(causal_pairs(context, window) for window in self.windows)
         return max(
             self.weight_bytes / device.bandwidth,
             busy + pairs * self.attention_flops / rate_of(device, self.attention_rate),
         )
+
+
+def attention_windows(config: Any) -> list[int | None]:
+    """Of each layer of full or sliding-window attention of a text model; None without one."""
+    known = {"full_attention": None, "sliding_attention": getattr(config, "sliding_window", None)}
+    return [known[kind] for kind in layer_kinds(config) if kind in known]
+
+
+def causal_pairs(tokens: int, window: int | None) -> int:
+    """Pairs of a token and one that it sees, itself or before it, at most `window` of them."""
+    width = min(tokens, window or tokens)
+    return width * (width + 1) // 2 + (tokens - width) * width
 
 
 def rate_of(device: DeviceCeilings, rate: str) -> float:
@@ -109,21 +136,46 @@ def works(
     """
     config = model.config.get_text_config()
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    attention = 4 * config.num_attention_heads * head_dim * config.num_hidden_layers
+    attention = 4 * config.num_attention_heads * head_dim
+    windows = tuple(attention_windows(config))
     head, table = model.get_output_embeddings(), model.get_input_embeddings().weight
-    unread = 0 if head is not None and head.weight is table else table.nbytes
+    idle, expert_weights, alone = idle_experts(model)
+    unread = idle + (0 if head is not None and head.weight is table else table.nbytes)
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    total = sum(2 * linear.weight.numel() for linear in linears.values())
+    total = 2 * expert_weights + sum(2 * linears[name].weight.numel() for name in linears if name not in alone)
     fp8_inputs = recipe.weights is not None and recipe.weights.activations == "fp8"
     packed = sum(2 * linears[name].weight.numel() for name in quantized) if fp8_inputs else 0
     head_flops = 0 if head is None else 2 * head.weight.numel()
     rate = "fp8" if recipe.attention is not None and recipe.attention.modes else "bf16"
-    return {
-        "base": Work(sizes[0] - unread, {"bf16": total}, head_flops, attention, "bf16", caches[0]),
-        "compressed": Work(
-            sizes[1] - unread, {"bf16": total - packed, "fp8": packed}, head_flops, attention, rate, caches[1]
-        ),
-    }
+    base = Work(sizes[0] - unread, {"bf16": total}, head_flops, windows, attention, "bf16", caches[0])
+    compressed = replace(
+        base,
+        weight_bytes=sizes[1] - unread,
+        flops={"bf16": total - packed, "fp8": packed},
+        attention_rate=rate,
+        cache=caches[1],
+        sparse=recipe.sparsity is not None,
+        evicts=isinstance(recipe.kv_cache, KVEvict),
+    )
+    return {"base": base, "compressed": compressed}
+
+
+def idle_experts(model: Any) -> tuple[int, int, set[str]]:
+    """Bytes of experts that one token does not go to, weights of those that it goes to, and names of Linears among
+    all of them.
+    """
+    config, bytes_, weights, alone = model.config.get_text_config(), 0, 0, set()
+    # A config that does not say how many sends a token to one at least.
+    chosen = next((count for key in PER_TOKEN if (count := getattr(config, key, None))), 1)
+    for name in experts_of(model):
+        module = model.get_submodule(name)
+        own = list(module.parameters())
+        count = max((len(parameter) for parameter in own if parameter.ndim == 3), default=len(list(module.children())))
+        share = Fraction(min(chosen, count), max(count, 1))
+        bytes_ += int((1 - share) * sum(parameter.nbytes for parameter in own))
+        weights += int(share * sum(parameter.numel() for parameter in own if parameter.ndim > 1))
+        alone |= {child for child, _ in module.named_modules(prefix=name)}
+    return bytes_, weights, alone
 
 
 def speed_ceilings(

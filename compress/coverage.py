@@ -36,19 +36,21 @@ class Coverage:
 
 
 def check_patterns(patterns: Iterable[str], names: Iterable[str], key: str = "ignore") -> None:
-    """ValueError for a pattern that is not a regular expression or that no name matches ("lm_head" may be absent).
+    """ValueError for a pattern that is not a regular expression or that no name matches ("lm_head" may be absent from
+    what is ignored).
 
     names: Linears, then mixtures of experts. key: what the recipe calls the patterns.
     """
     names = list(names)
+    whose = "of the model" if key == "ignore" else "that is quantized"
     for pattern in patterns:
         try:
             found = any(matches(name, (pattern,)) for name in names)
         except re.error as error:
             raise ValueError(f"{key} pattern {pattern!r} is not a regular expression: {error}") from error
-        if not found and pattern != "lm_head":
+        if not found and (key, pattern) != ("ignore", "lm_head"):
             raise ValueError(
-                f"{key} pattern {pattern!r} matches no Linear of the model; there are, e.g., {', '.join(names[:4])}"
+                f"{key} pattern {pattern!r} matches no Linear {whose}; there are, e.g., {', '.join(names[:4])}"
             )
 
 

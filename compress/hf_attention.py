@@ -237,12 +237,16 @@ def run_cached(
 
 
 def check_kept_mask(mask: MaskInfo, kv: CompressedKV) -> None:
-    """ValueError if a mask hides evicted columns that were not hidden when their tokens were chosen."""
-    given = mask.arguments.get("attention_mask")
-    if given is None or "kept" in mask.checked:
+    """ValueError if a mask hides other evicted columns than when their tokens were chosen; no mask hides none."""
+    if "kept" in mask.checked:
         return
-    shown = torch.arange(kv.first, device=given.device) >= kv.sink_starts.to(given.device)[:, None]
-    if given.ndim != 2 or not torch.equal(given[:, : kv.first].bool(), shown):
+    given, starts = mask.arguments.get("attention_mask"), kv.sink_starts
+    if given is None:
+        same = not bool(starts.any())
+    else:
+        shown = torch.arange(kv.first, device=given.device) >= starts.to(given.device)[:, None]
+        same = given.ndim == 2 and torch.equal(given[:, : kv.first].bool(), shown)
+    if not same:
         raise ValueError("the mask is not the one that tokens were evicted under; it may only grow by ones")
     mask.checked.add("kept")
 

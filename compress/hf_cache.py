@@ -316,6 +316,16 @@ def check_together(config: Any, method: KVEvict, layers: list[Any]) -> None:
             )
 
 
+def layer_kinds(config: Any) -> list[str]:
+    """Of each layer of a text model, as `DynamicCache` reads its config: "full_attention", "sliding_attention", …"""
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None:
+        return list(kinds)
+    windowed, chunked = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
+    alike = "full_attention" if chunked is None else "chunked_attention"
+    return ["sliding_attention" if windowed is not None else alike] * config.num_hidden_layers
+
+
 def former_cache(config: Any) -> Cache:
     """The cache that transformers would make for a model."""
     return DynamicCache(config=config)

@@ -32,7 +32,7 @@ from .artifact import (
 from .assess import read_text, save_json
 from .attention_calibration import SEQUENCES, choose_policies
 from .cache_calibration import choose_cache
-from .cache_evaluation import NO_PROMPT
+from .cache_evaluation import check_prompt
 from .calibration import CalibrationSet, calibration_tokens
 from .card import write_card
 from .coverage import Coverage, cover, resolve_group_size
@@ -42,7 +42,6 @@ from .hf import load_base, load_tokenizer, resolve_model, save_weights, transfor
 from .hf_attention import check_attention
 from .hf_cache_hooks import cacheable_modules
 from .hf_decoder import decoder_layers, refuse_experts
-from .kv_evict import KVEvict
 from .layer_policies import combined
 from .linear import storage
 from .processes import ALONE, Processes, check_shared, joined, own_device
@@ -164,8 +163,7 @@ def compressed(
     """`compress` in one of its processes; those that are not the first return when the layers are done."""
     started = time.perf_counter()
     loaded = Recipe.load(recipe, overrides)
-    if isinstance(loaded.kv_cache, KVEvict) and loaded.evaluation.windows and not loaded.evaluation.prompt:
-        raise ValueError(f"evaluation: {NO_PROMPT}")
+    check_prompt(loaded)
     source = resolve_model(model)
     output = Path(output) if output is not None else Path(f"{source.resolve().name}-{loaded.name}")
     place = own_device(device)

@@ -24,7 +24,7 @@ from .coverage import Coverage
 from .evicting import EvictingStore
 from .hf import meta_model, read_config, resolve_model
 from .hf_attention import attention_modules, full_attention, layer_kind
-from .hf_cache import CompressedCache
+from .hf_cache import CompressedCache, layer_kinds
 from .hf_cache_hooks import cacheable_modules
 from .hf_decoder import decoder_layers
 from .kv_evict import KVEvict
@@ -340,6 +340,5 @@ def kv_cache_bytes(config: Any, tokens: int, itemsize: int) -> int:
     config = config.get_text_config()
     heads, head_dim = kv_shape(config)
     window = getattr(config, "sliding_window", None) or tokens
-    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
     kept = {"full_attention": tokens, "sliding_attention": min(tokens, window), "chunked_attention": tokens}
-    return sum(kept.get(kind, 0) for kind in kinds) * 2 * heads * head_dim * itemsize
+    return sum(kept.get(kind, 0) for kind in layer_kinds(config)) * 2 * heads * head_dim * itemsize

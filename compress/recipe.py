@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from dataclasses import fields
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_type_hints
@@ -301,7 +302,7 @@ def explain(error: ValidationError, label: str, owner: type) -> str:
         *parents, key = first["loc"]
         for parent in parents:
             owner = _member(owner, parent)
-        known = list(getattr(owner, "model_fields", None) or owner.__dataclass_fields__)  # pyright: ignore
+        known = list(getattr(owner, "model_fields", None) or [item.name for item in fields(owner)])  # pyright: ignore
         return f"{label}: unknown key {shown(place)}{nearest(str(key), known)}"
     rule = first["msg"].removeprefix("Value error, ")
     if not place:

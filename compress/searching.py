@@ -249,6 +249,11 @@ def search(
     parts, choices = job.parts(), offered(options.group_sizes)
     activations = loaded.weights.activations
     own = [part.choices(choices) for part in parts]
+    if unfit := [choice for choice in choices if all(choice not in found for found in own)]:
+        raise ValueError(
+            f"group size {unfit[0].group_size} divides the inputs of no Linear of {job.path}; there are, e.g., "
+            f"{parts[0].shapes[0][1]}"
+        )
     costs = [[part.bytes(choice, activations) for choice in found] for part, found in zip(parts, own, strict=True)]
     fixed = sum(own_bytes(job.base)) - sum(part.bytes(choices[0], activations) for part in parts)
     uniform(job, parts, choices, fixed)

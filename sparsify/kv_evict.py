@@ -80,8 +80,8 @@ class Eviction:
         wanted = ["threshold"] if self.budget == "threshold" else ["ratio", "tokens"]
         if len(given) != 1 or given[0] not in wanted:
             raise ValueError(
-                f"budget {self.budget} needs {' or '.join(wanted)}, and nothing beside it; "
-                f"{' and '.join(given) or 'none'} is given"
+                f"budget {self.budget} needs {' or '.join(wanted)}, and nothing beside it; given: "
+                f"{' and '.join(given) or 'none'}"
             )
         if self.budget == "global" and self.scores != "kvzip":
             raise ValueError(

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from transformers import LlamaConfig
+from transformers import LlamaConfig, MistralConfig, MixtralConfig, Qwen2Config
 
 from kompakt.cli.main import main
 from kompakt.compress import Recipe, plan
-from kompakt.compress.ceilings import DEVICES, device_ceilings, engines
+from kompakt.compress.ceilings import DEVICES, Work, device_ceilings, engines
 
 SHAPE = {
     "vocab_size": 128,
@@ -67,6 +68,46 @@ def test_long_prompts_multiply_at_the_rate_of_their_inputs(recipe, rate, model):
     linears = 2 * tokens * LINEAR_WEIGHTS
     assert row["base_prefill_ms"] == pytest.approx(1e3 * ((linears + 2 * HEAD) / 989e12 + attention))
     assert row["compressed_prefill_ms"] == pytest.approx(1e3 * (linears / rate + 2 * HEAD / 989e12 + attention))
+
+
+def test_experts_that_a_token_does_not_go_to_are_not_read(tmp_path):
+    shape = {**SHAPE, "num_local_experts": 8, "num_experts_per_tok": 2, "tie_word_embeddings": True}
+    MixtralConfig(**shape, sliding_window=None).save_pretrained(tmp_path)
+    context = 8192
+    _, row = ceiling(tmp_path, "kv-fp8", context=context)
+    cache = 2 * 2 * 2 * 16 * context * 2
+    attention = 2 * (64 * 64 * 2 + 64 * 32 * 2)
+    active, router = attention + 2 * (2 * 3 * 64 * 96), 2 * 8 * 64  # two of eight experts of each layer
+    read = 2 * (active + router + HEAD) + NORMS + cache
+    assert row["base_decode_ms"] == pytest.approx(1e3 * read / 4.8e12)
+    # A router is no Linear, and its few products are not counted.
+    products = 2 * context * active + 2 * HEAD + 2 * 4 * 16 * 2 * 2 * (context * (context + 1) // 2)
+    assert row["base_prefill_ms"] == pytest.approx(1e3 * products / 989e12)
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_windows_end_attention(listed, tmp_path):
+    kinds = {"layer_types": ["sliding_attention", "full_attention"]} if listed else {}
+    kind = Qwen2Config if listed else MistralConfig
+    kind(**SHAPE, **kinds, use_sliding_window=True, sliding_window=100).save_pretrained(tmp_path)
+    context = 8192
+    found, row = ceiling(tmp_path, "kv-fp8", context=context)
+    assert found.kv_cache[context] == 2 * 2 * 16 * 2 * (100 + (context if listed else 100))
+    windowed, full = sum(min(place, 100) for place in range(1, context + 1)), context * (context + 1) // 2
+    pairs = windowed + (full if listed else windowed)
+    products = 2 * context * LINEAR_WEIGHTS + 2 * HEAD + 4 * 16 * 2 * 2 * pairs
+    assert row["base_prefill_ms"] == pytest.approx(1e3 * products / 989e12)
+
+
+def test_what_sparse_prefill_and_eviction_leave_out_is_not_counted(model):
+    found, row = ceiling(model, "kv-evict4x", context=32768, batch=1)
+    work = {"windows": (None,), "attention_flops": 10**9, "attention_rate": "bf16", "cache": {64: 0}}
+    plain = Work(weight_bytes=1, flops={}, head_flops=0, **work)
+    h200 = DEVICES["h200"]
+    assert replace(plain, evicts=True).decode_seconds(h200, 1, 64) < plain.decode_seconds(h200, 1, 64)
+    assert replace(plain, sparse=True).prefill_seconds(h200, 1, 64) < plain.prefill_seconds(h200, 1, 64)
+    assert row["compressed_decode_ms"] < row["base_decode_ms"]
+    assert found.compressed_cache.bytes[32768] < found.kv_cache[32768] / 3
 
 
 def test_devices_without_fp8_multiply_in_bf16(model):

@@ -121,6 +121,17 @@ def test_text_without_a_prompt_is_refused(base, made, text, tmp_path):
         evaluate(made["kv-evict4x"].output, options=EvaluationOptions(text=str(text), window=400), speed=False)
 
 
+def test_prompts_that_nothing_is_evicted_from_are_refused(base, tmp_path):
+    for name in RECIPES:
+        recipe = Recipe.load(name)
+        assert recipe.evaluation.prompt >= recipe.kv_cache.shortest_prompt
+    with pytest.raises(
+        ValueError, match="a prompt of 1024 tokens is too short for kv_evict, which evicts from 1552 on"
+    ):
+        compress(base, "kv-evict4x", tmp_path / "out", overrides={"evaluation.window": 2048})
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_query_aware_and_query_agnostic_are_told_apart(base, made, text, capsys, tmp_path):
     found = {}
     for aware in (False, True):

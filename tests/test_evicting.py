@@ -331,6 +331,9 @@ def test_what_cannot_be_evicted_from_is_named():
     with pytest.raises(ValueError, match="the mask is not the one that tokens were evicted under"):
         model(LONG[:, :1], attention_mask=torch.ones(3, 701, dtype=torch.long), **{CACHE: cache})
     cache = in_cache(model, method, LONG, MASK)
+    with pytest.raises(ValueError, match="the mask is not the one that tokens were evicted under"):
+        model(LONG[:, :1], **{CACHE: cache})
+    cache = in_cache(model, method, LONG, MASK)
     key, _ = cache.update(*torch.zeros(2, 3, 3, 1, 32), 0)
     with pytest.raises(ValueError, match="heads have kept different tokens"):
         _ = key + 0

@@ -143,6 +143,7 @@ def test_wrong_overrides_are_refused_by_the_recipe(weights, says):
     "overrides, says",
     [
         ([{"modules": ["nowhere"], "group_size": 32}], "overrides pattern 'nowhere' matches no Linear"),
+        ([{"modules": ["down_proj", "lm_head"], "group_size": 32}], "'lm_head' matches no Linear that is quantized"),
         ([{"modules": ["re:("], "group_size": 32}], "not a regular expression"),
         ([{"modules": ["down_proj"], "group_size": 24}], "group_size 24, which does not divide the 128 inputs"),
         ([{"modules": ["re:.*"], "weights": "fp8"}, {"modules": ["q_proj"], "group_size": 16}], "changes nothing"),

@@ -106,6 +106,10 @@ def test_percentages(text, value):
         ({"weights": "rtn", "kv_cache": "int4"}, "unknown method 'int4' in slot kv_cache; did you mean 'kv_int4'?"),
         ({"kv_cache": {}}, "kv_cache needs a `method` (known: kv_fp8, kv_int4, kv_pq, kv_prune, kv_evict)"),
         ({"kv_cache": {"method": "kv_fp8", "recent": 4}}, "unknown key 'recent'; did you mean 'recent_tokens'?"),
+        (
+            {"kv_cache": {"method": "kv_fp8", "rounding": 4}},
+            "unknown key 'rounding' (known: sink_tokens, recent_tokens, max_tokens)",
+        ),
         ({"kv_cache": {"method": "kv_fp8", "recent_tokens": -1}}, "recent_tokens = -1 is not valid"),
         ({"kv_cache": {"method": "kv_fp8", "max_tokens": 0}}, "max_tokens = 0 is not valid"),
         ({"kv_cache": {"method": "kv_fp8", "key_transform": "none"}}, "unknown key 'key_transform'"),

@@ -262,6 +262,7 @@ def test_the_command_writes_a_recipe_that_compress_takes(base, fresh_cache, tmp_
         (["--limit", "perplexity=1%", "--recipe", "fp8"], "no method that rounds weights to INT4", 2),
         (["--limit", "perplexity=1%", "--recipe", "kv-fp8"], "no method that rounds weights to INT4", 2),
         (["--limit", "perplexity=1%", "--group-sizes", "big"], "group size 'big' is neither channel nor a number", 2),
+        (["--limit", "perplexity=1%", "--group-sizes", "24"], "group size 24 divides the inputs of no Linear", 2),
         (["--limit", "perplexity=1%", "--budget-minutes", "0"], "it must be more than 0", 2),
         (["--limit", "perplexity=1%", "-o", "recipe.txt"], "must end in .yaml", 2),
         (["--limit", "perplexity=1%", "-o", "nowhere/recipe.yaml"], "does not exist", 2),

@@ -222,5 +222,6 @@ def test_linears_of_other_schemes_are_not_joined(model, together):
         assert shared_input.joined([mlp.gate_proj, mlp.up_proj]) is not None
         # Adjacent rows are found again without a copy.
         place = mlp.up_proj.weight_packed.data_ptr()
-        assert shared_input.joined([mlp.gate_proj, mlp.up_proj])[0].shape[0] == 256
+        whole = shared_input.joined([mlp.gate_proj, mlp.up_proj])
+        assert whole is not None and whole[0].shape[0] == 256
         assert mlp.up_proj.weight_packed.data_ptr() == place
