@@ -4,9 +4,7 @@ A part is the Linears of a decoder layer that read the same input: q, k and v; o
 those at once and wants them stored alike. A recipe gets its most frequent choice as the rule and the others as
 `overrides` and `ignore`, module names folded into patterns.
 
-Costs of a part add up over its Linears. `size`: bytes as packed, codes, scales and shapes. `decode`: bytes that a step
-of one token reads, which are the same, over the bandwidth where it is known; or microseconds of a `bench linear` result
-with all the shapes and choices, at its smallest number of tokens.
+Costs of a part add up over its Linears: bytes as packed, codes, scales and shapes.
 """
 
 from __future__ import annotations
