@@ -173,6 +173,10 @@ def checked(case: DecodeCase, kind: str, machine: Machine) -> dict[str, Any]:
 def coding_difference(store: TokenStore, problem: Problem) -> int:
     """Pages of a store that are not what the reference writes."""
     other = copy.deepcopy(store)
+    for page in other.pages.values():
+        # What the reference leaves out shows.
+        for part in (page.key_codes, page.key_parameters, page.value_codes, page.value_parameters):
+            part.fill_(1)
     write_ref(problem.key[:, :, : store.coded], problem.value[:, :, : store.coded], (0, store.coded), other.where())
 
     def parts(page: Any) -> list[Tensor]:

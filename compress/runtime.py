@@ -86,7 +86,8 @@ def sparse_backends(device: torch.device) -> dict[str, AttentionBackend]:
     """What sparse prefill attention runs on, and why, on `device`, for bf16 and heads of 128 channels."""
     (found,) = attention_backends(["bf16"], device).values()
     if device.type == "cuda" and (unseen := unseen_refusal(device, (8, 0))) is not None:
-        found = AttentionBackend("reference", unseen)
+        # As `sparse_refusal` has it, by dense attention.
+        found = AttentionBackend(found.name, f"all keys are visited: {unseen}")
     return {"sparse_attention": found}
 
 

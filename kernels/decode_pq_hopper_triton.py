@@ -103,13 +103,13 @@ def exp2(x):
     return gl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
 
 
-LENGTHS = ["tokens", "coded", "first", "splits", "heads", "sink_tokens"]
+LENGTHS = ["coded", "first", "splits", "heads", "sink_tokens"]
 
 
 @gluon.jit(do_not_specialize=LENGTHS)
 def decode_pq_hopper_kernel(
     mapped_ptr, shift_ptr, table_ptr, length_ptr, sink_start_ptr, start_ptr, key_cent, value_cent, sum_ptr, state_ptr,
-    tokens, coded, first, splits, heads, sink_tokens,
+    coded, first, splits, heads, sink_tokens,
     RECORD: gl.constexpr, QUERIES: gl.constexpr, GROUP: gl.constexpr, VECTORS: gl.constexpr, SUB: gl.constexpr,
     VALUES: gl.constexpr, STARTS: gl.constexpr, SINKS: gl.constexpr, LENGTHS_: gl.constexpr, ROWS: gl.constexpr,
     QUERY_ROWS: gl.constexpr, VECTOR_WIDTH: gl.constexpr, WARPS: gl.constexpr,

@@ -110,7 +110,7 @@ LENGTHS = ["tokens", "coded", "first", "splits", "window", "ring_length", "heads
 
 
 @triton.jit
-def first_visible(first, length_ptr, start_ptr, batch, tokens, window, QUERIES: tl.constexpr, WINDOW: tl.constexpr,
+def first_visible(first, start_ptr, batch, tokens, window, QUERIES: tl.constexpr, WINDOW: tl.constexpr,
                   STARTS: tl.constexpr, LENGTHS_: tl.constexpr):  # fmt: skip
     """First column that a row reads."""
     lowest = first
@@ -124,7 +124,7 @@ def first_visible(first, length_ptr, start_ptr, batch, tokens, window, QUERIES: 
 @triton.jit(do_not_specialize=LENGTHS)
 def decode_pq_kernel(
     mapped_ptr, shift_ptr, table_ptr, length_ptr, sink_start_ptr, start_ptr, key_cent, value_cent, sum_ptr, state_ptr,
-    tokens, coded, first, splits, window, heads, sink_tokens, softcap, RECORD: tl.constexpr, QUERIES: tl.constexpr,
+    coded, first, splits, tokens, window, heads, sink_tokens, softcap, RECORD: tl.constexpr, QUERIES: tl.constexpr,
     GROUP: tl.constexpr, KEY_VECTORS: tl.constexpr, VALUE_VECTORS: tl.constexpr, SUB: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, STARTS: tl.constexpr, SINKS: tl.constexpr, LENGTHS_: tl.constexpr,
     ROWS: tl.constexpr, QUERY_ROWS: tl.constexpr, KEY_WIDTH: tl.constexpr, CODE_WIDTH: tl.constexpr,
@@ -139,7 +139,7 @@ def decode_pq_kernel(
     batch, kv_head = plane // kv_heads, plane % kv_heads
     if LENGTHS_:
         tokens, coded = tl.load(length_ptr), tl.load(length_ptr + 1)
-    lowest = first_visible(first, length_ptr, start_ptr, batch, tokens, window, QUERIES, WINDOW, STARTS, LENGTHS_)
+    lowest = first_visible(first, start_ptr, batch, tokens, window, QUERIES, WINDOW, STARTS, LENGTHS_)
     sink_start = tl.load(sink_start_ptr + batch).to(tl.int32)
     first_page = lowest // PAGE_
     pages = tl.maximum(tl.cdiv(coded, PAGE_) - first_page, 0)
@@ -229,7 +229,7 @@ def finish_pq_kernel(
     if split == splits:
         if LENGTHS_:
             tokens, coded = tl.load(length_ptr), tl.load(length_ptr + 1)
-        lowest = first_visible(first, length_ptr, start_ptr, batch, tokens, window, QUERIES, WINDOW, STARTS, LENGTHS_)
+        lowest = first_visible(first, start_ptr, batch, tokens, window, QUERIES, WINDOW, STARTS, LENGTHS_)
         sink_start = tl.load(sink_start_ptr + batch).to(tl.int32)
         dense_part(
             q_ptr + batch * qb + kv_head * GROUP * qh, table_ptr, ring_key + batch * rkb + kv_head * rkh,
@@ -305,8 +305,8 @@ def decode_pq(
         "SUB": sub,
     }  # fmt: skip
     beginning = (
-        mapped, shift, kv.pages.table(), kv.lengths, kv.sink_starts, key_starts, *words, sums, state, kv.tokens,
-        kv.coded, kv.first, splits,
+        mapped, shift, kv.pages.table(), kv.lengths, kv.sink_starts, key_starts, *words, sums, state, kv.coded,
+        kv.first, splits,
     )  # fmt: skip
     sink_tokens, options = (
         kv.sink_key.shape[2],
@@ -316,7 +316,7 @@ def decode_pq(
         decode_pq_hopper((planes, splits), beginning, heads, sink_tokens, codec, VECTOR_WIDTH=key_width, **marks)
     else:
         decode_pq_kernel[(planes, splits)](
-            *beginning, call.window or 0, heads, sink_tokens, call.softcap or 0.0,
+            *beginning, kv.tokens, call.window or 0, heads, sink_tokens, call.softcap or 0.0,
             KEY_VECTORS=shape["KEY_VECTORS"], VALUE_VECTORS=shape["VALUE_VECTORS"], KEY_WIDTH=key_width,
             CODE_WIDTH=code_width, INTERPRET=interpret, num_warps=4, **marks, **options,
         )  # fmt: skip
