@@ -277,6 +277,7 @@ def attention_accuracy(
     modes: Modes = "fp8_fp8,int8_fp8,int8_fp16,int4_fp8",
     choices: o.Choices = None,
     limit: o.Limit = None,
+    batch_size: Annotated[int, typer.Option(help="Answers of --choices scored at once.", min=1)] = 8,
     note: Note = "",
     output: o.OutputFile = None,
     as_json: o.Json = False,
@@ -298,6 +299,7 @@ def attention_accuracy(
             windows=windows,
             choices=choices,
             limit=limit,
+            batch_size=batch_size,
             note=note,
             progress=bar,
         )

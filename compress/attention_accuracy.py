@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,26 +43,29 @@ def attention_accuracy(
     windows: int = 0,
     choices: str | Path | None = None,
     limit: int | None = None,
+    batch_size: int = 8,
     note: str = "",
     progress: Progress = quiet,
 ) -> dict[str, Any]:
     """One row for each mode and one for the baseline, which has layers and random inputs only; JSON-able.
 
     length: tokens of a window. windows: how many, 0 for all of the text. choices: JSONL of multiple-choice questions,
-    limit: the first ones. Raises ValueError for bad input, and if the model's attention cannot be patched.
+    limit: the first ones, batch_size: how many of their answers are scored at once. Raises ValueError for bad input,
+    and if the model's attention cannot be patched.
     """
     bench = Bench.open(model, EvaluationOptions(text=text, window=length, windows=windows))
     positions = getattr(bench.subject.config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and length > positions:
         raise ValueError(f"length {length} exceeds the {positions} positions of {bench.path.name}")
     device = input_device(bench.subject)
+    asked = None if choices is None else partial(answers, bench, choices, limit, batch_size, progress)
     layers, runs, refused = layer_figures(bench, modes, progress)
     synthetic = synthetic_figures(modes, length, device, progress)
     rows: list[dict[str, Any]] = []
-    before = None if choices is None else answers(bench.base, bench, choices, limit, progress)
+    before = None if asked is None else asked(bench.base)
     for mode in modes:
         row = {"mode": mode, "backend": runs[mode], "layers": summary(layers[mode]), "synthetic": synthetic[mode]}
-        rows.append({**row, **patched_figures(mode, bench, choices, limit, before, progress)})
+        rows.append({**row, **patched_figures(mode, bench, asked, before, progress)})
     rows.append({"mode": BASELINE, "layers": summary(layers[BASELINE]), "synthetic": synthetic[BASELINE]})
     return {
         "bench": "attention-accuracy",
@@ -69,7 +73,7 @@ def attention_accuracy(
         **bench.heading(note, None),
         "length": length,
         "not_captured": refused,
-        "choices": None if before is None or choices is None else choice_figures(Path(choices).name, before),
+        "choices": None if before is None else {"file": Path(str(choices)).name, **choice_figures(before)},
         "rows": rows,
     }
 
@@ -122,19 +126,20 @@ def summary(layers: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return {**result, "each": layers}
 
 
-def answers(model: Any, bench: Bench, choices: str | Path, limit: int | None, progress: Progress) -> MultipleChoice:
+def answers(
+    bench: Bench, choices: str | Path, limit: int | None, batch_size: int, progress: Progress, model: Any
+) -> MultipleChoice:
     """Multiple choice of a model as it is at the moment."""
 
     def report(done: int, total: int) -> None:
         progress("choices", done, total, Path(choices).name)
 
-    return multiple_choice(model, bench.tokenizer, choices, limit=limit, progress=report)
+    return multiple_choice(model, bench.tokenizer, choices, limit=limit, batch_size=batch_size, progress=report)
 
 
-def choice_figures(file: str, found: MultipleChoice) -> dict[str, Any]:
+def choice_figures(found: MultipleChoice) -> dict[str, Any]:
     """Accuracy by length of the choices, JSON-able."""
     return {
-        "file": file,
         "items": found.items,
         "accuracy": found.accuracy_norm,
         "accuracy_stderr": found.accuracy_norm_stderr,
@@ -144,24 +149,23 @@ def choice_figures(file: str, found: MultipleChoice) -> dict[str, Any]:
 def patched_figures(
     mode: Mode,
     bench: Bench,
-    choices: str | Path | None,
-    limit: int | None,
+    asked: Callable[[Any], MultipleChoice] | None,
     before: MultipleChoice | None,
     progress: Progress,
 ) -> dict[str, Any]:
     """Perplexity, and multiple choice if asked for, with every attention layer in one mode, and how the layers ran.
 
-    before: the dense model's answers. Raises ValueError if no layer ran in the mode.
+    asked: model → its answers. before: the dense model's. Raises ValueError if no layer ran in the mode.
     """
     slot = {"method": "sage", "mode": mode, "min_tokens": 1}
     recipe = Recipe.load({"name": f"attention {mode}", "attention": slot})
     row: dict[str, Any] = {}
     with patch(bench.subject, recipe, tokenizer=bench.tokenizer) as patched:
         row["perplexity"] = measure_text(patched, bench.base, bench.windows, bench.evaluation, progress)["comparison"]
-        if before is not None and choices is not None:
-            after = answers(patched, bench, choices, limit, progress)
+        if asked is not None and before is not None:
+            after = asked(patched)
             changed = flips(before.correct_norm, after.correct_norm).as_dict()
-            row["choices"] = {**choice_figures(Path(choices).name, after), "flips": changed}
+            row["choices"] = {**choice_figures(after), "flips": changed}
         row["attention"] = used = attention_in_use(patched)
     if used is None or used["ran"] == "dense":
         raise ValueError(f"no attention layer of {bench.path.name} ran in {mode}: {used and used['calls']}")

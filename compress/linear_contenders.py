@@ -15,6 +15,7 @@ import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -172,12 +173,17 @@ def torch_int4_peer(weight: Tensor, machine: Machine) -> Contender:
 
 
 def gemlite_peer(weight: Tensor, machine: Machine) -> Contender:
-    """GemLite's layer with its own choice of kernels."""
+    """GemLite's layer. It chooses its kernels, by trial where it ships no choice for the device and the shape; the
+    choices it ships for the H100 hold on every card of that architecture.
+    """
     groups = peer_groups(weight)
     if importlib.util.find_spec("gemlite") is None:
         raise Absent("not installed")
+    import gemlite.core  # pyright: ignore[reportMissingImports]
     from gemlite.helper import A16W4_HQQ_INT  # pyright: ignore[reportMissingImports]
 
+    if gemlite.core.get_default_cache_config() is None and torch.cuda.get_device_capability(weight.device) == (9, 0):
+        gemlite.core.GemLiteLinear.load_config(str(Path(gemlite.__file__).parent / "configs" / "h100.json"))
     packed, scale = quantize_int4(weight, groups)
     codes = (unpack_int4(packed, weight.shape[1]) + 8).to(torch.uint8)
     layer = A16W4_HQQ_INT(device=str(weight.device)).from_weights(codes, scale, torch.full_like(scale, 8))
