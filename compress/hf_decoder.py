@@ -75,12 +75,14 @@ def resident(layer: nn.Module, device: torch.device) -> Iterator[nn.Module]:
     Changed parameters are written back to where offloaded weights are kept. Of an offloaded layer, modules that were
     swapped in meanwhile go to the CPU, and those that came from there are what they were, perhaps files (`park`).
     """
-    hooked = [(module, hook) for module in layer.modules() if (hook := _hook_of(module)) is not None and hook.offload]
+    every = [(module, hook) for module in layer.modules() if (hook := _hook_of(module)) is not None]
+    hooked = [(module, hook) for module, hook in every if hook.offload]
     if not hooked:
         home = next(layer.parameters()).device
         layer.to(device)
         try:
-            yield layer
+            with without_hooks(every):
+                yield layer
         finally:
             layer.to(home)
         return
@@ -91,18 +93,14 @@ def resident(layer: nn.Module, device: torch.device) -> Iterator[nn.Module]:
         if module not in offloaded
         for parameter in module.parameters(recurse=False)
     }
-    forwards = []
-    module: Any
     for module, hook in hooked:
         hook.pre_forward(module)
-        forwards.append(module.forward)
-        module.forward = module._old_forward
     layer.to(device)
     try:
-        yield layer
+        with without_hooks(every):
+            yield layer
     finally:
-        for (module, hook), forward in zip(hooked, forwards, strict=True):
-            module.forward = forward
+        for module, hook in hooked:
             _write_back(module, hook)
             hook.post_forward(module, None)
         for module in set(layer.modules()) - offloaded:
@@ -110,6 +108,20 @@ def resident(layer: nn.Module, device: torch.device) -> Iterator[nn.Module]:
                 if parameter.device.type != "meta":
                     found, before = parameter.data.cpu(), parked.get(parameter)
                     parameter.data = before if before is not None and torch.equal(found, before) else found
+
+
+@contextmanager
+def without_hooks(hooked: list[tuple[nn.Module, Any]]) -> Iterator[None]:
+    """Modules as they are without accelerate, which would move what they are given to a device of its own."""
+    modules: list[Any] = [module for module, _ in hooked]
+    forwards = [module.forward for module in modules]
+    for module in modules:
+        module.forward = module._old_forward
+    try:
+        yield
+    finally:
+        for module, forward in zip(modules, forwards, strict=True):
+            module.forward = forward
 
 
 def park(module: nn.Module, folder: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..kernels.activations import triton_refusal, unseen_refusal
+from ..kernels.activations import triton_refusal
 from ..kernels.attention import Call, Mode, attention_backend, prefill_attention
 from ..kernels.decode_attention import CompressedKV, decode_attention
 from ..kernels.sparse_attention import sparse_attention
@@ -56,8 +56,6 @@ def attend_sparse(mode: Mode, policy: SparsityPolicy, inputs: AttentionInputs) -
 def sparse_refusal(inputs: AttentionInputs) -> str | None:
     """Why a call has to visit all keys; None if it need not."""
     options = inputs.options
-    if inputs.query.is_cuda and (unseen := unseen_refusal(inputs.query.device, (8, 0))) is not None:
-        return unseen
     if not options["causal"]:
         return "the mask is not causal"
     if options["window"] is not None:
@@ -85,9 +83,6 @@ def cache_backends(device: torch.device, method: KVCacheMethod) -> dict[str, Att
 def sparse_backends(device: torch.device) -> dict[str, AttentionBackend]:
     """What sparse prefill attention runs on, and why, on `device`, for bf16 and heads of 128 channels."""
     (found,) = attention_backends(["bf16"], device).values()
-    if device.type == "cuda" and (unseen := unseen_refusal(device, (8, 0))) is not None:
-        # As `sparse_refusal` has it, by dense attention.
-        found = AttentionBackend(found.name, f"all keys are visited: {unseen}")
     return {"sparse_attention": found}
 
 

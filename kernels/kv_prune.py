@@ -41,7 +41,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from .activations import FP8_CAPABILITY, unseen_refusal
+from .activations import FP8_CAPABILITY, triton_refusal
 from .kv_codec import ALIGNMENT, PAGE, Codec, Coded, Layout, Page, Part
 from .kv_codes import MIN_SCALE, outwards, quantize_tokens
 
@@ -270,7 +270,7 @@ class PruneCodec(Codec):
 
     def refusal(self, device: torch.device) -> str | None:
         """See `Codec.refusal`."""
-        return unseen_refusal(device, FP8_CAPABILITY)
+        return triton_refusal(device, FP8_CAPABILITY)
 
     def decode_refusal(self, query: Tensor, kv: CompressedKV) -> str | None:
         """See `Codec.decode_refusal`."""

@@ -158,11 +158,11 @@ def write_prune_kernel(
             INTERPRET,
         )  # fmt: skip
     else:
-        channel = tl.arange(0, VALUE_WIDTH)
-        place = value_ptr + batch * vb + head * vh + source[:, None] * vt + channel[None, :]
-        x = tl.load(place, mask=write[:, None] & (channel < VALUE_DIM)[None, :], other=0.0)
+        value_channel = tl.arange(0, VALUE_WIDTH)
+        value_place = value_ptr + batch * vb + head * vh + source[:, None] * vt + value_channel[None, :]
+        y = tl.load(value_place, mask=write[:, None] & (value_channel < VALUE_DIM)[None, :], other=0.0)
         write_tile(
-            x, write, token, record + VALUES, record + VALUE_SCALES, weight_ptr, head, KIND, VALUE_KEPT, VALUE_DIM,
+            y, write, token, record + VALUES, record + VALUE_SCALES, weight_ptr, head, KIND, VALUE_KEPT, VALUE_DIM,
             VALUE_WIDTH, False, INTERPRET,
         )  # fmt: skip
 
@@ -218,9 +218,9 @@ def append_prune_kernel(
                 WEIGHTS, INTERPRET,
             )  # fmt: skip
         else:
-            x = latest(value_new, values, rvt, column, tokens, ring_length, write, VALUE_DIM, VALUE_WIDTH)
+            y = latest(value_new, values, rvt, column, tokens, ring_length, write, VALUE_DIM, VALUE_WIDTH)
             write_tile(
-                x, write, token, record + VALUES, record + VALUE_SCALES, weight_ptr, head, KIND, VALUE_KEPT,
+                y, write, token, record + VALUES, record + VALUE_SCALES, weight_ptr, head, KIND, VALUE_KEPT,
                 VALUE_DIM, VALUE_WIDTH, False, INTERPRET,
             )  # fmt: skip
         coded = end
@@ -288,8 +288,8 @@ def read_prune_kernel(
         )  # fmt: skip
 
 
-def shapes(layout: PruneLayout) -> dict[str, int | str]:
-    """What all kernels are compiled for."""
+def shapes(layout: PruneLayout) -> dict[str, int | str | bool]:
+    """What all kernels are compiled for, and how."""
     _, key_scales, values, value_scales = layout.offsets
     return {
         "KIND": layout.keys.values,
@@ -303,6 +303,8 @@ def shapes(layout: PruneLayout) -> dict[str, int | str]:
         "RECORD": layout.record_bytes,
         "WIDTH": padded_width(layout.key_dim),
         "VALUE_WIDTH": padded_width(layout.value_dim),
+        # A fused multiplication and addition rounds ties of INT4 codes another way than the reference.
+        "enable_fp_fusion": False,
     }
 
 

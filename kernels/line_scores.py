@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .activations import launching_on, unseen_refusal
+from .activations import launching_on, triton_refusal
 from .attention import DTYPES, MAX_HEAD_DIM
 from .sparse_index import Extent
 
@@ -53,7 +53,7 @@ def line_scores(query: Tensor, key: Tensor, extent: Extent, *, scaling: float) -
     """
     last, numbers = last_queries(query, extent)
     usable = query.dtype in DTYPES and key.dtype == query.dtype and query.shape[-1] <= MAX_HEAD_DIM
-    if usable and unseen_refusal(query.device, (8, 0)) is None:
+    if usable and triton_refusal(query.device, (8, 0)) is None:
         from .line_scores_triton import line_scores_triton
 
         with launching_on(query):

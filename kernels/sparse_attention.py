@@ -26,7 +26,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .activations import launching_on, log_fallback, unseen_refusal
+from .activations import launching_on, log_fallback
 from .attention import Call, Mode, attention_backend, check_attention, code_queries, operands_ref, query_means
 from .attention_quant import rotate
 from .segments import Segments, whole
@@ -111,10 +111,7 @@ def check_heads(query: Tensor, key: Tensor, index: SparseIndex | StaticPattern, 
 def sparse_backend(query: Tensor, value: Tensor, call: Call) -> tuple[Literal["triton", "exact", "reference"], str]:
     """What a call runs on, and why; see `attention.attention_backend`. There is no kernel for Hopper alone."""
     name, reason = attention_backend(query, value, call)
-    if name in ("gluon", "triton"):
-        refusal = unseen_refusal(query.device, (8, 0))
-        return ("triton", reason) if refusal is None else ("reference", refusal)
-    return name, reason
+    return ("triton", reason) if name == "gluon" else (name, reason)
 
 
 def run_sparse(

@@ -19,27 +19,28 @@ from kompakt.kernels.kv_append import LENGTHS, Appendable
 from kompakt.sparsify.kv_prune import KVPrune
 
 
-def filled(values: str, head_dim: int, window: int | None = None) -> TokenStore:
-    """8 KV heads and 4,097 tokens, bf16."""
+def filled(values: str, head_dim: int, window: int | None = None, value_dim: int | None = None) -> TokenStore:
+    """8 KV heads and 4,097 tokens, bf16. value_dim: default as keys."""
     method = KVPrune(values=values, key_sparsity=0.7, value_sparsity=0.7)  # pyright: ignore[reportArgumentType]
     store = TokenStore(method, statics=method.blank_statics(8, head_dim), window=window)
-    x = meta(1, 8, 4096, head_dim, dtype=BF16)
-    store.append(x, x)
-    store.append(x[:, :, :1], x[:, :, :1])
+    x, y = meta(1, 8, 4096, head_dim, dtype=BF16), meta(1, 8, 4096, value_dim or head_dim, dtype=BF16)
+    store.append(x, y)
+    store.append(x[:, :, :1], y[:, :, :1])
     return store
 
 
-def compile_pages(target: GPUTarget, kernel: str, values: str, head_dim: int):
-    store, x = filled(values, head_dim), meta(1, 8, 512, head_dim, dtype=BF16)
+def compile_pages(target: GPUTarget, kernel: str, values: str, head_dim: int, value_dim: int | None = None):
+    store = filled(values, head_dim, value_dim=value_dim)
+    x, y = meta(1, 8, 512, head_dim, dtype=BF16), meta(1, 8, 512, value_dim or head_dim, dtype=BF16)
     pages, codec = store.where(), store.codec
     to = Appendable(
-        meta(LENGTHS, dtype=torch.int32), (x, x), (x, x), meta(1, dtype=torch.int64), pages, recent_tokens=128
+        meta(LENGTHS, dtype=torch.int32), (x, y), (x, y), meta(1, dtype=torch.int64), pages, recent_tokens=128
     )
     module: Any = kv_prune_triton
     calls = {
-        "write_prune_kernel": lambda: module.write_pruned(x, x, (0, 512), pages, codec, ring=False, interpret=False),
-        "read_prune_kernel": lambda: module.read_pruned(x, x, (0, 512), pages),
-        "append_prune_kernel": lambda: module.append_pruned(x[:, :, :1], x[:, :, :1], to, codec, interpret=False),
+        "write_prune_kernel": lambda: module.write_pruned(x, y, (0, 512), pages, codec, ring=False, interpret=False),
+        "read_prune_kernel": lambda: module.read_pruned(x, y, (0, 512), pages),
+        "append_prune_kernel": lambda: module.append_pruned(x[:, :, :1], y[:, :, :1], to, codec, interpret=False),
     }
     return compile_launch(kv_prune_triton, kernel, calls[kernel], target)
 
@@ -80,6 +81,11 @@ def test_decode_attention(values):
     # Two programs on a multiprocessor, as `splits_of` counts on.
     assert 2 * (compiled.metadata.shared + 1024) <= SHARED_MEMORY[90]
     assert "bf16.bf16" in compiled.asm["ptx"]
+
+
+@pytest.mark.parametrize("kernel", ["write_prune_kernel", "read_prune_kernel", "append_prune_kernel"])
+def test_values_of_another_width_than_keys(kernel):
+    assert fits(compile_pages(SM90, kernel, "int4", 64, 128), SM90)
 
 
 def test_other_shapes_and_devices():
