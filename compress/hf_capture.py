@@ -7,12 +7,13 @@ and allocates the pages that the device will fill. What moves storage, and every
 again; beam search runs launch by launch. A step that cannot be recorded does so too, with the reason in the log.
 Counters that Python keeps see only steps that are launched.
 
-On CUDA devices RMS norms and rotary embeddings are one launch each (`hf_fused.py`), so that logits differ from those of
-plain steps by the rounding of one FP32 sum per norm and by what follows from it.
+On CUDA devices RMS norms and rotary embeddings are one launch each (`hf_fused.py`), of prompts too, which they spare
+reading and writing every hidden state seven times; so that logits differ from those of plain steps by the rounding of
+one FP32 sum per norm and by what follows from it.
 
 `generate` asks the model itself whether and how its steps are compiled (`_valid_auto_compile_criteria`,
-`get_compiled_call`): both are overridden on the instance, and answer for a compressed cache on a CUDA device.
-`disable_compile=True`, transformers' own option, switches it off for a call.
+`get_compiled_call`), and to read its prompt (`_prefill`): all are overridden on the instance, and answer for a
+compressed cache on a CUDA device. `disable_compile=True`, transformers' own option, switches it off for a call.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import threading
 import types
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ from .cache import TokenStore
 from .hf_cache import CACHE, CompressedCache, CompressedLayer
 from .hf_fused import fused_on
 
-CRITERIA, COMPILED = "_valid_auto_compile_criteria", "get_compiled_call"
+CRITERIA, COMPILED, PREFILL = "_valid_auto_compile_criteria", "get_compiled_call", "_prefill"
 KNOWN = {"input_ids", "position_ids", "attention_mask", "use_cache", "logits_to_keep", "return_dict", CACHE}
 """Arguments of a step that it may be recorded with; others must be absent, None or False."""
 REPEATED = tuple(f"{__package__}.{name}" for name in ("hf_cache_hooks", "shared_input"))
@@ -52,11 +53,12 @@ def record_steps(model: Any) -> None:
     """From now on `model.generate` records its steps, until `run_steps_as_before`."""
     setattr(model, CRITERIA, types.MethodType(is_recorded, model))
     setattr(model, COMPILED, types.MethodType(call_of, model))
+    setattr(model, PREFILL, types.MethodType(read_prompt, model))
 
 
 def run_steps_as_before(model: Any) -> None:
     """Undoes `record_steps`. A second call does nothing."""
-    for name in (CRITERIA, COMPILED):
+    for name in (CRITERIA, COMPILED, PREFILL):
         vars(model).pop(name, None)
     STEPS.pop(model, None)
 
@@ -91,6 +93,15 @@ def call_of(model: Any, compile_config: Any) -> Any:
     """In place of the model's `get_compiled_call`; what `is_recorded` just said decides."""
     steps = steps_of(model)
     return steps if getattr(steps.call, "wanted", False) else getattr(type(model), COMPILED)(model, compile_config)
+
+
+def read_prompt(
+    model: Any, input_ids: Any, generation_config: Any, model_kwargs: dict[str, Any], **options: Any
+) -> Any:
+    """In place of the model's `_prefill`."""
+    wanted = isinstance(model_kwargs.get(CACHE), CompressedCache) and not generation_config.disable_compile
+    with fused_on(model.device, model) if wanted else nullcontext():
+        return getattr(type(model), PREFILL)(model, input_ids, generation_config, model_kwargs, **options)
 
 
 class Unrecordable(Exception):

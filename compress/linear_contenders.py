@@ -177,13 +177,14 @@ def gemlite_peer(weight: Tensor, machine: Machine) -> Contender:
     choices it ships for the H100 hold on every card of that architecture.
     """
     groups = peer_groups(weight)
-    if importlib.util.find_spec("gemlite") is None:
+    found = importlib.util.find_spec("gemlite")
+    if found is None or found.origin is None:
         raise Absent("not installed")
     import gemlite.core  # pyright: ignore[reportMissingImports]
     from gemlite.helper import A16W4_HQQ_INT  # pyright: ignore[reportMissingImports]
 
     if gemlite.core.get_default_cache_config() is None and torch.cuda.get_device_capability(weight.device) == (9, 0):
-        gemlite.core.GemLiteLinear.load_config(str(Path(gemlite.__file__).parent / "configs" / "h100.json"))
+        gemlite.core.GemLiteLinear.load_config(str(Path(found.origin).parent / "configs" / "h100.json"))
     packed, scale = quantize_int4(weight, groups)
     codes = (unpack_int4(packed, weight.shape[1]) + 8).to(torch.uint8)
     layer = A16W4_HQQ_INT(device=str(weight.device)).from_weights(codes, scale, torch.full_like(scale, 8))

@@ -6,7 +6,7 @@ import copy
 import gc
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -103,6 +103,27 @@ def test_a_mask_that_changes_is_not_ignored():
         mask = torch.cat((padded, torch.ones(3, 2)), dim=1)
         reason = steps.refusal({"input_ids": LONG[:, :1], "attention_mask": mask, CACHE: cache})
         assert "not the padding" in str(reason) and steps.plain == count
+
+
+def test_prompts_are_read_with_fused_norms(monkeypatch):
+    """Once per call, where steps would be recorded, and never once the model is as it was."""
+    read = []
+
+    @contextmanager
+    def noted(device, model):
+        read.append(device.type)
+        yield
+
+    monkeypatch.setattr(hf_capture, "fused_on", noted)
+    model = patched(long_model("llama"), METHODS["fp8"])
+    for options in ({}, {"num_beams": 2}):
+        model.generate(LONG[:, :150], max_new_tokens=2, **options)
+    assert read == ["cpu", "cpu"]
+    for options in ({"disable_compile": True}, {"cache_implementation": "static"}):
+        model.generate(LONG[:, :150], max_new_tokens=2, **options)
+    run_as_before(model)
+    model.generate(LONG[:, :150], max_new_tokens=2)
+    assert read == ["cpu", "cpu"]
 
 
 def test_caches_are_not_kept():
