@@ -12,6 +12,13 @@ from .sweep import checked_earlier, joined, noted
 
 TABLE_PEERS = ("bf16", "fp8")
 """Peers whose ratios the Markdown table shows, as far as they were measured."""
+NAMES = {
+    "bf16": "cuBLAS in bf16",
+    "fp8": "FP8 weights (`torch._scaled_mm`, row-wise scales)",
+    "fp8-mm": "the FP8 product alone",
+    "torch-int4": "torch's INT4 product",
+    "gemlite": "GemLite A16W4",
+}
 CONDITIONS = ("bench", "version", "kompakt", "environment", "cache_bytes")
 
 
@@ -77,22 +84,33 @@ def check_speeds(result: dict[str, Any]) -> None:
 
 
 def speed_table(result: dict[str, Any]) -> str:
-    """One table per model: rows are numbers of tokens, columns shape × layer, cells how many times as fast as peers."""
+    """One table per model: rows are shape × layer, columns numbers of tokens, cells how many times as fast as peers."""
     peers = [peer for peer in TABLE_PEERS if peer in result["against"]] or list(result["against"])[:1]
     models: dict[str, dict[tuple[str, str], dict[int, str]]] = defaultdict(lambda: defaultdict(dict))
     for row in result["rows"]:
-        column = f"{row['out_features']}×{row['in_features']}", row["label"]
-        models[row["model"]][column][row["tokens"]] = ratios(row, peers)
+        layer = f"{row['out_features']}×{row['in_features']}", row["label"]
+        models[row["model"]][layer][row["tokens"]] = ratios(row, peers)
     lines = []
-    for model, columns in models.items():
+    for model, layers in models.items():
         head = "tokens" if model == "other" else f"{model}: tokens"
-        lines += [f"| {head} | {' | '.join(' '.join(column) for column in columns)} |"]
+        columns = sorted({tokens for cells in layers.values() for tokens in cells})
+        lines += [f"| {head} | {' | '.join(f'{tokens:,}' for tokens in columns)} |"]
         lines += [f"|---|{'---|' * len(columns)}"]
-        for tokens in sorted({tokens for cells in columns.values() for tokens in cells}):
-            cells = [cells.get(tokens, "–") for cells in columns.values()]
-            lines.append(f"| {tokens:,} | {' | '.join(cells)} |")
+        for layer, cells in layers.items():
+            lines.append(f"| {' '.join(layer)} | {' | '.join(cells.get(tokens, '–') for tokens in columns)} |")
         lines.append("")
-    return "\n".join([*lines, f"{meaning(peers)} {measured(result)}{noted(result)}"])
+    others = "".join(f" {extremes(result, peer)}" for peer in result["against"] if peer not in peers)
+    return "\n".join([*lines, f"{meaning(peers)}{others} {measured(result)}{noted(result)}"])
+
+
+def extremes(result: dict[str, Any], peer: str) -> str:
+    """The least and the greatest ratio to a peer that has no cells, by method; "" without any."""
+    found: dict[str, list[float]] = defaultdict(list)
+    for row in result["rows"]:
+        if (ratio := row["peers"].get(peer, {}).get("ratio")) is not None:
+            found[row["method"]].append(ratio)
+    parts = [f"{method} {min(ratios):.2f} to {max(ratios):.2f} times" for method, ratios in found.items()]
+    return f"As fast as {NAMES[peer]}: {', '.join(parts)}." if parts else ""
 
 
 def ratios(row: dict[str, Any], peers: list[str]) -> str:
@@ -107,14 +125,7 @@ def ratios(row: dict[str, Any], peers: list[str]) -> str:
 
 def meaning(peers: list[str]) -> str:
     """What the cells of the table are."""
-    names = {
-        "bf16": "cuBLAS in bf16",
-        "fp8": "FP8 weights (`torch._scaled_mm`, row-wise scales)",
-        "fp8-mm": "the FP8 product alone",
-        "torch-int4": "torch's INT4 product",
-        "gemlite": "GemLite A16W4",
-    }
-    what = f"Times as fast as {' / as '.join(names[peer] for peer in peers)}" if peers else "Time of a layer"
+    what = f"Times as fast as {' / as '.join(NAMES[peer] for peer in peers)}" if peers else "Time of a layer"
     return (
         f"{what}; quantization of activations included, weights read from memory. "
         "Four bits save bytes, never multiplications."
