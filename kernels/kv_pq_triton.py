@@ -1,10 +1,10 @@
 """Triton kernels of `kv_pq.py`: tokens of a page coded and written, one token appended, pages read again.
 
-Coding is split over pages, KV heads and runs of `RUN` sub-vectors. A program holds a page's tokens in registers, maps
-them onto the channels of one sub-vector at a time and takes the least of 256 scores |c|²/2 − y·c, `TILE` centroids at a
-time. Sums over channels are in FP32, in another order than the reference's: where two centroids are about as near, the
-other one may be taken. An appended token is coded from where it came, so that no program waits for the one that puts it
-into the ring.
+Coding is split over pages, KV heads and runs of `RUN` sub-vectors. A program maps a page's tokens onto the channels of
+its sub-vectors, by a matrix product of FP32's precision, and takes the least of 256 scores |c|²/2 − y·c, `TILE`
+centroids at a time: a thread has all of them for its tokens, so that none are exchanged. Sums are in another order than
+the reference's: where two centroids are about as near, the other one may be taken. An appended token is coded from
+where it came, so that no program waits for the one that puts it into the ring.
 
 A page of 8 sequences and 8 KV heads of 128 channels takes 477 µs on an H200 at 4 bits, 335 at 2; INT4 takes 18. For a
 generated token that is 4 and 3 µs in every layer.
@@ -29,54 +29,68 @@ if TYPE_CHECKING:
 PAGE_ = tl.constexpr(PAGE)
 CENTROIDS_ = tl.constexpr(CENTROIDS)
 DAMAGED_ = tl.constexpr(DAMAGED)
-TILE = tl.constexpr(64)
+TILE = tl.constexpr(8)
+"""Centroids that a program compares at a time: fewer numbers than threads, so that each loads what it needs itself."""
 HALF = tl.constexpr(PAGE // 2)
 """Tokens that a program reads."""
 CHANNELS = tl.constexpr(32)
-"""That it reads at a time."""
+"""That a program takes at a time."""
 RUN = 8
 """Sub-vectors of a program."""
 INFINITE = tl.constexpr(float("inf"))
 
 
 @triton.jit
-def channels_of(x, map_ptr, cent_ptr, head, vector, channel, inside, index: tl.constexpr, DIM: tl.constexpr,
-                VECTORS: tl.constexpr, SUB: tl.constexpr):  # fmt: skip
-    """(tokens,) FP32, channel `index` of a sub-vector."""
-    place = map_ptr + (head * DIM + channel) * (VECTORS * SUB) + vector * SUB + index
-    return tl.sum(x * tl.load(place, mask=inside, other=0.0)[None, :], axis=1)
+def with_channels(y, damaged, x, mean_ptr, map_ptr, head, first, channel, DIM: tl.constexpr, VECTORS: tl.constexpr,
+                  SUB: tl.constexpr, RUN_: tl.constexpr):  # fmt: skip
+    """y: (PAGE, RUN_ · SUB) FP32, channels of sub-vectors from `first` on, and damaged: (PAGE,), with what some more
+    channels x of the tokens add. x: (PAGE, CHANNELS) as it came."""
+    inside = channel < DIM
+    column = first * SUB + tl.arange(0, RUN_ * SUB)
+    place = map_ptr + (head * DIM + channel)[:, None] * (VECTORS * SUB) + column[None, :]
+    maps = tl.load(place, mask=inside[:, None] & (column < VECTORS * SUB)[None, :], other=0.0)
+    x = tl.where(inside[None, :], x.to(tl.float32), 0.0)
+    damaged = damaged | (tl.max(tl.where(tl.abs(x) < INFINITE, 0, 1), axis=1) != 0)
+    x -= tl.load(mean_ptr + head * DIM + channel, mask=inside, other=0.0)[None, :]
+    return y + tl.dot(x, maps, input_precision="tf32x3"), damaged
 
 
 @triton.jit
-def centroid_channel(cent_ptr, head, vector, number, index: tl.constexpr, VECTORS: tl.constexpr, SUB: tl.constexpr):
-    """(numbers,) FP32, channel `index` of centroids."""
-    return tl.load(cent_ptr + ((head * VECTORS + vector) * CENTROIDS_ + number) * SUB + index).to(tl.float32)
+def pair(place):
+    """Two neighbours of bf16, where a pair begins, as FP32."""
+    both = tl.load(place.to(tl.pointer_type(tl.int32)))
+    return (both << 16).to(tl.float32, bitcast=True), (both & -65536).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def code_of(x, map_ptr, cent_ptr, head, vector, channel, inside, DIM: tl.constexpr, VECTORS: tl.constexpr,
-            SUB: tl.constexpr):  # fmt: skip
-    """(tokens,) int32, the nearest centroid of one sub-vector. x: (tokens, channels) FP32 without the mean."""
-    y0 = channels_of(x, map_ptr, cent_ptr, head, vector, channel, inside, 0, DIM, VECTORS, SUB)
-    y1 = channels_of(x, map_ptr, cent_ptr, head, vector, channel, inside, 1, DIM, VECTORS, SUB)
+def nearest(y, cent_ptr, head, first, VECTORS: tl.constexpr, SUB: tl.constexpr, RUN_: tl.constexpr):
+    """(PAGE, RUN_) int32, the numbers of the nearest centroids. y: of `with_channels`."""
     if SUB == 4:
-        y2 = channels_of(x, map_ptr, cent_ptr, head, vector, channel, inside, 2, DIM, VECTORS, SUB)
-        y3 = channels_of(x, map_ptr, cent_ptr, head, vector, channel, inside, 3, DIM, VECTORS, SUB)
-    best = tl.full((PAGE_,), INFINITE, tl.float32)
-    code = tl.zeros((PAGE_,), tl.int32)
+        even, odd = tl.split(tl.reshape(y, (PAGE_, RUN_, 2, 2)))
+        y0, y2 = tl.split(even)
+        y1, y3 = tl.split(odd)
+    else:
+        y0, y1 = tl.split(tl.reshape(y, (PAGE_, RUN_, 2)))
+    vector = first + tl.arange(0, RUN_)
+    # A sub-vector that is not there is coded as the last one, and not stored.
+    row = cent_ptr + (head * VECTORS + tl.minimum(vector, VECTORS - 1)) * (CENTROIDS_ * SUB)
+    best = tl.full((PAGE_, RUN_), INFINITE, tl.float32)
+    code = tl.zeros((PAGE_, RUN_), tl.int32)
     for start in tl.range(0, CENTROIDS_, TILE, num_stages=1):
         number = start + tl.arange(0, TILE)
-        c0 = centroid_channel(cent_ptr, head, vector, number, 0, VECTORS, SUB)
-        c1 = centroid_channel(cent_ptr, head, vector, number, 1, VECTORS, SUB)
+        centroid = row[None, :] + number[:, None] * SUB
+        c0, c1 = pair(centroid)
         half = 0.5 * (c0 * c0 + c1 * c1)
-        score = y0[:, None] * c0[None, :] + y1[:, None] * c1[None, :]
         if SUB == 4:
-            c2 = centroid_channel(cent_ptr, head, vector, number, 2, VECTORS, SUB)
-            c3 = centroid_channel(cent_ptr, head, vector, number, 3, VECTORS, SUB)
+            c2, c3 = pair(centroid + 2)
             half += 0.5 * (c2 * c2 + c3 * c3)
-            score += y2[:, None] * c2[None, :] + y3[:, None] * c3[None, :]
-        half = tl.where((vector == 0) & (number == DAMAGED_), INFINITE, half)
-        least, index = tl.min(half[None, :] - score, axis=1, return_indices=True)
+        half = tl.where((vector == 0)[None, :] & (number == DAMAGED_)[:, None], INFINITE, half)
+        score = half[:, None, :] - y0[None, :, :] * c0[:, None, :]
+        score -= y1[None, :, :] * c1[:, None, :]
+        if SUB == 4:
+            score -= y2[None, :, :] * c2[:, None, :]
+            score -= y3[None, :, :] * c3[:, None, :]
+        least, index = tl.min(score, axis=0, return_indices=True)
         code = tl.where(least < best, start + index, code)
         best = tl.minimum(best, least)
     return code
@@ -84,19 +98,15 @@ def code_of(x, map_ptr, cent_ptr, head, vector, channel, inside, DIM: tl.constex
 
 @triton.jit
 def write_codes(
-    x, write, token, target, mean_ptr, map_ptr, cent_ptr, head, first, DIM: tl.constexpr, VECTORS: tl.constexpr,
-    SUB: tl.constexpr, WIDTH: tl.constexpr, RUN_: tl.constexpr,
+    y, damaged, write, token, target, cent_ptr, head, first, VECTORS: tl.constexpr, SUB: tl.constexpr,
+    RUN_: tl.constexpr,
 ):  # fmt: skip
-    """Codes of sub-vectors [first, first + RUN_). x: (PAGE, WIDTH) as it came."""
-    channel = tl.arange(0, WIDTH)
-    inside = channel < DIM
-    x = tl.where(inside[None, :], x.to(tl.float32), 0.0)
-    damaged = tl.max(tl.where(tl.abs(x) < INFINITE, 0, 1), axis=1) != 0
-    x = tl.where(damaged[:, None], 0.0, x - tl.load(mean_ptr + head * DIM + channel, mask=inside, other=0.0)[None, :])
-    for vector in tl.range(first, tl.minimum(first + RUN_, VECTORS), num_stages=1):
-        code = code_of(x, map_ptr, cent_ptr, head, vector, channel, inside, DIM, VECTORS, SUB)
-        code = tl.where(damaged, tl.where(vector == 0, DAMAGED_, 0), code)
-        tl.store(target + vector * PAGE_ + token, code.to(tl.uint8), mask=write)
+    """Codes of sub-vectors [first, first + RUN_). y, damaged: of `with_channels`."""
+    code = nearest(tl.where(damaged[:, None], 0.0, y), cent_ptr, head, first, VECTORS, SUB, RUN_)
+    vector = first + tl.arange(0, RUN_)
+    code = tl.where(damaged[:, None], tl.where(vector == 0, DAMAGED_, 0)[None, :], code)
+    place = target + vector[None, :] * PAGE_ + token[:, None]
+    tl.store(place, code.to(tl.uint8), mask=write[:, None] & (vector < VECTORS)[None, :])
 
 
 @triton.jit
@@ -109,8 +119,7 @@ def record_of(table_ptr, page, offset):
 def write_pq_kernel(
     key_ptr, value_ptr, table_ptr, key_mean, key_map, key_cent, value_mean, value_map, value_cent, kb, kh, kt, vb, vh,
     vt, start, stop, length, heads, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, KEY_VECTORS: tl.constexpr,
-    VALUE_VECTORS: tl.constexpr, SUB: tl.constexpr, RECORD: tl.constexpr, WIDTH: tl.constexpr,
-    VALUE_WIDTH: tl.constexpr, RUN_: tl.constexpr,
+    VALUE_VECTORS: tl.constexpr, SUB: tl.constexpr, RECORD: tl.constexpr, RUN_: tl.constexpr,
 ):  # fmt: skip
     """Grid (pages, batch · KV heads, runs of keys and then of values): see `kv_pages_triton.write_kernel`."""
     plane = tl.program_id(1).to(tl.int64)
@@ -123,30 +132,36 @@ def write_pq_kernel(
     source = column - start
     if length > 0:
         source = column % length
-    first = tl.program_id(2) * RUN_
     KEY_RUNS: tl.constexpr = (KEY_VECTORS + RUN_ - 1) // RUN_
+    y = tl.zeros((PAGE_, RUN_ * SUB), tl.float32)
+    damaged = tl.zeros((PAGE_,), tl.int1)
     if tl.program_id(2) < KEY_RUNS:
-        channel = tl.arange(0, WIDTH)
-        place = key_ptr + batch * kb + head * kh + source[:, None] * kt + channel[None, :]
-        x = tl.load(place, mask=write[:, None] & (channel < HEAD_DIM)[None, :], other=0.0)
-        write_codes(
-            x, write, token, record, key_mean, key_map, key_cent, head, first, HEAD_DIM, KEY_VECTORS, SUB, WIDTH,
-            RUN_,
-        )  # fmt: skip
+        first = tl.program_id(2) * RUN_
+        for start_channel in tl.range(0, HEAD_DIM, CHANNELS, num_stages=1):
+            channel = start_channel + tl.arange(0, CHANNELS)
+            place = key_ptr + batch * kb + head * kh + source[:, None] * kt + channel[None, :]
+            x = tl.load(place, mask=write[:, None] & (channel < HEAD_DIM)[None, :], other=0.0)
+            y, damaged = with_channels(
+                y, damaged, x, key_mean, key_map, head, first, channel, HEAD_DIM, KEY_VECTORS, SUB, RUN_
+            )  # fmt: skip
+        write_codes(y, damaged, write, token, record, key_cent, head, first, KEY_VECTORS, SUB, RUN_)
     else:
-        channel = tl.arange(0, VALUE_WIDTH)
-        place = value_ptr + batch * vb + head * vh + source[:, None] * vt + channel[None, :]
-        x = tl.load(place, mask=write[:, None] & (channel < VALUE_DIM)[None, :], other=0.0)
+        first = (tl.program_id(2) - KEY_RUNS) * RUN_
+        for start_channel in tl.range(0, VALUE_DIM, CHANNELS, num_stages=1):
+            channel = start_channel + tl.arange(0, CHANNELS)
+            place = value_ptr + batch * vb + head * vh + source[:, None] * vt + channel[None, :]
+            x = tl.load(place, mask=write[:, None] & (channel < VALUE_DIM)[None, :], other=0.0)
+            y, damaged = with_channels(
+                y, damaged, x, value_mean, value_map, head, first, channel, VALUE_DIM, VALUE_VECTORS, SUB, RUN_
+            )  # fmt: skip
         write_codes(
-            x, write, token, record + PAGE_ * KEY_VECTORS, value_mean, value_map, value_cent, head,
-            first - KEY_RUNS * RUN_, VALUE_DIM, VALUE_VECTORS, SUB, VALUE_WIDTH, RUN_,
+            y, damaged, write, token, record + PAGE_ * KEY_VECTORS, value_cent, head, first, VALUE_VECTORS, SUB, RUN_
         )  # fmt: skip
 
 
 @triton.jit
-def latest(new, ring, stride, column, tokens, ring_length, write, DIM: tl.constexpr, WIDTH: tl.constexpr):
-    """(PAGE, WIDTH): tokens of columns from the ring, and the newest from where it came."""
-    channel = tl.arange(0, WIDTH)
+def latest(new, ring, stride, column, tokens, ring_length, write, channel, DIM: tl.constexpr):
+    """(PAGE, channels): tokens of columns from the ring, and the newest from where it came."""
     inside = channel < DIM
     place = ring + (column % ring_length)[:, None] * stride + channel[None, :]
     x = tl.load(place, mask=(write & (column != tokens))[:, None] & inside[None, :], other=0.0)
@@ -186,19 +201,29 @@ def append_pq_kernel(
         token = tl.arange(0, PAGE_)
         column = page * PAGE_ + token
         write = column >= coded
-        first = tl.program_id(1) * RUN_
         KEY_RUNS: tl.constexpr = (KEY_VECTORS + RUN_ - 1) // RUN_
+        y = tl.zeros((PAGE_, RUN_ * SUB), tl.float32)
+        damaged = tl.zeros((PAGE_,), tl.int1)
         if tl.program_id(1) < KEY_RUNS:
-            x = latest(key_new, keys, rkt, column, tokens, ring_length, write, HEAD_DIM, WIDTH)
-            write_codes(
-                x, write, token, record, key_mean, key_map, key_cent, head, first, HEAD_DIM, KEY_VECTORS, SUB, WIDTH,
-                RUN_,
-            )  # fmt: skip
+            first = tl.program_id(1) * RUN_
+            for start in tl.range(0, HEAD_DIM, CHANNELS, num_stages=1):
+                channel = start + tl.arange(0, CHANNELS)
+                x = latest(key_new, keys, rkt, column, tokens, ring_length, write, channel, HEAD_DIM)
+                y, damaged = with_channels(
+                    y, damaged, x, key_mean, key_map, head, first, channel, HEAD_DIM, KEY_VECTORS, SUB, RUN_
+                )  # fmt: skip
+            write_codes(y, damaged, write, token, record, key_cent, head, first, KEY_VECTORS, SUB, RUN_)
         else:
-            x = latest(value_new, values, rvt, column, tokens, ring_length, write, VALUE_DIM, VALUE_WIDTH)
+            first = (tl.program_id(1) - KEY_RUNS) * RUN_
+            for start in tl.range(0, VALUE_DIM, CHANNELS, num_stages=1):
+                channel = start + tl.arange(0, CHANNELS)
+                x = latest(value_new, values, rvt, column, tokens, ring_length, write, channel, VALUE_DIM)
+                y, damaged = with_channels(
+                    y, damaged, x, value_mean, value_map, head, first, channel, VALUE_DIM, VALUE_VECTORS, SUB, RUN_
+                )  # fmt: skip
             write_codes(
-                x, write, token, record + PAGE_ * KEY_VECTORS, value_mean, value_map, value_cent, head,
-                first - KEY_RUNS * RUN_, VALUE_DIM, VALUE_VECTORS, SUB, VALUE_WIDTH, RUN_,
+                y, damaged, write, token, record + PAGE_ * KEY_VECTORS, value_cent, head, first, VALUE_VECTORS, SUB,
+                RUN_,
             )  # fmt: skip
         coded = end
     # All threads have read the lengths before this program counts as done.
@@ -241,8 +266,7 @@ def numbers(
 def read_pq_kernel(
     key_ptr, value_ptr, table_ptr, key_mean, key_map, key_cent, value_mean, value_map, value_cent, start, stop, length,
     heads, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, KEY_VECTORS: tl.constexpr, VALUE_VECTORS: tl.constexpr,
-    SUB: tl.constexpr, RECORD: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
-    KEY_WIDTH: tl.constexpr, CODE_WIDTH: tl.constexpr,
+    SUB: tl.constexpr, RECORD: tl.constexpr, KEY_WIDTH: tl.constexpr, CODE_WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Grid (half pages, batch · KV heads, keys or values). key, value: (batch · KV heads, length, channels)."""
     plane = tl.program_id(1).to(tl.int64)
@@ -281,8 +305,6 @@ def shapes(codec: PQCodec) -> dict[str, int]:
         "VALUE_VECTORS": values.centroids.shape[1],
         "SUB": keys.centroids.shape[3],
         "RECORD": codec.layout(head_dim, value_dim).record_bytes,
-        "WIDTH": padded_width(head_dim),
-        "VALUE_WIDTH": padded_width(value_dim),
     }
 
 
@@ -315,7 +337,8 @@ def append_pq(key: Tensor, value: Tensor, to: Appendable, codec: PQCodec) -> Non
     append_pq_kernel[(batch * heads, runs(codec))](
         key, value, *to.ring, *to.sinks, to.sink_starts, to.pages.table(), *encoders(codec), to.lengths,
         *key.stride()[:2], *value.stride()[:2], *(stride for three in strides for stride in three), heads,
-        to.ring[0].shape[2], to.sinks[0].shape[2], to.recent_tokens, RUN_=RUN, num_warps=8, **shapes(codec),
+        to.ring[0].shape[2], to.sinks[0].shape[2], to.recent_tokens, WIDTH=padded_width(key.shape[-1]),
+        VALUE_WIDTH=padded_width(value.shape[-1]), RUN_=RUN, num_warps=8, **shapes(codec),
     )  # fmt: skip
 
 
