@@ -280,7 +280,7 @@ def decode_pq(
     multiprocessors = 1 if interpret else torch.cuda.get_device_properties(query.device).multi_processor_count
     # A launch that is to be that of later tokens too is made for many pages.
     pages = -(-kv.coded // PAGE) - kv.first // PAGE if kv.lengths is None else MAX_SPLITS
-    hopper = not interpret and hopper_pq_refusal(query, call, codec) is None
+    hopper = hopper_pq_refusal(query, call, codec) is None
     splits = splits_of(planes, pages, multiprocessors * (1 if hopper else 2))
     parts, code_width = splits + 1, vector_width(codec.values)
     key_width = vector_width(codec.keys)
