@@ -139,3 +139,22 @@ def summed(x):
     x += across_float(x, 1)
     x += across_float(x, 2)
     return x + across_float(x, 16)
+
+
+@constexpr_function
+def rows_ptx(chunks, last):
+    """Chunks of 16 bytes beside each other, lane by lane. $1: where to, $2: lane, $3: base, $4: from."""
+    lines = ["{ .reg .u32 a; .reg .u64 b; .reg .pred p; shl.b32 a, $2, 4; cvt.u64.u32 b, a; add.u64 b, b, $4;"]
+    lines.append("add.u32 a, a, $1; add.u32 a, a, $3;")
+    for start in range(0, chunks, 32):
+        if start + 32 > chunks:
+            lines.append(f"setp.lt.u32 p, $2, {chunks - start}; @p")
+        lines.append(f"cp.async.cg.shared.global [a+{16 * start}], [b+{16 * start}], 16;")
+    return " ".join(lines) + (" cp.async.commit_group;" if last else "") + " mov.u32 $0, 0; }"
+
+
+@gluon.jit
+def copy_rows(source, offset, lane, base, CHUNKS: gl.constexpr, LAST: gl.constexpr):
+    """A warp's copy of CHUNKS · 16 bytes, of a group that the LAST one closes. source: int64 addresses."""
+    PTX: gl.constexpr = rows_ptx(CHUNKS, LAST)
+    gl.inline_asm_elementwise(PTX, "=r,r,r,r,l", [offset, lane, base, source], dtype=gl.int32, is_pure=False, pack=1)

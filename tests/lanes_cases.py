@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from interpreter_cases import source_file
 from torch import Tensor
 
-FLOAT = torch.float32
-SIZES = {torch.int16: 2, torch.int32: 4, torch.float32: 4, torch.bfloat16: 2, torch.uint8: 1, torch.int64: 8}
+from kompakt.kernels.kv_pages import PAGE
+from kompakt.kernels.kv_pq import CENTROIDS
 
 
 class Lanes:
@@ -81,6 +82,7 @@ class Language:
     constexpr = types.SimpleNamespace
     static_range = range
     int16, int32, int64 = torch.int16, torch.int32, torch.int64
+    uint32 = torch.int32  # Torch has no shifts of it; what kernels shift is masked behind.
     float32, bfloat16, uint8 = torch.float32, torch.bfloat16, torch.uint8
 
     def __init__(self, program: tuple[int, ...]) -> None:
@@ -149,7 +151,7 @@ def kernel_of(paths: list[Path], name: str, given: dict[str, Any]) -> Callable[.
 
 
 class Warps:
-    """Shared memory of a program, and the assembly functions of `decode_pq_warps_triton.py` on it."""
+    """Shared memory of a program, and the assembly functions of `lanes_triton.py` and its users on it."""
 
     def __init__(self, size: int, warps: int) -> None:
         self.warps = warps
@@ -184,6 +186,25 @@ class Warps:
             for row in range(count):
                 chunk = bytearray(ctypes.string_at(address + 1024 * row, 16))
                 self.memory[place + 256 * row : place + 256 * row + 16] = torch.frombuffer(chunk, dtype=torch.uint8)
+
+    def copy_rows(self, source: Lanes, offset: Lanes, lane: Lanes, base: Lanes, chunks: int, last: bool) -> None:
+        for address, place, number in zip(source.x.tolist(), offset.x.tolist(), lane.x.tolist(), strict=True):
+            if number == 0:
+                chunk = bytearray(ctypes.string_at(address, 16 * chunks))
+                self.memory[place : place + 16 * chunks] = torch.frombuffer(chunk, dtype=torch.uint8)
+
+    def count(self, x: Lanes) -> Lanes:
+        return Lanes(sum((x.x >> bit) & 1 for bit in range(32)))
+
+    def spread(self, bits: Lanes, number: Lanes, w0: Lanes, w1: Lanes, w2: Lanes) -> tuple[Lanes, Lanes]:
+        """Kept values from the half word number % 2 on, at the channels whose bit is set."""
+        halves = torch.stack((w0.x, w1.x, w2.x), dim=1).contiguous().view(torch.int16).int() & 0xFFFF
+        place, found = number.x % 2, []
+        for channel in range(4):
+            bit = (bits.x >> channel) & 1
+            found.append(torch.where(bit == 1, halves.gather(1, place.long()[:, None])[:, 0], 0))
+            place = place + bit
+        return Lanes(found[0] | found[1] << 16), Lanes(found[2] | found[3] << 16)
 
     def wait_copies(self, like: Lanes, groups: int) -> None:
         return None
@@ -249,3 +270,25 @@ class Warps:
             for name in dir(self)
             if not name.startswith("_") and name not in {"memory", "warps"}
         }
+
+
+class Launched:
+    """Stands where a kernel stood; runs the programs of a launch one after another. parts: modules that it imports
+    from; size: constants of a launch → bytes of shared memory.
+    """
+
+    def __init__(self, module: str, parts: tuple[str, ...], name: str, size: Callable[[dict[str, Any]], int]) -> None:
+        self.paths, self.name, self.size, self.runs = [*map(source_file, (*parts, module))], name, size, 0
+
+    def __getitem__(self, grid: tuple[int, int]) -> Any:
+        def launch(*arguments: Any, num_warps: int, **constants: Any) -> None:
+            for program in ((plane, split) for plane in range(grid[0]) for split in range(grid[1])):
+                memory = Warps(self.size(constants), num_warps)
+                given = {
+                    "gl": Language(program), "PAGE_": PAGE, "CENTROIDS_": CENTROIDS, "LOWEST": -1e38,
+                    "SPREAD": types.SimpleNamespace(value=""), **memory.functions(),
+                }  # fmt: skip
+                kernel_of(self.paths, self.name, given)(*map(as_argument, arguments), **constants)
+            self.runs += 1
+
+        return launch

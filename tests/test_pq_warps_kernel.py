@@ -12,15 +12,14 @@ from unittest import mock
 import pytest
 import torch
 from decode_cases import DecodeCase
-from interpreter_cases import interpreter_results, needs_triton, source_file
+from interpreter_cases import interpreter_results, needs_triton
 from kernel_cases import BF16, skip_below
-from lanes_cases import Language, Warps, as_argument, kernel_of
+from lanes_cases import Launched
 from test_pq_decode_kernel import check_decode, decode_case
 
 from kompakt.kernels.decode_attention import run_decode
 from kompakt.kernels.decode_pq_hopper import WARP_ROWS
-from kompakt.kernels.kv_pages import PAGE
-from kompakt.kernels.kv_pq import CENTROIDS, DAMAGED
+from kompakt.kernels.kv_pq import DAMAGED
 
 KERNEL = "kompakt.kernels.decode_pq_warps_triton"
 PARTS = ("kompakt.kernels.lanes_triton", "kompakt.kernels.decode_pq_lookup_triton")
@@ -44,38 +43,20 @@ CASES = {
 BITS = (4, 2)
 
 
-class Launched:
-    """Stands where a kernel stood; runs the programs of a launch one after another."""
-
-    runs = 0
-
-    def __getitem__(self, grid: tuple[int, int]) -> Any:
-        def launch(*arguments: Any, num_warps: int, **constants: Any) -> None:
-            module = importlib.import_module(KERNEL)
-            vectors, words = constants["VECTORS"], constants["VECTORS"] * constants["SUB"] // 2
-            units = module.units_of(vectors, words)
-            for program in ((plane, split) for plane in range(grid[0]) for split in range(grid[1])):
-                memory = Warps(module.UNIT * units, num_warps)
-                given = {
-                    "gl": Language(program), "PAGE_": PAGE, "CENTROIDS_": CENTROIDS, "LOWEST": -1e38,
-                    **memory.functions(),
-                }  # fmt: skip
-                kernel = kernel_of([*map(source_file, (*PARTS, KERNEL))], "decode_pq_warps_kernel", given)
-                kernel(*map(as_argument, arguments), **constants)
-            self.runs += 1
-
-        return launch
-
-
 def run_on_lanes(work: Any, splits: int) -> None:
     """Whatever decodes product-quantized pages meanwhile does so by this kernel, in so many runs of pages."""
     module, hopper = (importlib.import_module(f"kompakt.kernels.decode_pq_{name}") for name in ("triton", "hopper"))
-    kernel = Launched()
+    warps = importlib.import_module(KERNEL)
+
+    def size(constants: dict[str, Any]) -> int:
+        return warps.UNIT * warps.units_of(constants["VECTORS"], constants["VECTORS"] * constants["SUB"] // 2)
+
+    kernel = Launched(KERNEL, PARTS, "decode_pq_warps_kernel", size)
     with (
         mock.patch.object(module, "hopper_pq_refusal", lambda *_: None),
         mock.patch.object(module, "splits_of", lambda *_: splits),
         mock.patch.object(hopper, "unseen_refusal", lambda *_: None),
-        mock.patch.object(importlib.import_module(KERNEL), "decode_pq_warps_kernel", kernel),
+        mock.patch.object(warps, "decode_pq_warps_kernel", kernel),
     ):
         work()
     assert kernel.runs
