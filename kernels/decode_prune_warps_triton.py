@@ -17,7 +17,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from .decode_pq_hopper_triton import LOWEST, PAGE_, exp2
-from .decode_prune_triton import SPREAD
+from .decode_prune_triton import TABLES
 from .lanes_triton import (
     across_float,
     base_of,
@@ -44,7 +44,6 @@ MAX_ROWS = 16
 LOG2E = gl.constexpr(1.4426950408889634)
 SUMS = gl.constexpr(1024)
 """Where warps' sums lie in the end, behind their maxima."""
-SPREAD_ = gl.constexpr(SPREAD.value)
 
 
 @constexpr_function
@@ -68,12 +67,42 @@ def count(x):
     return gl.inline_asm_elementwise("popc.b32 $0, $1;", "=r,r", [x], dtype=gl.int32, is_pure=True, pack=1)
 
 
+@constexpr_function
+def spread_ptx():
+    """`decode_prune_triton.SPREAD` on a bitmap's word, $2, which $7 and $8 turn so that the bits of the first two
+    channels, and of the others, choose an entry of 16 bits."""
+    halves, rests = TABLES
+    return f"""{{
+    .reg .b32 low, high, s, a, b, z;
+    .reg .b64 t;
+    shl.b32 s, $3, 4;
+    shf.r.wrap.b32 low, $4, $5, s;
+    shf.r.wrap.b32 high, $5, $6, s;
+    shf.r.wrap.b32 a, $2, $2, $7;
+    and.b32 a, a, 48;
+    shf.r.wrap.b32 b, $2, $2, $8;
+    and.b32 b, b, 48;
+    shr.u64 t, {halves}, a;
+    cvt.u32.u64 z, t;
+    prmt.b32 $0, low, 0, z;
+    shr.u64 t, {rests}, a;
+    cvt.u32.u64 z, t;
+    prmt.b32 low, low, high, z;
+    shr.u64 t, {halves}, b;
+    cvt.u32.u64 z, t;
+    prmt.b32 $1, low, 0, z;
+    }}"""
+
+
 @gluon.jit
-def spread(bits, number, w0, w1, w2):
-    """As `decode_prune_triton.spread`."""
+def spread(word, number, w0, w1, w2, shift):
+    """Two words of two channels each: kept values from that number on, which three words hold, at the four channels
+    from bit `shift` of a bitmap's word on."""
+    PTX: gl.constexpr = spread_ptx()
     return gl.inline_asm_elementwise(
-        SPREAD_, "=&r,=&r,r,r,r,r,r", [bits, number, w0, w1, w2], dtype=(gl.int32, gl.int32), is_pure=True, pack=1
-    )
+        PTX, "=&r,=&r,r,r,r,r,r,r,r", [word, number, w0, w1, w2, shift + 28, shift + 30],
+        dtype=(gl.int32, gl.int32), is_pure=True, pack=1,
+    )  # fmt: skip
 
 
 @gluon.jit
@@ -98,7 +127,7 @@ def four_channels(words, before, values, low, shift, base, INDEX: gl.constexpr):
     number = before[INDEX] + count(words[INDEX] & low)
     place = values + (number >> 1) * 4
     w0, w1, w2 = words_at(place, base), words_at(place + 4, base), words_at(place + 8, base)
-    return spread((words[INDEX].to(gl.uint32, bitcast=True) >> shift).to(gl.int32, bitcast=True), number, w0, w1, w2)
+    return spread(words[INDEX], number, w0, w1, w2, shift)
 
 
 @gluon.jit
@@ -113,8 +142,8 @@ def logits(query, offset, g, t, base, KEPT: gl.constexpr, DIM: gl.constexpr):
         values = offset + TOKENS * (DIM // 8) + token * (2 * KEPT)
         s = (zero, zero, zero, zero)
         for index in gl.static_range(DIM // 16):
-            shift = (4 * t + index % 2 * 16).to(gl.uint32)
-            low = ((zero.to(gl.uint32) + 1 << shift) - 1).to(gl.int32, bitcast=True)
+            shift = 4 * t + index % 2 * 16
+            low = (gl.zeros_like(t) + 1 << shift) - 1
             b = four_channels(words, before, values, low, shift, base, index // 2)
             s = product(s, query[index], b)
         found += (s,)
@@ -122,16 +151,20 @@ def logits(query, offset, g, t, base, KEPT: gl.constexpr, DIM: gl.constexpr):
 
 
 @gluon.jit
-def add_values(acc, alphas, operands, valid, offset, g, t, base, KEPT: gl.constexpr, DIM: gl.constexpr):
+def add_values(acc, alphas, operands, valid, offset, g, t, base, KEPT: gl.constexpr, DIM: gl.constexpr,
+               HALVES: gl.constexpr):  # fmt: skip
     """Sums and a tile's values, for each step of eight groups of channels, and each channel of a group.
     valid: (step, token of two) → whether it is read."""
     WORDS: gl.constexpr = DIM // 32
-    shift = (4 * g).to(gl.uint32)
-    low = ((gl.zeros_like(shift) + 1 << shift) - 1).to(gl.int32, bitcast=True)
+    shift = 4 * g
+    low = (gl.zeros_like(g) + 1 << shift) - 1
     new = ()
     for index in gl.static_range(4 * WORDS):
         d = acc[index]
-        new += ((d[0] * alphas[0], d[1] * alphas[0], d[2] * alphas[1], d[3] * alphas[1]),)
+        if HALVES == 2:
+            new += ((d[0] * alphas[0], d[1] * alphas[0], d[2] * alphas[1], d[3] * alphas[1]),)
+        else:
+            new += ((d[0] * alphas[0], d[1] * alphas[0], d[2], d[3]),)
     for pair in gl.static_range(2):
         bitmaps = ()
         for number in gl.static_range(4):
@@ -179,10 +212,10 @@ def pair_sum(pair):
 
 
 @gluon.jit
-def weights(s, m, total):
-    """Probabilities as A of two products of 16 tokens; maxima, sums and what came before is worth, of both rows."""
+def weights(s, m, total, HALVES: gl.constexpr):
+    """Probabilities as A of two products of 16 tokens; maxima, sums and what came before is worth, of each row."""
     rows, alphas, new_m, new_total = (), (), (), ()
-    for row in gl.static_range(2):
+    for row in gl.static_range(HALVES):
         highest = gl.maximum(s[0][2 * row], s[0][2 * row + 1])
         for step in gl.static_range(1, 4):
             highest = gl.maximum(highest, gl.maximum(s[step][2 * row], s[step][2 * row + 1]))
@@ -199,9 +232,13 @@ def weights(s, m, total):
         alphas += (alpha,)
         new_m += (top,)
         new_total += (whole,)
+    other = rows[HALVES - 1]
+    if HALVES == 1:
+        none = gl.zeros_like(rows[0][0])
+        other = (none, none, none, none)
     operands = (
-        (rows[0][0], rows[1][0], rows[0][1], rows[1][1]),
-        (rows[0][2], rows[1][2], rows[0][3], rows[1][3]),
+        (rows[0][0], other[0], rows[0][1], other[1]),
+        (rows[0][2], other[2], rows[0][3], other[3]),
     )
     return operands, alphas, new_m, new_total
 
@@ -224,18 +261,19 @@ def query_words(base, row, t, qh, qt, known, GROUP: gl.constexpr, DIM: gl.conste
 
 
 @gluon.jit
-def store_results(acc, m, total, part_ptr, state_ptr, thread, base, known, DIM: gl.constexpr, ROWS: gl.constexpr):
+def store_results(acc, m, total, part_ptr, state_ptr, thread, base, known, DIM: gl.constexpr, ROWS: gl.constexpr,
+                  HALVES: gl.constexpr):  # fmt: skip
     """All warps' sums together. parts: of the run, (ROWS, DIM); state: (2, ROWS)."""
     lane, warp = thread % 32, thread // 32
     g, t = lane // 4, lane % 4
     # Nobody reads tokens any more.
     thread_barrier()
-    for half in gl.static_range(2):
+    for half in gl.static_range(HALVES):
         place = 8 * (warp * 16 + 8 * half + g)
         store_words(m[half].to(gl.int32, bitcast=True), place, base)
         store_words(row_sum(total[half]).to(gl.int32, bitcast=True), place + 4, base)
     thread_barrier()
-    for half in gl.static_range(2):
+    for half in gl.static_range(HALVES):
         row = 8 * half + g
         top = m[half]
         for index in gl.static_range(WARPS_):
@@ -254,7 +292,7 @@ def store_results(acc, m, total, part_ptr, state_ptr, thread, base, known, DIM: 
                 place = SUMS + 4 * ((warp * 16 + row) * DIM + channel)
                 store_words((acc[index][2 * half + side] * factor).to(gl.int32, bitcast=True), place, base)
     thread_barrier()
-    for start in gl.static_range(0, 16 * DIM, WARPS_ * 32):
+    for start in gl.static_range(0, 8 * HALVES * DIM, WARPS_ * 32):
         place = start + thread
         value = gl.zeros_like(thread).to(gl.float32)
         for index in gl.static_range(WARPS_):
@@ -284,6 +322,7 @@ def decode_prune_warps_kernel(
 ):  # fmt: skip
     """Grid (batch · KV heads, splits). parts, state: as of `decode_prune_triton.decode_prune_kernel`; rows that are no
     query are left out."""
+    HALVES: gl.constexpr = (QUERIES * GROUP + 7) // 8
     PART: gl.constexpr = part_bytes(max(KEY_KEPT, VALUE_KEPT), DIM)
     threads: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS_], [0])
     plane = gl.program_id(0).to(gl.int64)
@@ -314,7 +353,10 @@ def decode_prune_warps_kernel(
     g, t = lane // 4, lane % 4
     base = base_of(thread)
     zero = gl.zeros([WARPS_ * 32], gl.float32, threads)
-    m, total, acc, query = (zero + LOWEST, zero + LOWEST), (zero, zero), (), ()
+    m, total, acc, query = (), (), (), ()
+    for _ in gl.static_range(HALVES):
+        m += (zero + LOWEST,)
+        total += (zero,)
     for _ in gl.static_range(DIM // 8):
         acc += ((zero, zero, zero, zero),)
     q_base = q_ptr + batch * qb + kv_head * GROUP * qh
@@ -354,12 +396,12 @@ def decode_prune_warps_kernel(
                     if SINKS:
                         seen = seen & ((at < sink_start) | (at >= sink_start + sink_tokens))
                     valid += (seen,)
-                for index in gl.static_range(4):
+                for index in gl.static_range(2 * HALVES):
                     value = products[step][index] * (scaling * LOG2E)
                     of_step += (gl.where(valid[2 * step + index % 2], value, float("-inf")),)
                 s += (of_step,)
-            operands, alphas, m, total = weights(s, m, total)
-            acc = add_values(acc, alphas, operands, valid, there, g, t, base, VALUE_KEPT, DIM)
+            operands, alphas, m, total = weights(s, m, total, HALVES)
+            acc = add_values(acc, alphas, operands, valid, there, g, t, base, VALUE_KEPT, DIM, HALVES)
             wait_copies(thread, 2)
             copy_tile(after_record, after, there, lane, base, KEY_KEPT, DIM)
             coming, coming_record = after, after_record
@@ -367,6 +409,6 @@ def decode_prune_warps_kernel(
     part = plane * (splits + 1) + split
     store_results(
         acc, m, total, part_ptr + part * (ROWS * DIM), state_ptr + part * (2 * ROWS), thread, base, QUERIES * GROUP,
-        DIM, ROWS,
+        DIM, ROWS, HALVES,
     )  # fmt: skip
     memory._keep_alive()

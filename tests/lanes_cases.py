@@ -82,7 +82,6 @@ class Language:
     constexpr = types.SimpleNamespace
     static_range = range
     int16, int32, int64 = torch.int16, torch.int32, torch.int64
-    uint32 = torch.int32  # Torch has no shifts of it; what kernels shift is masked behind.
     float32, bfloat16, uint8 = torch.float32, torch.bfloat16, torch.uint8
 
     def __init__(self, program: tuple[int, ...]) -> None:
@@ -196,12 +195,12 @@ class Warps:
     def count(self, x: Lanes) -> Lanes:
         return Lanes(sum((x.x >> bit) & 1 for bit in range(32)))
 
-    def spread(self, bits: Lanes, number: Lanes, w0: Lanes, w1: Lanes, w2: Lanes) -> tuple[Lanes, Lanes]:
+    def spread(self, word: Lanes, number: Lanes, w0: Lanes, w1: Lanes, w2: Lanes, shift: Lanes) -> tuple[Lanes, Lanes]:
         """Kept values from the half word number % 2 on, at the channels whose bit is set."""
         halves = torch.stack((w0.x, w1.x, w2.x), dim=1).contiguous().view(torch.int16).int() & 0xFFFF
         place, found = number.x % 2, []
         for channel in range(4):
-            bit = (bits.x >> channel) & 1
+            bit = (word.x >> (shift.x + channel)) & 1
             found.append(torch.where(bit == 1, halves.gather(1, place.long()[:, None])[:, 0], 0))
             place = place + bit
         return Lanes(found[0] | found[1] << 16), Lanes(found[2] | found[3] << 16)
@@ -286,7 +285,7 @@ class Launched:
                 memory = Warps(self.size(constants), num_warps)
                 given = {
                     "gl": Language(program), "PAGE_": PAGE, "CENTROIDS_": CENTROIDS, "LOWEST": -1e38,
-                    "SPREAD": types.SimpleNamespace(value=""), **memory.functions(),
+                    **memory.functions(),
                 }  # fmt: skip
                 kernel_of(self.paths, self.name, given)(*map(as_argument, arguments), **constants)
             self.runs += 1

@@ -93,7 +93,7 @@ MUTATIONS = {
     "channels of keys": ("index % 2 * 16", "index % 2 * 8", "plain"),
     "channels of values": ("index // 4 * 8 + 2 * t", "index // 4 * 4 + 2 * t", "plain"),
     "neighbouring tokens": ("0x7632 if channel", "0x5410 if channel", "plain"),
-    "order of probabilities": ("rows[1][0], rows[0][1]", "rows[0][1], rows[1][0]", "several queries"),
+    "order of probabilities": ("other[0], rows[0][1]", "rows[0][1], other[0]", "several queries"),
     "earlier tiles": ("(d[0] * alphas[0]", "(d[0]", "long"),
     "maximum over lanes": ("x = gl.maximum(x, across_float(x, 1))", "x = x", "plain"),
     "place of tokens": ("there = places + place * PART", "there = places + (3 - place) * PART", "long"),
