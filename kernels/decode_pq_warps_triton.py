@@ -1,7 +1,7 @@
 """Gluon kernel of `decode_attention.py` over product-quantized pages on Hopper, for few queries of a KV head;
 `decode_pq_hopper.py` launches it.
 
-A program holds the codebooks of one KV head in shared memory; each of its warps reads tiles of 32 tokens of its own and
+A program holds the codebooks of one KV head in shared memory; each of its warps reads tiles of 64 tokens of its own and
 waits for no other one. Looked-up words go straight into the operands of the matrix units, B of m16n8k16, and are not
 stored again::
 
@@ -15,9 +15,20 @@ empty anyway: row (q, ρ) holds query q in the order of tokens with rotation ρ.
 the products with a token, the row of its rotation is taken. For values it has zeros for tokens of other rotations, and
 each row sums the words of its rotation, which are put in place once, behind the loop.
 
-Codes lie in a record sub-vector by sub-vector. Each warp copies those of its next two tiles to shared memory meanwhile.
-Of a tile of 4 bits and 128 channels, a warp issues 128 lookups, 128 byte permutes that make addresses of codes, 64 that
-put neighbouring tokens' values side by side, and 96 matrix products.
+Codes lie in a record sub-vector by sub-vector. Each warp copies those of its next tile to shared memory meanwhile.
+
+*What it costs.* Warp-wide instructions of the loop for a page of 128 tokens and a KV head (sm_90, one query of each of
+four heads of 128 channels, ptxas of Triton 3.6), beside those of `decode_pq_hopper_triton.py`. A multiprocessor issues
+four a clock. What they take of shared memory is 512 clocks of lookups and about 130 of codes, there 1,536:
+
+| | all | lookups | byte permutes | matrix products | stores | barriers of the program |
+|---|---|---|---|---|---|---|
+| 4 bits | 2,606 | 512 | 800 | 384 of 16·8·16 | 0 | 0 |
+| 2 bits | 1,872 | 256 of two words | 544 | 256 of 16·8·16 | 0 | 0 |
+| the other kernel, 4 or 2 bits | 3,824 | 512 | 680 | 16 of 64·8·16 each warpgroup | 160 | 32 |
+
+With five to eight queries of a KV head, keys and values are multiplied twice, and registers are spilled. Not timed on
+a GPU yet.
 
 Gluon has no gather from shared memory and no product of such operands; both are assembly, as are the stores behind
 them. The one buffer of the program lies at the beginning of its shared memory, which a test looks at.

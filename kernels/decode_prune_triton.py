@@ -35,6 +35,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .activations import log_fallback
 from .attention_quant import padded_width
 from .decode_dense_triton import dense_part
 from .decode_ends_triton import merge_kernel
@@ -306,7 +307,10 @@ def decode_pruned(
     planes, group = batch * kv_heads, heads // kv_heads
     rows = max(8, triton.next_power_of_2(queries * group))
     layout = layout_of(kv.pages)
-    hopper = hopper_prune_refusal(query, call, layout, queries * group) is None
+    refusal = hopper_prune_refusal(query, call, layout, queries * group)
+    hopper = refusal is None
+    if not hopper and not interpret:
+        log_fallback("decode_prune_warps", refusal, "the plain kernel")
     multiprocessors = 1 if interpret else torch.cuda.get_device_properties(query.device).multi_processor_count
     # A launch that is to be that of later tokens too is made for many pages.
     pages = -(-kv.coded // PAGE) - kv.first // PAGE if kv.lengths is None else MAX_SPLITS

@@ -10,6 +10,9 @@ whose columns are tokens; for values, whose columns are channels, with those of 
 
 The lane 4·g + t has the channels 4·(4·step + t) … + 3 of token g of keys, and of values 4·(8·step + g) … + 3 of the
 tokens 2·t and 2·t + 1. Probabilities come out of the products as the next ones take them.
+
+Of the loop, a thread takes 7.9 instructions for each channel, where the plain kernel takes 12 (sm_90, at most eight
+queries, head_dim 128, ptxas of Triton 3.6). Not timed on a GPU yet.
 """
 
 from triton import constexpr_function
@@ -40,7 +43,6 @@ TOKENS = gl.constexpr(32)
 """Of a tile: four steps of eight."""
 UNIT = 16384
 """Bytes that shared memory is counted in."""
-MAX_ROWS = 16
 LOG2E = gl.constexpr(1.4426950408889634)
 SUMS = gl.constexpr(1024)
 """Where warps' sums lie in the end, behind their maxima."""
@@ -57,7 +59,7 @@ def units_of(key_kept, value_kept, dim):
     """Shared memory of a program. A token that was never written may have any bits, and values in the 512 bytes behind
     those of a tile."""
     tokens = 3 * WARPS * part_bytes(max(key_kept, value_kept), dim) + 512
-    sums = 1024 + WARPS * MAX_ROWS * dim * 4
+    sums = 1024 + WARPS * 16 * dim * 4
     return -(-max(tokens, sums) // UNIT)
 
 
