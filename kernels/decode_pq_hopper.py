@@ -1,4 +1,7 @@
-"""Launch of the kernel over product-quantized pages on Hopper, `decode_pq_hopper_triton.py`; which calls it takes."""
+"""Launch of the kernels over product-quantized pages on Hopper, and which calls they take.
+
+Few queries of a KV head are read by `decode_pq_warps_triton.py`, more of them by `decode_pq_hopper_triton.py`.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from .int4_linear import hopper_refusal
+from .activations import log_fallback, unseen_refusal
+from .int4_linear import HOPPER, hopper_refusal
 
 if TYPE_CHECKING:
     from .decode_attention import Reading
     from .kv_pq import PQCodec
 
 WORDS = (32, 64)
-"""Words of two channels in a token that the kernel is laid out for."""
+"""Words of two channels in a token that the kernels are laid out for."""
+WARP_ROWS = 8
+"""Queries of a KV head that warps hold each for themselves."""
 
 
 def hopper_pq_refusal(query: Tensor, call: Reading, codec: PQCodec) -> str | None:
@@ -35,15 +41,31 @@ def decode_pq_hopper(
     grid: tuple[int, int], beginning: tuple[Any, ...], heads: int, sink_tokens: int, codec: PQCodec, **options: Any
 ) -> None:
     """beginning: what `decode_pq_triton.decode_pq_kernel` is given first, up to the number of splits."""
+    vectors = codec.keys.centroids.shape[1]
+    options |= {"VECTORS": vectors, "VALUES": codec.layout(*dims(codec)).offsets[2]}
+    if options["QUERIES"] * options["GROUP"] <= WARP_ROWS:
+        refusal = unseen_refusal(beginning[0].device, HOPPER)
+        if refusal is None:
+            return launch_warps(grid, (*beginning, heads, sink_tokens), options)
+        log_fallback("decode_pq_warps", refusal, "the kernel whose warps wait for each other")
+    launch_blocks(grid, (*beginning, heads, sink_tokens), options)
+
+
+def launch_blocks(grid: tuple[int, int], arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+    """Any number of queries."""
     from .decode_pq_hopper_triton import decode_pq_hopper_kernel
 
-    vectors = codec.keys.centroids.shape[1]
-    warps = 8 if vectors * options["SUB"] == 2 * WORDS[1] else 4
+    warps = 8 if options["VECTORS"] * options["SUB"] == 2 * WORDS[1] else 4
     launch: Any = decode_pq_hopper_kernel[grid]
-    launch(
-        *beginning, heads, sink_tokens, VECTORS=vectors, VALUES=codec.layout(*dims(codec)).offsets[2], WARPS=warps,
-        num_warps=warps, **options,
-    )  # fmt: skip
+    launch(*arguments, WARPS=warps, num_warps=warps, **options)
+
+
+def launch_warps(grid: tuple[int, int], arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+    """Few queries."""
+    from .decode_pq_warps_triton import WARPS, decode_pq_warps_kernel
+
+    launch: Any = decode_pq_warps_kernel[grid]
+    launch(*arguments, num_warps=WARPS, **options)
 
 
 def dims(codec: PQCodec) -> tuple[int, int]:

@@ -1,4 +1,5 @@
-"""Gluon kernel of `decode_attention.py` over product-quantized pages on Hopper; `decode_pq_hopper.py` launches it.
+"""Gluon kernel of `decode_attention.py` over product-quantized pages on Hopper, for any number of queries;
+`decode_pq_hopper.py` launches it.
 
 A program holds the codebooks of one KV head in shared memory and walks a run of pages, one page at a time::
 
@@ -12,8 +13,9 @@ rows.
 
 *What bounds it.* Every word moves three times through shared memory, which at 128 bytes per clock would take 112 µs for
 8 sequences of 32,768 tokens and 8 KV heads of 128 channels; issue slots are busy for two thirds of that. On an H200 the
-call takes 301 µs at 4 bits and 272 at 2, cuDNN on dense bf16 239: the eight warps go through lookup, product, softmax
-and product together, and each waits for the last. Warpgroups with tiles of their own would overlap them.
+call takes 301 µs at 4 bits and 272 at 2, which look up word by word all the same; cuDNN on dense bf16 takes 239. The
+eight warps go through lookup, product, softmax and product together, and each waits for the last. Those of
+`decode_pq_warps_triton.py` do not.
 
 Gluon has no gather from shared memory. The codebooks are stored as Gluon stores them, and looked up by an assembly
 load whose address is the beginning of the program's shared memory, where the allocator puts the largest buffer. Every

@@ -7,7 +7,7 @@ channels, and the channels of one place in all sub-vectors are an operand of the
     S = Σ_i Q'_i·Ŷ_iᵀ        A_i = Σ P·Ŷ_i        O = (Σ_i A_i·D_iᵀ) + m·Σ P
 
 D of the values is applied to the sums of each run, beside the dense tokens. Queries, probabilities and centroids are
-multiplied in bf16. On Hopper the pages are read by `decode_pq_hopper_triton.py` where it takes a call.
+multiplied in bf16. On Hopper the pages are read by the kernels of `decode_pq_hopper.py` where they take a call.
 
 What gathers cost here is known from sketches: through L1 they run at 1.4 to 1.8 per clock and multiprocessor, 0.3 to
 0.6 of the speed of dense bf16.
@@ -280,7 +280,7 @@ def decode_pq(
     multiprocessors = 1 if interpret else torch.cuda.get_device_properties(query.device).multi_processor_count
     # A launch that is to be that of later tokens too is made for many pages.
     pages = -(-kv.coded // PAGE) - kv.first // PAGE if kv.lengths is None else MAX_SPLITS
-    hopper = not interpret and hopper_pq_refusal(query, call, codec) is None
+    hopper = hopper_pq_refusal(query, call, codec) is None
     splits = splits_of(planes, pages, multiprocessors * (1 if hopper else 2))
     parts, code_width = splits + 1, vector_width(codec.values)
     key_width = vector_width(codec.keys)

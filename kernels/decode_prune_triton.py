@@ -22,7 +22,8 @@ channels; an index for each value takes more bytes than the bitmap.
 
 Scales of FP8 and INT4 go into logits and probabilities, once per token. Queries, probabilities and values are
 multiplied in bf16. The dense tokens and the merging of parts are those of `decode_dense_triton.py` and
-`decode_ends_triton.py`. Not timed on a GPU yet.
+`decode_ends_triton.py`. On Hopper pages of bf16 are read by `decode_prune_warps_triton.py` where it takes a call. Not
+timed on a GPU yet.
 """
 
 from __future__ import annotations
@@ -34,10 +35,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .activations import log_fallback
 from .attention_quant import padded_width
 from .decode_dense_triton import dense_part
 from .decode_ends_triton import merge_kernel
 from .decode_pq_triton import MAX_SPLITS, splits_of, two_channels
+from .decode_prune_hopper import decode_prune_hopper, hopper_prune_refusal
 from .decode_tiles_triton import (
     LOG2E,
     LOWEST,
@@ -60,6 +63,8 @@ TOKENS = tl.constexpr(32)
 """Of a tile."""
 TILES = tl.constexpr(PAGE // 32)
 """Of a page."""
+PROGRAMS = 3
+"""On a multiprocessor: of 128 to 151 registers, 128 threads and 22 KB each."""
 HALVES = (0x4444, 0x4410, 0x1044, 0x3210)
 """Byte permutes that put the next of two 16-bit numbers at the channels whose bits, 0 … 3, are set, and zeros else."""
 RESTS = (0x3210, 0x5432, 0x5432, 0x7654)
@@ -203,11 +208,13 @@ def decode_prune_kernel(
     VALUES: tl.constexpr, VALUE_SCALES: tl.constexpr, RECORD: tl.constexpr, WIDTH: tl.constexpr,
     VALUE_WIDTH: tl.constexpr, QUERIES: tl.constexpr, GROUP: tl.constexpr, WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr, STARTS: tl.constexpr, SINKS: tl.constexpr, LENGTHS_: tl.constexpr, ROWS: tl.constexpr,
-    QUERY_ROWS: tl.constexpr, INTERPRET: tl.constexpr,
+    QUERY_ROWS: tl.constexpr, PAGES: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """Grid, parts and state: as of `decode_attention_triton.decode_kernel`."""
+    """Grid, parts and state: as of `decode_attention_triton.decode_kernel`. PAGES: whether programs read any; else the
+    grid is (batch · KV heads, 1), and they read the dense tokens.
+    """
     plane = tl.program_id(0).to(tl.int64)
-    split = tl.program_id(1)
+    split = tl.program_id(1) if PAGES else splits
     kv_heads = heads // GROUP
     batch, kv_head = plane // kv_heads, plane % kv_heads
     if LENGTHS_:
@@ -299,24 +306,35 @@ def decode_pruned(
     kv_heads, value_dim = kv.sink_key.shape[1], kv.sink_value.shape[3]
     planes, group = batch * kv_heads, heads // kv_heads
     rows = max(8, triton.next_power_of_2(queries * group))
+    layout = layout_of(kv.pages)
+    refusal = hopper_prune_refusal(query, call, layout, queries * group)
+    hopper = refusal is None
+    if not hopper and not interpret:
+        log_fallback("decode_prune_warps", refusal, "the plain kernel")
     multiprocessors = 1 if interpret else torch.cuda.get_device_properties(query.device).multi_processor_count
     # A launch that is to be that of later tokens too is made for many pages.
     pages = -(-kv.coded // PAGE) - kv.first // PAGE if kv.lengths is None else MAX_SPLITS
-    parts = splits_of(planes, pages, multiprocessors) + 1
+    splits = splits_of(planes, pages, multiprocessors * (1 if hopper else PROGRAMS))
+    parts = splits + 1
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=query.device)
 
     part, state = empty(planes, parts, rows, value_dim), empty(planes, parts, 2, rows)
     out, lse = empty(batch, queries, heads, value_dim, dtype=query.dtype), empty(batch, heads, queries)
-    decode_prune_kernel[(planes, parts)](
+    marks = {
+        "QUERIES": queries, "GROUP": group, "STARTS": key_starts is not None, "SINKS": kv.sink_key.shape[2] > 0,
+        "LENGTHS_": kv.lengths is not None, "ROWS": rows,
+    }  # fmt: skip
+    if hopper:
+        decode_prune_hopper((planes, splits), query, kv, call, key_starts, (part, state), layout, **marks)
+    decode_prune_kernel[(planes, 1 if hopper else parts)](
         query, kv.pages.table(), kv.lengths, *kv.ring, kv.sink_key, kv.sink_value, kv.sink_starts, key_starts, part,
         state, *query.stride()[:3], *kv.ring[0].stride()[:3], *kv.ring[1].stride()[:3], *kv.sink_key.stride()[:3],
-        *kv.sink_value.stride()[:3], kv.tokens, kv.coded, kv.first, parts - 1, call.window or 0, kv.ring[0].shape[2],
-        heads, kv.sink_key.shape[2], call.scaling, call.softcap or 0.0, QUERIES=queries, GROUP=group,
-        WINDOW=call.window is not None, SOFTCAP=call.softcap is not None, STARTS=key_starts is not None,
-        SINKS=kv.sink_key.shape[2] > 0, LENGTHS_=kv.lengths is not None, ROWS=rows, QUERY_ROWS=max(16, rows),
-        INTERPRET=interpret, num_warps=4, **shapes(layout_of(kv.pages)),
+        *kv.sink_value.stride()[:3], kv.tokens, kv.coded, kv.first, splits, call.window or 0, kv.ring[0].shape[2],
+        heads, kv.sink_key.shape[2], call.scaling, call.softcap or 0.0, WINDOW=call.window is not None,
+        SOFTCAP=call.softcap is not None, QUERY_ROWS=max(16, rows), PAGES=not hopper, INTERPRET=interpret,
+        num_warps=4, **marks, **shapes(layout),
     )  # fmt: skip
     merge_kernel[(batch * heads * queries,)](
         part, state, sinks, out, lse, parts, heads, queries, group, value_dim, SINK_LOGITS=sinks is not None,

@@ -1,6 +1,7 @@
 """The kernels over product-quantized pages compile for the GPUs they are meant for. Compile only; see
 `compile_cases.py`."""
 
+import importlib
 from typing import Any
 from unittest import mock
 
@@ -14,7 +15,7 @@ from kernel_cases import BF16
 from triton.backends.compiler import GPUTarget
 
 from kompakt.compress.cache import TokenStore
-from kompakt.kernels import decode_pq_triton, kv_pq_triton
+from kompakt.kernels import decode_pq_hopper, decode_pq_triton, kv_pq_triton
 from kompakt.kernels.decode_attention import Reading
 from kompakt.kernels.kv_append import LENGTHS, Appendable
 from kompakt.quant.kv_pq import KVPQ
@@ -73,24 +74,44 @@ def test_decode_attention(bits):
     assert "bf16.bf16" in compiled.asm["ptx"]
 
 
-@pytest.mark.parametrize(("bits", "head_dim", "queries"), [(4, 128, 1), (2, 128, 1), (4, 64, 4), (4, 128, 16)])
-def test_codebooks_in_shared_memory(bits, head_dim, queries):
-    """Where lookups look for them: at its beginning."""
-    gluon = pytest.importorskip("kompakt.kernels.decode_pq_hopper_triton", reason="this Triton has no Gluon")
+def compile_hopper(name: str, bits: int, head_dim: int, heads: int, queries: int):
+    """A kernel that `decode_pq_hopper.py` launches, of the module of that name."""
+    gluon = pytest.importorskip(f"kompakt.kernels.{name}_triton", reason="this Triton has no Gluon")
     store, call = filled(bits, head_dim), Reading(head_dim**-0.5, None, None)
     module: Any = decode_pq_triton
-    query = meta(1, 32, queries, head_dim, dtype=BF16)
+    query = meta(1, heads, queries, head_dim, dtype=BF16)
     others = {"prepare_pq_kernel", "finish_pq_kernel", "merge_kernel"}
-    with mock.patch.multiple(module, hopper_pq_refusal=lambda *_: None, **{name: Recorder() for name in others}):
-        compiled = compile_launch(
-            *(gluon, "decode_pq_hopper_kernel"),
+    with (
+        mock.patch.multiple(module, hopper_pq_refusal=lambda *_: None, **{name: Recorder() for name in others}),
+        mock.patch.object(decode_pq_hopper, "unseen_refusal", lambda *_: None),
+    ):
+        return compile_launch(
+            *(gluon, f"{name}_kernel"),
             lambda: module.decode_pq(query, store.read(None, queries), call, None, None, store.codec),
             SM90,
         )
+
+
+@pytest.mark.parametrize(("bits", "head_dim", "queries"), [(4, 128, 3), (2, 128, 3), (4, 64, 4), (4, 128, 16)])
+def test_codebooks_in_shared_memory(bits, head_dim, queries):
+    """Where lookups look for them: at its beginning."""
+    compiled = compile_hopper("decode_pq_hopper", bits, head_dim, 32, queries)
     assert fits(compiled, SM90) and stack_bytes(compiled) <= (0 if queries < 16 else 256)
     assert compiled.asm["ptx"].count("wgmma.mma_async") >= 4
     # Nothing else comes to lie there, as it would if the compiler thought them dead.
     assert "global_smem]" not in compiled.asm["ptx"]
+
+
+@pytest.mark.parametrize(("bits", "head_dim", "heads"), [(4, 128, 32), (2, 128, 32), (2, 64, 8), (4, 128, 56)])
+def test_warps_that_do_not_wait(bits, head_dim, heads):
+    compiled = compile_hopper("decode_pq_warps", bits, head_dim, heads, 1)
+    assert fits(compiled, SM90) and stack_bytes(compiled) <= (0 if heads <= 32 else 400)
+    # The buffer that lookups and stores of assembly are in is all there is, so that it begins where they begin.
+    vectors, words = bits * head_dim // 8, head_dim // 2
+    module = importlib.import_module("kompakt.kernels.decode_pq_warps_triton")
+    assert compiled.metadata.shared == module.UNIT * module.units_of(vectors, words)
+    # Of the whole program two before the loop and three behind it: no warp waits for others in there.
+    assert compiled.asm["ptx"].count("bar.sync") == 5
 
 
 def test_other_shapes_and_devices():

@@ -92,3 +92,26 @@ def test_other_shapes_and_devices():
     assert fits(compile_pages(SM90, "write_prune_kernel", "fp8", 96), SM90)
     assert fits(compile_decode(SM90, "bf16", 80, window=300, softcap=5.0, queries=16), SM90)
     assert fits(compile_decode(SM89, "int4", 64), SM89)
+
+
+@pytest.mark.parametrize(("head_dim", "queries"), [(128, 1), (64, 4)])
+def test_warps_that_do_not_wait(head_dim, queries):
+    warps = pytest.importorskip("kompakt.kernels.decode_prune_warps_triton", reason="this Triton has no Gluon")
+    store, module = filled("bf16", head_dim), decode_prune_triton
+    query, call = meta(1, 32, queries, head_dim, dtype=BF16), Reading(head_dim**-0.5, None, None)
+    with mock.patch.multiple(
+        module, hopper_prune_refusal=lambda *_: None, decode_prune_kernel=Recorder(), merge_kernel=Recorder()
+    ):
+        compiled = compile_launch(
+            warps,
+            "decode_prune_warps_kernel",
+            lambda: module.decode_pruned(query, store.read(None, queries), call, None, None),
+            SM90,
+        )
+    assert fits(compiled, SM90) and stack_bytes(compiled) == 0
+    # The buffer that loads and stores of assembly are in is all there is, so that it begins where they begin.
+    layout = module.layout_of(store.where())
+    units = warps.units_of(layout.keys.kept, layout.values.kept, head_dim)
+    assert compiled.metadata.shared == warps.UNIT * units
+    # Of the whole program one before the loop and three behind it: no warp waits for others in there.
+    assert compiled.asm["ptx"].count("bar.sync") == 4
