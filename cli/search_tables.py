@@ -9,14 +9,18 @@ from .tables import Shown, percent, size, table
 
 def searched(content: dict[str, Any]) -> Shown:
     """The result of `search`."""
-    rows = table("", "recipe", "weights", "perplexity", "KL", "estimated", "within", "stored as, share of the weights")
-    rows.add_row("float", size(content["base_bytes"]), "", "", "", "", "")
+    timed = content["cost"]["unit"] == "seconds"
+    head = ["recipe", "weights", *([f"{content['target']} ms"] if timed else []), "perplexity", "KL", "estimated"]
+    rows = table("", *head, "within", "stored as, share of the weights")
+    base = [size(content["base_bytes"]), *([milliseconds(content["base_cost"])] if timed else [])]
+    rows.add_row("float", *base, *[""] * 5)
     for row in content["rows"]:
         estimate = "" if row["estimated_loss"] is None else f"{row['estimated_loss']:.4f}"
         stored = ", ".join(f"{key} {share:.0%}" for key, share in sorted(row["shares"].items(), key=lambda i: -i[1]))
         rows.add_row(
             row["name"],
             size(row["bytes"]),
+            *([milliseconds(row["cost"])] if timed else []),
             percent(row["perplexity_increase"], row["perplexity_increase_stderr"], "+.2f"),
             f"{row['kl']:.4f}",
             estimate,
@@ -31,6 +35,7 @@ def searched(content: dict[str, Any]) -> Shown:
         f"windows of {text['window']} tokens of {text['source']}",
         "estimated: sum of the losses of all parts alone, in nats per token, which the solver kept to; KL is what was "
         "measured",
+        *([f"{content['target']} ms: {content['cost']['words']}"] if timed else []),
         *_verdict(content),
     ]
 
@@ -40,8 +45,14 @@ def _verdict(content: dict[str, Any]) -> list[str]:
     best = next(row for row in content["rows"] if row["name"] == content["best"])
     uniform = content["best_uniform"]
     beside = "the float model: no uniform recipe is within the limit" if uniform is None else f"uniform {uniform}"
-    saved = content["fewer_bytes_than_uniform"]
-    lines = [f"best: {best['name']}, {size(best['bytes'])}, {saved:.1%} fewer bytes than {beside}"]
+    saved, timed = content["less_than_uniform"], content["cost"]["unit"] == "seconds"
+    least = f"{milliseconds(best['cost'])} ms, {saved:.1%} less" if timed else f"{saved:.1%} fewer bytes"
+    lines = [f"best: {best['name']}, {size(best['bytes'])}, {least} than {beside}"]
     if content["stopped"]:
         lines.append(f"STOPPED EARLY: {content['stopped']}; the same command goes on from here")
     return lines
+
+
+def milliseconds(seconds: float) -> str:
+    """A time in ms, to four digits."""
+    return f"{1e3 * seconds:.4g}"
