@@ -22,11 +22,15 @@ Target = Annotated[
 ]
 SearchContext = Annotated[
     int | None,
-    typer.Option("--context", help="Tokens of a sequence, for decode and prefill; default 8192.", show_default=False),
+    typer.Option(
+        "--context",
+        help="Tokens of a sequence, for decode and prefill; default 8192. With size, caches count too.",
+        show_default=False,
+    ),
 ]
 SearchBatch = Annotated[
     int | None,
-    typer.Option("--batch", help="Sequences at once, for decode and prefill; default 1.", show_default=False),
+    typer.Option("--batch", help="Sequences of --context at once; default 1.", show_default=False),
 ]
 SearchDevice = Annotated[
     str | None,

@@ -11,13 +11,14 @@ says (`ceilings.py`), whose rates, bytes and kinds of attention these are.
 
 On a CUDA device that is here, Linears are measured instead, as `bench linear` does it: one time for each shape, choice
 and number of tokens, on random numbers that are checked first. What Linears that read one input do at once counts as
-one Linear, where a model does so (`shared_input.py`). The rest is reckoned at the ceilings of that device, measured
-too. Measurements are kept with the others, so that a search that goes on has the same costs.
+one Linear, where a model does so (`shared_input.py`). Attention is measured too (`search_attention.py`), and the rest
+reckoned at the ceilings of that device, measured too. Measurements are kept with the others, so that a search that goes
+on has the same costs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -33,7 +34,9 @@ from .linear_contenders import Contender, quantize_int4, relative_error
 from .linear_speed import PEER_ERROR_LIMIT, Problem, Shape
 from .planning import kv_cache_bytes, own_bytes, plan_cache
 from .recipe import Recipe
+from .search_attention import cache_seconds, measured_seconds, prefill_seconds, slot_seconds, unmeasured
 from .search_options import SearchOptions
+from .search_slots import SlotChoice, SlotSpace
 from .search_space import FLOAT, Choice, Part, linear_bytes
 from .shared_input import TOGETHER_TOKENS
 
@@ -54,7 +57,8 @@ class LinearTime(Protocol):
 @dataclass(frozen=True)
 class Costs:
     """Costs of one target. unit: "bytes" or "seconds". basis: "counted", "ceilings" or "measured". words: what a cost
-    is and where it comes from. part: of a choice for a part. rest: of everything else. device: whose, None for bytes.
+    is and where it comes from. part: of a choice for a part. slots: of each choice for the slot, by key. rest: of
+    everything else. device: whose, None for bytes.
     """
 
     target: str
@@ -62,6 +66,7 @@ class Costs:
     basis: str
     words: str
     part: Callable[[Part, Choice], float]
+    slots: Mapping[str, float]
     rest: float
     device: DeviceCeilings | None = None
 
@@ -75,59 +80,91 @@ class Costs:
         return found if self.device is None else {**found, "device": asdict(self.device)}
 
 
-def costs_of(model: Any, recipe: Recipe, options: SearchOptions, parts: list[Part], recall: Recall) -> Costs:
-    """The costs that `options` ask for, of a device that `check_device` let pass. recipe: whose activations and other
-    slots count. recall: keeps what is measured.
+def costs_of(model: Any, space: SlotSpace, options: SearchOptions, parts: list[Part], recall: Recall) -> Costs:
+    """The costs that `options` ask for, of a device that `check_device` let pass. space: what may fill the slot, from
+    which choices without a time are left out. recall: keeps what is measured.
     """
+    recipe = space.choices[0].recipe
     assert recipe.weights is not None
     activations = recipe.weights.activations
     if options.target == "size":
-        rest = sum(own_bytes(model)) - sum(part.bytes(FLOAT, activations) for part in parts)
-        words = "bytes of all weights, codes, scales and shapes as packed"
-        return Costs("size", "bytes", "counted", words, lambda part, choice: part.bytes(choice, activations), rest)
+        return counted(model, space, options, parts, activations)
     if options.runs_on is not None:
         device = device_ceilings(options.runs_on)
-        return timed(model, recipe, options, parts, AnalyticLinears(device, activations), device)
+        return timed(model, space, options, parts, AnalyticLinears(device, activations), device)
     machine = machine_here(recall)
-    name = torch.cuda.get_device_name(machine.device)
-    linears = MeasuredLinears(machine, activations, recall)
-    return timed(model, recipe, options, parts, linears, measured_ceilings(name, machine.ceilings))
+    device = measured_ceilings(torch.cuda.get_device_name(machine.device), machine.ceilings)
+    return timed(model, space, options, parts, MeasuredLinears(machine, activations, recall), device)
+
+
+def counted(model: Any, space: SlotSpace, options: SearchOptions, parts: list[Part], activations: Activations) -> Costs:
+    """Costs in bytes."""
+    words = "bytes of all weights, codes, scales and shapes as packed"
+    slots = {choice.key: 0 for choice in space.choices}
+    if options.context is not None:
+        words += f", and of the caches of {sequences_of(options)}"
+        slots = {choice.key: cache_bytes(model, choice.recipe, options) for choice in space.choices}
+    rest = sum(own_bytes(model)) - sum(part.bytes(FLOAT, activations) for part in parts)
+    return Costs("size", "bytes", "counted", words, lambda part, choice: part.bytes(choice, activations), slots, rest)
+
+
+def cache_bytes(model: Any, recipe: Recipe, options: SearchOptions) -> int:
+    """Of the caches of all sequences, codebooks once."""
+    if recipe.kv_cache is None:
+        return options.sequences * kv_cache_bytes(model.config, options.tokens, model.dtype.itemsize)
+    found = plan_cache(model, recipe.kv_cache, [options.tokens])
+    return options.sequences * found.bytes[options.tokens] + found.codebook_bytes
 
 
 def timed(
     model: Any,
-    recipe: Recipe,
+    space: SlotSpace,
     options: SearchOptions,
     parts: list[Part],
     linears: LinearTime,
     device: DeviceCeilings,
 ) -> Costs:
     """Costs in seconds. linears: what times those of parts."""
-    decode = options.target == "decode"
-    tokens = options.sequences * (1 if decode else options.tokens)
-    other = base_work(model, recipe, options.tokens)
-    seconds = rest_seconds(other, parts, device, tokens, options.sequences)
-    seconds += (cache_seconds if decode else attention_seconds)(other, device, options.sequences, options.tokens)
-    measured = isinstance(linears, MeasuredLinears)
+    decode, sequences, context = options.target == "decode", options.sequences, options.tokens
+    tokens = sequences * (1 if decode else context)
+    work = work_of(model, space.choices[0].recipe, context)
+
+    def reckon(choice: SlotChoice) -> float:
+        bound = cache_seconds if decode else prefill_seconds
+        return bound(work_of(model, choice.recipe, context), device, sequences, context)
+
+    measured, reckoned = None, None
+    if isinstance(linears, MeasuredLinears):
+        reckoned = unmeasured(work, space, context)
+        if reckoned is None:
+            measured = linears.attention(model, space, len(work.windows), options)
+    slots, failed = slot_seconds(space, reckon, measured)
     return Costs(
         target=options.target,
         unit="seconds",
-        basis="measured" if measured else "ceilings",
-        words=described(options, device, measured) + uncounted(recipe, options.target),
+        basis="measured" if isinstance(linears, MeasuredLinears) else "ceilings",
+        words=described(options, device, isinstance(linears, MeasuredLinears), reckoned or failed)
+        + uncounted(space.choices[0].recipe, options.target),
         part=lambda part, choice: linears.seconds(part, choice, tokens),
-        rest=seconds,
+        slots=slots,
+        rest=rest_seconds(work, parts, device, tokens, sequences),
         device=device,
     )
 
 
-def described(options: SearchOptions, device: DeviceCeilings, measured: bool) -> str:
-    """What a time is of, and where it comes from."""
-    count = options.sequences
-    of = f"{count} sequence{'s' * (count != 1)} of {options.tokens:,} tokens"
-    of = f"a decoding step of {of}" if options.target == "decode" else f"prefill of {of}"
-    if measured:
-        return f"time of {of} on {device.name}: Linears measured, the rest by its ceilings, measured too"
-    return f"least time of {of} by the ceilings of {device.name} ({device.source}), not measured"
+def sequences_of(options: SearchOptions) -> str:
+    """``1 sequence of 8,192 tokens``."""
+    return f"{options.sequences} sequence{'s' * (options.sequences != 1)} of {options.tokens:,} tokens"
+
+
+def described(options: SearchOptions, device: DeviceCeilings, measured: bool, reckoned: str | None) -> str:
+    """What a time is of, and where it comes from. reckoned: why attention is not measured."""
+    of = f"{'a decoding step' if options.target == 'decode' else 'prefill'} of {sequences_of(options)}"
+    if not measured:
+        return f"least time of {of} by the ceilings of {device.name} ({device.source}), not measured"
+    what = "Linears and attention measured" if reckoned is None else "Linears measured"
+    why = "" if reckoned is None else f" (attention too: {reckoned})"
+    return f"time of {of} on {device.name}: {what}, the rest by its ceilings, measured too{why}"
 
 
 def uncounted(recipe: Recipe, target: str) -> str:
@@ -139,16 +176,15 @@ def uncounted(recipe: Recipe, target: str) -> str:
     return ""
 
 
-def base_work(model: Any, recipe: Recipe, context: int) -> Work:
-    """The work of the float model, with the cache and the attention of the recipe."""
+def work_of(model: Any, recipe: Recipe, context: int) -> Work:
+    """The work of a model whose weights are floats, with the cache and the attention of a recipe."""
     size = sum(own_bytes(model))
-    cache: dict[int, int]
+    cache: Mapping[int, int]
     if recipe.kv_cache is None:
         cache = {context: kv_cache_bytes(model.config, context, model.dtype.itemsize)}
     else:
         cache = plan_cache(model, recipe.kv_cache, [context]).bytes
-    found = works(model, recipe, set(), (size, size), (cache, cache))
-    return found["compressed"]
+    return works(model, recipe, set(), (size, size), (cache, cache))["compressed"]
 
 
 def rest_seconds(work: Work, parts: list[Part], device: DeviceCeilings, tokens: int, sequences: int) -> float:
@@ -157,18 +193,6 @@ def rest_seconds(work: Work, parts: list[Part], device: DeviceCeilings, tokens: 
     moved = work.weight_bytes - sum(part.bytes(FLOAT, "none") for part in parts)
     flops = tokens * (sum(work.flops.values()) - work.head_flops - 2 * weights) + sequences * work.head_flops
     return max(moved / device.bandwidth, flops / device.bf16)
-
-
-def cache_seconds(work: Work, device: DeviceCeilings, sequences: int, context: int) -> float:
-    """Attention of a step: its caches are read, and multiplied with."""
-    busy = sequences * work.decode_pairs(context) * work.attention_flops / device.bf16
-    return max(sequences * work.cache[context] / device.bandwidth, busy)
-
-
-def attention_seconds(work: Work, device: DeviceCeilings, sequences: int, context: int) -> float:
-    """Attention of prompts."""
-    pairs = work.prefill_pairs(context)
-    return sequences * pairs * work.attention_flops / rate_of(device, work.attention_rate)
 
 
 @dataclass(frozen=True)
@@ -212,6 +236,16 @@ class MeasuredLinears:
 
             found += self.recall(question, measure)
         return found * tokens / timed_tokens
+
+    def attention(self, model: Any, space: SlotSpace, layers: int, options: SearchOptions) -> dict[str, Any]:
+        """Seconds of attention by choice, or why there are none; see `search_attention.py`."""
+        keys = [choice.key for choice in space.choices]
+        question = {"attention": options.target, "choices": keys, "shape": [options.sequences, options.tokens]}
+
+        def measure() -> dict[str, Any]:
+            return measured_seconds(model, space, layers, options.sequences, options.tokens, self.machine)
+
+        return self.recall(question, measure)
 
     def at_once(self, part: Part, choice: Choice, tokens: int) -> list[tuple[int, int]]:
         """Shapes of the products of a part: W4A8 multiplies few tokens with all of its Linears at once."""
@@ -282,11 +316,13 @@ def measured_ceilings(name: str, found: Ceilings) -> DeviceCeilings:
     return DeviceCeilings(name, found.bytes_per_second, 1e12 * found.bf16_tflops, fp8, "measured here")
 
 
-def check_differ(costs: Costs, matrix: Sequence[Sequence[float]], recipe: Recipe) -> None:
+def check_differ(costs: Costs, matrix: Sequence[Sequence[float]], space: SlotSpace) -> None:
     """ValueError if every choice costs alike, so that there is nothing to search for."""
-    if all(max(row) <= min(row) * (1 + 1e-9) for row in matrix):
+    if all(max(row) <= min(row) * (1 + 1e-9) for row in (*matrix, list(costs.slots.values()))):
+        weights, out = space.choices[0].recipe.weights, sorted(set(space.left_out.values()))
+        assert weights is not None
         raise ValueError(
-            f"nothing makes {costs.target} faster: every way to store weights costs the same {costs.words}, with "
-            f"recipe {recipe.name}, whose activations are {recipe.weights and recipe.weights.activations}; FP8 "
-            "activations multiply faster on devices that have FP8 (--set weights.activations=fp8)"
+            f"nothing makes {costs.target} faster: every choice costs the same {costs.words}, with activations "
+            f"{weights.activations}; FP8 activations multiply faster on devices that have FP8 (--set "
+            f"weights.activations=fp8){f'; {space.slot} is left out, since {out[0]}' if out else ''}"
         )

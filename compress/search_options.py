@@ -17,12 +17,13 @@ CONTEXT = 8192
 
 @dataclass(frozen=True)
 class SearchOptions:
-    """limit: increase of perplexity, 0.02 for 2 %. target: what is to be least: "size", bytes of all weights; "decode",
-    the time of a step in which each of `batch` sequences of `context` tokens gets one more; "prefill", the time that
-    `batch` prompts of `context` tokens take (default 1 sequence of 8,192). runs_on: whose ceilings of speed count, a
-    name or a file as of `plan`; None measures the CUDA device that is here. group_sizes: of INT4. rounds: solutions
-    that are measured, at most.
-    minutes: None for no budget. text: None for windows of the calibration source that calibration does not draw.
+    """limit: increase of perplexity, 0.02 for 2 %.
+    target: what is to be least. "size": bytes of all weights, and with a context those of the caches of `batch`
+    sequences. "decode": the time of a step in which each of `batch` sequences of `context` tokens gets one more.
+    "prefill": the time that `batch` prompts of `context` tokens take. Default: 1 sequence of 8,192 tokens.
+    runs_on: whose ceilings of speed count, a name or a file as of `plan`; None measures the CUDA device that is here.
+    group_sizes: of INT4. rounds: solutions that are measured, at most. minutes: None for no budget.
+    text: None for windows of the calibration source that calibration does not draw.
     windows: how many, of the calibration's length, or of a text's; loss_windows: more of them, for the losses of parts.
     """
 
@@ -56,13 +57,15 @@ class SearchOptions:
         offered(self.group_sizes)
 
     def _check_size(self) -> None:
-        for name in ("context", "batch", "runs_on"):
-            value = getattr(self, name)
-            if value is not None:
-                raise ValueError(
-                    f"{name} is {value}, and target size counts bytes of weights, which do not depend on it; leave it "
-                    "out, or search for decode or prefill"
-                )
+        if self.runs_on is not None:
+            raise ValueError(
+                f"runs_on is {self.runs_on}, and target size counts bytes, which are the same on every device; leave "
+                "it out, or search for decode or prefill"
+            )
+        if self.batch is not None and self.context is None:
+            raise ValueError(
+                f"batch is {self.batch}, and target size counts caches only of sequences whose context is given too"
+            )
 
     @property
     def tokens(self) -> int:

@@ -22,8 +22,7 @@ LEAST = {"size": "the fewest bytes", "decode": "the fastest decoding", "prefill"
 def summary(job: Search, choices: int) -> dict[str, Any]:
     """The result. LimitExceeded if there is none."""
     fitting = [row for row in job.rows if row["within"] and row["recipe"] is not None]
-    best = min(fitting, key=lambda row: row["cost"], default=None)
-    best_uniform = min((row for row in fitting if row["kind"] == "uniform"), key=lambda row: row["cost"], default=None)
+    best, best_uniform = cheapest_row(fitting), cheapest_row([row for row in fitting if row["kind"] == "uniform"])
     if best is None:
         tried = ", ".join(f"{row['name']} {row['perplexity_increase']:+.2%}" for row in job.rows) or "nothing"
         more = f"; {job.stopped}, and the same command goes on from here" if job.stopped else ""
@@ -31,7 +30,9 @@ def summary(job: Search, choices: int) -> dict[str, Any]:
             f"no recipe that was measured keeps the increase of perplexity and its standard error within "
             f"{job.options.limit:.2%}: {tried}{more}"
         )
-    base_cost = job.cost(dict.fromkeys(job.space.parts, FLOAT))
+    slots = job.space.slots
+    base_cost = job.cost(dict.fromkeys(job.space.parts, FLOAT), slots.choices[0])
+    counted = job.options.target == "size" and job.options.context is None
     return {
         "search": 2,
         "kompakt": package_version(),
@@ -39,7 +40,8 @@ def summary(job: Search, choices: int) -> dict[str, Any]:
         "model": str(job.path),
         "limit": {"perplexity_increase": job.options.limit},
         "target": job.options.target,
-        "conditions": {"context": job.options.tokens, "batch": job.options.sequences},
+        "conditions": None if counted else {"context": job.options.tokens, "batch": job.options.sequences},
+        "slot": {"name": slots.slot, "choices": [choice.key for choice in slots.choices], "left_out": slots.left_out},
         "cost": job.costs.as_dict(),
         "recipe": job.recipe.model_dump(mode="json", exclude_none=True),
         "text": describe_text(job.evaluation, job.source, job.windows),
@@ -54,6 +56,11 @@ def summary(job: Search, choices: int) -> dict[str, Any]:
         "best_uniform": None if best_uniform is None else best_uniform["name"],
         "less_than_uniform": 1 - best["cost"] / (base_cost if best_uniform is None else best_uniform["cost"]),
     }
+
+
+def cheapest_row(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The one of least cost, of several such the one of fewest bytes; None without rows."""
+    return min(rows, key=lambda row: (row["cost"], row["bytes"]), default=None)
 
 
 def check_recipe_file(output: Path) -> None:

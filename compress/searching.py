@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ from .search_costs import Costs, check_device, check_differ, costs_of
 from .search_losses import LossWalk, parts_of
 from .search_options import SearchOptions
 from .search_results import check_recipe_file, summary
+from .search_slots import SlotChoice, SlotLosses, SlotSpace, slot_space
 from .search_space import FLOAT, Choice, Part, offered, recipe_for
 
 CLOSE = 0.003
@@ -49,13 +51,14 @@ CLOSE = 0.003
 
 @dataclass(frozen=True)
 class Space:
-    """What there is to choose. own: of each part, the choices that fit it."""
+    """What there is to choose. own: of each part, the choices that fit it. slots: fillings of the target's slot."""
 
     parts: list[Part]
     own: list[list[Choice]]
+    slots: SlotSpace
 
     @classmethod
-    def of(cls, parts: list[Part], choices: list[Choice], path: Path) -> Space:
+    def of(cls, parts: list[Part], choices: list[Choice], slots: SlotSpace, path: Path) -> Space:
         """ValueError for a choice that fits no part."""
         own = [part.choices(choices) for part in parts]
         if unfit := [choice for choice in choices if all(choice not in found for found in own)]:
@@ -63,7 +66,7 @@ class Space:
                 f"group size {unfit[0].group_size} divides the inputs of no Linear of {path}; there are, e.g., "
                 f"{parts[0].shapes[0][1]}"
             )
-        return cls(parts, own)
+        return cls(parts, own, slots)
 
 
 @dataclass
@@ -87,7 +90,7 @@ class Search:
     rows: list[dict[str, Any]] = field(default_factory=list)
     stopped: str = ""
     base_bytes: int = 0
-    space: Space = field(default_factory=lambda: Space([], []))
+    space: Space = field(init=False)
     costs: Costs = field(init=False)
 
     @classmethod
@@ -186,9 +189,32 @@ class Search:
 
         return self.results.recall({"recipe": content, "evaluation": evaluation, **self.drawn()}, find)
 
-    def cost(self, assignment: dict[Part, Choice]) -> float:
+    def slot_losses(self) -> list[float] | None:
+        """Of every choice for the slot; one that says nothing is left out. None if time ran out."""
+        space = self.space.slots
+        found = {space.choices[0].key: 0.0}
+        measures = SlotLosses(self.base, self.subject, self.tokenizer, self.loss_windows, self.progress)
+
+        def rounding() -> float:
+            return self.results.recall({"slot_rounding": space.slot, **self.drawn()}, measures.rounding)
+
+        for choice in space.choices[1:]:
+            if not self.within_time():
+                return None
+            self.progress("losses", 0, 0, choice.key)
+            asked = choice.recipe.model_dump(mode="json", include={space.slot, "calibration"})
+            measure = partial(measures.loss, choice, space.slot, rounding)
+            answer = self.results.recall({"slot_loss": asked, **self.drawn()}, measure)
+            if "reason" in answer:
+                space.leave_out(choice.key, answer["reason"])
+            else:
+                found[choice.key] = answer["loss"]
+        return [found[choice.key] for choice in space.choices]
+
+    def cost(self, assignment: dict[Part, Choice], slot: SlotChoice) -> float:
         """What the target counts of a whole model."""
-        return self.costs.rest + sum(self.costs.part(part, choice) for part, choice in assignment.items())
+        parts = sum(self.costs.part(part, choice) for part, choice in assignment.items())
+        return self.costs.rest + self.costs.slots[slot.key] + parts
 
     def weight_bytes(self, assignment: dict[Part, Choice]) -> int:
         """Bytes of all weights of a whole model."""
@@ -197,10 +223,12 @@ class Search:
         saved = sum(part.bytes(FLOAT, "none") - part.bytes(choice, activations) for part, choice in assignment.items())
         return self.base_bytes - saved
 
-    def row(self, kind: str, name: str, assignment: dict[Part, Choice], estimate: float | None) -> dict[str, Any]:
+    def row(
+        self, kind: str, name: str, assignment: dict[Part, Choice], slot: SlotChoice, estimate: float | None
+    ) -> dict[str, Any]:
         """Measures one assignment and keeps it in the table."""
         self.progress("search", len(self.rows), 0, name)
-        recipe = recipe_for(self.recipe, assignment, name)
+        recipe = recipe_for(slot.recipe, assignment, name)
         found = self.measure(recipe)
         highest = found["perplexity_increase"] + (found["perplexity_increase_stderr"] or 0.0)
         weights = sum(rows * columns for part in assignment for rows, columns in part.shapes)
@@ -211,7 +239,8 @@ class Search:
             "kind": kind,
             "name": name,
             "bytes": self.weight_bytes(assignment),
-            "cost": self.cost(assignment),
+            "cost": self.cost(assignment, slot),
+            "slot": slot.key,
             "estimated_loss": estimate,
             "within": highest <= self.options.limit,
             "shares": {key: round(count / weights, 4) for key, count in counts.items()},
@@ -243,32 +272,47 @@ def search(
     check_device(options)
     job = Search.open(model, loaded, options, progress)
     choices = offered(options.group_sizes)
-    job.space = Space.of(job.parts(), choices, job.path)
-    job.costs = costs_of(job.base, loaded, options, job.space.parts, job.results.recall)
+    job.space = Space.of(job.parts(), choices, slot_space(job.base, loaded, options), job.path)
+    job.costs = costs_of(job.base, job.space.slots, options, job.space.parts, job.results.recall)
     matrix = job.costs.matrix(job.space.parts, job.space.own)
-    check_differ(job.costs, matrix, loaded)
+    check_differ(job.costs, matrix, job.space.slots)
+    slot_losses = job.slot_losses()
     uniform(job, choices)
     losses = job.losses(job.space.parts, choices) if job.within_time() else None
-    if losses is not None:
-        turn_dial(job, matrix, losses)
-    return summary(job, sum(map(len, job.space.own)))
+    if losses is not None and slot_losses is not None:
+        slot_costs = [job.costs.slots[choice.key] for choice in job.space.slots.choices]
+        turn_dial(job, [*matrix, slot_costs], [*losses, slot_losses])
+    return summary(job, sum(map(len, job.space.own)) + len(job.space.slots.choices) - 1)
 
 
 def uniform(job: Search, choices: list[Choice]) -> None:
-    """Measures the recipes with one choice for all, from the most bytes on, until one is outside the limit."""
+    """Measures the recipes with one choice for all, from the most bytes on, until one is outside the limit; then the
+    cheapest within it, or the float model, with the slot filled in every other way.
+    """
+    parts, slots = job.space.parts, job.space.slots.choices
+    best, best_name, least = dict.fromkeys(parts, FLOAT), FLOAT.key, (math.inf, 0)
     for choice in choices[1:]:
         if not job.within_time():
             return
         if any(choice not in own for own in job.space.own):
             continue
-        row = job.row("uniform", choice.key, dict.fromkeys(job.space.parts, choice), None)
+        assignment = dict.fromkeys(parts, choice)
+        row = job.row("uniform", choice.key, assignment, slots[0], None)
+        if row["within"] and (row["cost"], row["bytes"]) < least:
+            best, best_name, least = assignment, choice.key, (row["cost"], row["bytes"])
         # Fewer bits lose more; FP8 and INT4 are not the same kind of bits, so that INT4 is tried whatever FP8 gave.
         if not row["within"] and choice.weights == "int4":
+            break
+    for slot in slots[1:]:
+        if not job.within_time():
             return
+        job.row("uniform", f"{best_name}, {slot.key}", best, slot, None)
 
 
 def turn_dial(job: Search, costs: list[list[float]], losses: list[list[float]]) -> None:
-    """Solves for one estimated loss after another, and measures what comes out."""
+    """Solves for one estimated loss after another, and measures what comes out. costs, losses: of parts, then the
+    slot.
+    """
     # Points are (estimated loss, log perplexity over the limit); the float model is one.
     target = math.log1p(job.options.limit)
     inside, outside = (0.0, -target), None
@@ -285,9 +329,9 @@ def turn_dial(job: Search, costs: list[list[float]], losses: list[list[float]]) 
         seen.add(tuple(chosen))
         estimate = sum(row[choice] for row, choice in zip(losses, chosen, strict=True))
         assignment = {
-            part: own[choice] for part, own, choice in zip(job.space.parts, job.space.own, chosen, strict=True)
+            part: own[choice] for part, own, choice in zip(job.space.parts, job.space.own, chosen[:-1], strict=True)
         }
-        row = job.row("searched", f"searched {number}", assignment, estimate)
+        row = job.row("searched", f"searched {number}", assignment, job.space.slots.choices[chosen[-1]], estimate)
         excess = math.log1p(row["perplexity_increase"] + (row["perplexity_increase_stderr"] or 0.0)) - target
         found[row["within"]] = row["cost"]
         if row["within"]:

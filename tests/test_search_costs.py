@@ -18,6 +18,7 @@ from kompakt.compress.device_speed import Ceilings, Machine
 from kompakt.compress.hf_decoder import decoder_layers
 from kompakt.compress.search_costs import MEASURED_TOKENS, MeasuredLinears, costs_of, linear_of
 from kompakt.compress.search_losses import parts_of
+from kompakt.compress.search_slots import slot_space
 from kompakt.compress.search_space import FLOAT, FP8, Choice, Part, offered, recipe_for
 from kompakt.kernels.packing import unpack_int4
 
@@ -48,7 +49,7 @@ def costs(base, recipe, target, context, batch, runs_on="h200"):
         linears = {name: item for name, item in layer.named_modules() if isinstance(item, torch.nn.Linear)}
         parts += parts_of(model, index, linears, torch.arange(5, 13)[None])
     options = SearchOptions(limit=0.01, target=target, context=context, batch=batch, runs_on=runs_on)
-    return parts, costs_of(model, recipe, options, parts, never)
+    return parts, costs_of(model, slot_space(model, recipe, options), options, parts, never)
 
 
 # Costs by ceilings
@@ -67,7 +68,7 @@ def test_costs_of_a_whole_model_are_the_ceilings_of_plan(choice, target, cache, 
     for chosen, kind in ((choice, "compressed"), (FLOAT, "base")):
         if kind == "base" and cache is not None:
             continue
-        total = found.rest + sum(found.part(part, chosen) for part in parts)
+        total = found.rest + next(iter(found.slots.values())) + sum(found.part(part, chosen) for part in parts)
         mixed = recipe_for(recipe, dict.fromkeys(parts, choice), "x")
         planned = plan(base, mixed, contexts=(context,), batches=(batch,), runs_on="h200")
         assert planned.ceilings is not None
@@ -198,10 +199,11 @@ def test_a_search_for_speed_says_what_its_times_are(target, extra, base, tmp_pat
         (["--target", "decode", "--runs-on", "h300"], "unknown device 'h300'; did you mean 'h200'?"),
         (["--target", "decode", "--runs-on", "h200", "--batch", "0"], "batch is 0; it must be at least 1"),
         (["--target", "prefill", "--runs-on", "h200", "--context", "0"], "context is 0; it must be at least 1"),
-        (["--target", "prefill", "--runs-on", "h200"], "nothing makes prefill faster"),
+        (["--target", "prefill", "--runs-on", "h200", "--context", "4096"], "nothing makes prefill faster"),
+        (["--target", "prefill", "--runs-on", "h200", "--context", "4096"], "it runs from 8,192 tokens on"),
         (["--target", "prefill", "--runs-on", "a100", "--set", "weights.activations=fp8"], "nothing makes prefill"),
-        (["--runs-on", "h200"], "runs_on is h200, and target size counts bytes of weights"),
-        (["--batch", "4"], "batch is 4, and target size counts bytes of weights"),
+        (["--runs-on", "h200"], "runs_on is h200, and target size counts bytes, which are"),
+        (["--batch", "4"], "batch is 4, and target size counts caches only of"),
     ],
 )
 def test_what_cannot_be_searched_for_is_refused_in_one_sentence(arguments, says, base, tmp_path, monkeypatch, capsys):
