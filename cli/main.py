@@ -300,11 +300,12 @@ def verify(
     context: typer.Context,
     directory: o.Artifact,
     no_logits: o.NoLogits = False,
+    kernels: o.Kernels = False,
     device_map: o.DeviceMap = None,
     trust_remote_code: o.TrustRemoteCode = False,
     as_json: o.Json = False,
 ) -> None:
-    """Check DIR, wherever it comes from: checksums, names, shapes, numbers, logits; exit code 1 if wrong."""
+    """Check DIR, wherever it comes from: checksums, names, shapes, numbers, logits, kernels; exit code 1 if wrong."""
     from ..compress import verify as library
     from .progress import Bar
     from .report_tables import verified
@@ -314,6 +315,7 @@ def verify(
         result = library(
             directory,
             logits=not no_logits,
+            kernels=kernels,
             device_map=device_map,
             trust_remote_code=trust_remote_code,
             progress=bar,

@@ -233,6 +233,9 @@ GenerationTokens = Annotated[
     typer.Option(help="Tokens of a window that are generated; default: 64.", min=1, rich_help_panel=RETRIEVAL),
 ]
 NoSpeed = Annotated[bool, typer.Option("--no-speed", help="Do not measure tokens per second.")]
+Kernels = Annotated[
+    bool, typer.Option("--kernels", help="Compare every kernel that DIR would use here with its reference.")
+]
 NoLogits = Annotated[bool, typer.Option("--no-logits", help="Do not load and run the model.")]
 OutputFile = Annotated[
     Path | None, typer.Option("--output", "-o", help="Also write the result as JSON.", metavar="FILE")

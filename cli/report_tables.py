@@ -18,7 +18,7 @@ def verified(content: dict[str, Any]) -> Shown:
     rows = table("", "check", "", "what was found")
     for check in content["checks"]:
         rows.add_row(check["name"], Text(check["status"], style=STYLES[check["status"]]), Text(check["detail"]))
-    shown: Shown = [rows]
+    shown: Shown = [rows, *kernels(content.get("kernels", []))]
     for check in content["checks"]:
         if len(check["problems"]) > 1:
             listed = [f"  {problem}" for problem in check["problems"][:MOST]]
@@ -27,6 +27,19 @@ def verified(content: dict[str, Any]) -> Shown:
     failed = [check["name"] for check in content["checks"] if check["status"] == "failed"]
     verdict = f"{content['directory']} FAILED: {', '.join(failed)}" if failed else f"{content['directory']} is in order"
     return [*shown, "", verdict]
+
+
+def kernels(checks: list[dict[str, Any]]) -> Shown:
+    """One line for every kernel that was compared, or why it was not."""
+    if not checks:
+        return []
+    rows = table("", "kernel", "of", "error", "tolerance", "")
+    styles = {"equal": "green", "differs": "bold red", "reference": "yellow"}
+    for check in checks:
+        error, tolerance = ("" if check[key] is None else f"{check[key]:.2g}" for key in ("error", "tolerance"))
+        words = f"reference: {check['reason']}" if check["status"] == "reference" else check["status"]
+        rows.add_row(check["op"], check["case"], error, tolerance, Text(words, style=styles[check["status"]]))
+    return ["", rows]
 
 
 def reported(content: dict[str, Any]) -> Shown:

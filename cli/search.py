@@ -13,7 +13,34 @@ from .session import Session
 SearchLimit = Annotated[
     str, typer.Option("--limit", help="What the recipe may lose, e.g. perplexity=+1%.", metavar="MEASURE=+X%")
 ]
-Target = Annotated[str, typer.Option(help="What is to be least: size, bytes of all weights.", metavar="size")]
+Target = Annotated[
+    str,
+    typer.Option(
+        help="What is to be least: size, bytes of all weights; decode, time of a step; or prefill, time of prompts.",
+        metavar="size|decode|prefill",
+    ),
+]
+SearchContext = Annotated[
+    int | None,
+    typer.Option(
+        "--context",
+        help="Tokens of a sequence, for decode and prefill; default 8192. With size, caches count too.",
+        show_default=False,
+    ),
+]
+SearchBatch = Annotated[
+    int | None,
+    typer.Option("--batch", help="Sequences of --context at once; default 1.", show_default=False),
+]
+SearchDevice = Annotated[
+    str | None,
+    typer.Option(
+        "--runs-on",
+        help="Reckon times by the ceilings of h200, h100, a100 or l40s, or of a file of `bench linear`; default: "
+        "Linears are measured on the CUDA device that is here.",
+        metavar="NAME|FILE",
+    ),
+]
 Minutes = Annotated[
     float | None,
     typer.Option("--budget-minutes", help="Stop after that long with the best so far; default: no end.", metavar="X"),
@@ -43,6 +70,9 @@ def search(
     model: o.Model,
     limit: SearchLimit,
     target: Target = "size",
+    search_context: SearchContext = None,
+    batch: SearchBatch = None,
+    runs_on: SearchDevice = None,
     recipe: o.Recipe = "w4a16-gptq",
     output: RecipeFile = Path("searched.yaml"),
     budget_minutes: Minutes = None,
@@ -60,12 +90,14 @@ def search(
     evaluation_window: o.EvaluationWindow = None,
     as_json: o.Json = False,
 ) -> None:
-    """Find the smallest recipe within a loss: every part of MODEL gets its own bits, and the result is measured.
+    """Find the smallest or fastest recipe within a loss: every part of MODEL gets its own bits, and what comes out is
+    measured.
 
     --recipe says what rounds to INT4, activations, and how to calibrate. The same command goes on where an earlier one
     was stopped. `kompakt compress MODEL --recipe FILE` then compresses by the result.
     """
-    from ..compress.searching import SearchOptions, parse_limit, write_result
+    from ..compress.search_options import SearchOptions, parse_limit
+    from ..compress.search_results import write_result
     from ..compress.searching import search as library
     from .main import settings
     from .progress import Bar
@@ -83,6 +115,9 @@ def search(
     options = SearchOptions(
         limit=parse_limit(limit),
         target=target,
+        context=search_context,
+        batch=batch,
+        runs_on=runs_on,
         group_sizes=[o.size(item.strip()) for item in group_sizes.split(",")],
         rounds=rounds,
         minutes=budget_minutes,

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from .reporting import report
     from .restore import LimitExceeded
     from .retrieval_cases import RetrievalOptions
-    from .searching import SearchOptions, search
+    from .search_options import SearchOptions
+    from .searching import search
     from .verification import Verification, verify
 
 _HOMES = {
@@ -32,7 +33,7 @@ _HOMES = {
     "Plan": "planning",
     "Recipe": "recipe",
     "RetrievalOptions": "retrieval_cases",
-    "SearchOptions": "searching",
+    "SearchOptions": "search_options",
     "Verification": "verification",
     "build_demo_model": "demo",
     "compress": "pipeline",

@@ -95,8 +95,7 @@ class Work:
         """At least this long is a step in which each of `batch` sequences of `context` tokens gets one more."""
         moved = self.weight_bytes + batch * self.cache[context]
         busy = sum(batch * flops / rate_of(device, rate) for rate, flops in self.flops.items())
-        seen = 0 if self.evicts else sum(min(context, window or context) for window in self.windows)
-        busy += batch * seen * self.attention_flops / device.bf16
+        busy += batch * self.decode_pairs(context) * self.attention_flops / device.bf16
         return max(moved / device.bandwidth, busy)
 
     def prefill_seconds(self, device: DeviceCeilings, batch: int, context: int) -> float:
@@ -104,11 +103,19 @@ class Work:
         flops = {rate: batch * context * count for rate, count in self.flops.items()}
         flops["bf16"] = flops.get("bf16", 0) - batch * (context - 1) * self.head_flops
         busy = sum(count / rate_of(device, rate) for rate, count in flops.items())
-        pairs = 0 if self.sparse else batch * sum(causal_pairs(context, window) for window in self.windows)
+        pairs = batch * self.prefill_pairs(context)
         return max(
             self.weight_bytes / device.bandwidth,
             busy + pairs * self.attention_flops / rate_of(device, self.attention_rate),
         )
+
+    def decode_pairs(self, context: int) -> int:
+        """Tokens that attention of all layers looks at in one step of one sequence, at least."""
+        return 0 if self.evicts else sum(min(context, window or context) for window in self.windows)
+
+    def prefill_pairs(self, context: int) -> int:
+        """Pairs of tokens that attention of all layers looks at in one prompt, at least."""
+        return 0 if self.sparse else sum(causal_pairs(context, window) for window in self.windows)
 
 
 def attention_windows(config: Any) -> list[int | None]:

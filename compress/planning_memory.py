@@ -9,8 +9,9 @@
     reading back  the model in memory and the one reloaded from disk, on the host
     evaluation    base and compressed model on the device, and of each the logits of one pass over a few windows
 
-On the CPU there is only one memory, and everything stands under `host`. A limit on quality keeps the float weights on
-the host until the end. Not counted: Python and its libraries (0.6 GB on the host), the CUDA context, fragmentation.
+On the CPU there is only one memory: everything stands under `host`, and a layer is no copy of the model's. A limit on
+quality keeps the float weights on the host until the end. Not counted: Python and its libraries (0.6 GB on the host),
+the CUDA context, fragmentation.
 """
 
 from __future__ import annotations
@@ -34,8 +35,11 @@ from .walk import _home
 FLOAT32 = 4
 # float32 copies of one Linear that is rounded: itself, and its quotient by the scales; absolute values too in FP8.
 ROUNDED_COPIES = {"int4": 2, "fp8": 4}
-# float32 tensors of the size that a search of scales tries at once.
-TRIED_COPIES = 3
+# float32 tensors of what a search of scales tries at once: codes and errors; of one trial when it is refined; and for
+# each group, scales and errors with their temporaries.
+TRIED_COPIES, REFIT_COPIES, SCALE_COPIES = 2, 3, 4
+# Bytes per weight that a reference expands it to: float32, twice where scales are applied to it, and 16 bit.
+EXPANDED_BYTES, FP8_EXPANDED_BYTES = 10, 4
 # float32 strips of a matrix of second moments while it is factored: a panel, its update and the solution.
 FACTOR_STRIPS = 3
 # A pass that is differentiated keeps the outputs of all Linears, what other operations read, and then the gradients.
@@ -114,7 +118,7 @@ class MemoryModel:
         tokens = min(options.samples, sequences) * options.length
         logits = FLOAT32 * REFERENCE_ROWS * options.length * config.num_attention_heads
         return {
-            "decoder layer": max(_bytes(layer) for layer in layers),
+            "decoder layer": max(self.layer(layer) for layer in layers),
             "hidden states": 2 * tokens * self.hidden_size * self.model.dtype.itemsize,
             "forward pass": max(self.activations(layer, tokens) for layer in layers),
             "exact attention": EXACT_COPIES * logits,
@@ -131,7 +135,7 @@ class MemoryModel:
         )
         hidden = torch.empty(tokens, self.hidden_size, dtype=self.model.dtype, device="meta")
         needs = [
-            {"decoder layer": _bytes(layer), "second moments": moments, "largest transient": transient}
+            {"decoder layer": self.layer(layer), "second moments": moments, "largest transient": transient}
             for layer, linears in layers
             for moments, transient in self.moments(layer, linears, batch)
         ]
@@ -143,6 +147,10 @@ class MemoryModel:
         if no_cuda_here or _home(self.device, [hidden]).type == self.device.type:
             return Stage("calibration", {**most, **states}, host)
         return Stage("calibration", most, {**host, **states})
+
+    def layer(self, layer: nn.Module) -> int:
+        """A decoder layer on the device; on the CPU it is a part of the base model."""
+        return 0 if self.device.type == "cpu" else _bytes(layer)
 
     def moments(self, layer: nn.Module, linears: list[nn.Linear], tokens: int) -> Iterator[tuple[int, int]]:
         """(second moments, everything else) at each moment of a layer that may need most. tokens: of one batch."""
@@ -166,10 +174,20 @@ class MemoryModel:
         """Rounding one Linear: float32 copies, codes, and the trials of its scales or the factor of its moments."""
         method, count = self.recipe.weights, linear.weight.numel()
         assert method is not None
-        tried = min(SHRINK_STEPS * count, SEARCH_ELEMENTS) if method.storage == "int4" else 0
         strip = linear.in_features * min(linear.in_features, FACTOR_BLOCK) * method.needs_data
-        beside = max(TRIED_COPIES * tried, FACTOR_STRIPS * strip, (ROUNDED_COPIES[method.storage] - 1) * count)
+        beside = max(self.trials(linear), FACTOR_STRIPS * strip, (ROUNDED_COPIES[method.storage] - 1) * count)
         return FLOAT32 * (count + beside) + count
+
+    def trials(self, linear: nn.Linear) -> int:
+        """float32 numbers that a search of the scales of one Linear holds: several scales for few rows, or one."""
+        method = self.recipe.weights
+        assert method is not None
+        if method.storage != "int4":
+            return 0
+        rows = min(linear.weight.numel(), SEARCH_ELEMENTS)
+        tried = rows * min(SHRINK_STEPS, max(1, SEARCH_ELEMENTS // rows))
+        scales = tried * method.scheme().groups(linear.in_features) // linear.in_features
+        return max(TRIED_COPIES * tried + SCALE_COPIES * scales, REFIT_COPIES * rows)
 
     def activations(self, layer: nn.Module, tokens: int, compressed: bool = True) -> int:
         """One forward pass of a layer: outputs of all its Linears, float32 copies inside norms, expanded weights.
@@ -183,8 +201,15 @@ class MemoryModel:
         if compressed:
             # Kernels expand weights for many tokens, to FP8 or half of them to 16 bit.
             largest = max((linear.weight.numel() for linear in linears), default=0)
-            size += largest * (2 * FLOAT32 + self.model.dtype.itemsize if self.reference else 1)
+            size += largest * (self.expanded_bytes if self.reference else 1)
         return size
+
+    @property
+    def expanded_bytes(self) -> int:
+        """Bytes of a weight while a reference multiplies with it."""
+        method = self.recipe.weights
+        fp8 = method is not None and method.storage == "fp8" and method.activations == "fp8"
+        return FP8_EXPANDED_BYTES if fp8 else EXPANDED_BYTES
 
     def evaluation(self, widest: nn.Module) -> dict[str, int]:
         """Both models, logits of one pass of each, the comparison's float32 chunks, and the pass itself."""

@@ -4,7 +4,7 @@ A part is the Linears of a decoder layer that read the same input: q, k and v; o
 those at once and wants them stored alike. A recipe gets its most frequent choice as the rule and the others as
 `overrides` and `ignore`, module names folded into patterns.
 
-Costs of a part add up over its Linears: bytes as packed, codes, scales and shapes.
+Bytes of a part add up over its Linears: codes, scales and shapes as packed. What they cost: `search_costs.py`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -70,13 +71,17 @@ class Part:
 
     def bytes(self, choice: Choice, activations: Activations) -> int:
         """What the weights take, as they are counted everywhere: from the tensors of a packed Linear."""
-        if choice.weights == "float":
-            return sum(rows * columns for rows, columns in self.shapes) * self.dtype.itemsize
-        scheme = choice.scheme(activations)
-        return sum(
-            CompressedLinear(columns, rows, bias=False, scheme=scheme, dtype=self.dtype, device="meta").stored_bytes
-            for rows, columns in self.shapes
-        )
+        return sum(linear_bytes(shape, choice, activations, self.dtype) for shape in self.shapes)
+
+
+@cache
+def linear_bytes(shape: tuple[int, int], choice: Choice, activations: Activations, dtype: torch.dtype) -> int:
+    """Of the weight of one Linear, its bias left out. shape: (out, in)."""
+    rows, columns = shape
+    if choice.weights == "float":
+        return rows * columns * dtype.itemsize
+    scheme = choice.scheme(activations)
+    return CompressedLinear(columns, rows, bias=False, scheme=scheme, dtype=dtype, device="meta").stored_bytes
 
 
 def offered(group_sizes: Sequence[int | str], *, keep_float: bool = True) -> list[Choice]:

@@ -1,8 +1,9 @@
-"""`search`: the recipe of fewest bytes whose measured loss stays within a limit, every part of the model stored its own
-way.
+"""`search`: the recipe of fewest bytes, or of least time, whose measured loss stays within a limit, every part of the
+model stored its own way.
 
+    costs       of every choice for every part: bytes or seconds (`search_costs.py`)
     losses      of every choice for every part, to second order (`search_losses.py`)
-    solutions   the fewest bytes within an estimated loss b (`knapsack.py`)
+    solutions   the least cost within an estimated loss b (`knapsack.py`)
     measured    each solution is compressed as `compress` would, and its perplexity measured on held-out text
 
 Estimated losses add up only roughly, so b is no limit but a dial: it is turned until solutions on both sides of the
@@ -18,14 +19,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .assess import default_device_map, describe_text, measure_text, read_text, save_json
+from .assess import default_device_map, measure_text, read_text
 from .base_results import BaseResults, base_facts, content_digest, results_folder
 from .calibration import calibration_tokens
 from .coverage import cover
@@ -34,54 +35,38 @@ from .hf import load_base, load_tokenizer, resolve_model
 from .hf_decoder import decoder_layers, refuse_experts
 from .knapsack import cheapest
 from .patching import patch
-from .pipeline import Progress, environment, package_version, quiet
+from .pipeline import Progress, quiet
 from .planning import own_bytes
-from .recipe import EvaluationOptions, Recipe, nearest, percent, shown
-from .restore import LimitExceeded
+from .recipe import EvaluationOptions, Recipe
+from .search_costs import Costs, check_device, check_differ, costs_of
 from .search_losses import LossWalk, parts_of
-from .search_space import GROUP_SIZES, Choice, Part, offered, recipe_for
+from .search_options import SearchOptions
+from .search_results import check_recipe_file, summary
+from .search_slots import SlotChoice, SlotLosses, SlotSpace, slot_space
+from .search_space import FLOAT, Choice, Part, offered, recipe_for
 
-TARGETS = ("size",)
 CLOSE = 0.003
-"""Share of the compressed bytes by which two solutions on both sides of the limit may differ at the end."""
-MEASURES = ("perplexity",)
+"""Share of the cost by which two solutions on both sides of the limit may differ at the end."""
 
 
 @dataclass(frozen=True)
-class SearchOptions:
-    """limit: increase of perplexity, 0.02 for 2 %. group_sizes: of INT4. rounds: solutions that are measured, at most.
-    minutes: None for no budget. text: None for windows of the calibration source that calibration does not draw.
-    windows: how many, of the calibration's length, or of a text's; loss_windows: more of them, for the losses of parts.
-    """
+class Space:
+    """What there is to choose. own: of each part, the choices that fit it. slots: fillings of the target's slot."""
 
-    limit: float
-    target: str = "size"
-    group_sizes: Sequence[int | str] = GROUP_SIZES
-    rounds: int = 6
-    minutes: float | None = None
-    text: str | None = None
-    windows: int = 16
-    loss_windows: int = 4
+    parts: list[Part]
+    own: list[list[Choice]]
+    slots: SlotSpace
 
-    def __post_init__(self) -> None:
-        if self.target not in TARGETS:
-            raise ValueError(f"unknown target {shown(self.target)}{nearest(self.target, list(TARGETS))}")
-        if not 0 < self.limit < 10:
-            raise ValueError(f"the limit is {self.limit:g}; it is an increase above 0, such as 1%")
-        for name in ("rounds", "windows", "loss_windows"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.minutes is not None and self.minutes <= 0:
-            raise ValueError(f"the budget is {self.minutes:g} minutes; it must be more than 0")
-        offered(self.group_sizes)
-
-
-def parse_limit(text: str) -> float:
-    """``perplexity=+1%`` → 0.01. ValueError for another measure or no number."""
-    measure, equals, value = text.partition("=")
-    if measure.strip() not in MEASURES or not equals:
-        raise ValueError(f"the limit {shown(text)} is not MEASURE=+X%{nearest(measure.strip(), list(MEASURES))}")
-    return percent(value)
+    @classmethod
+    def of(cls, parts: list[Part], choices: list[Choice], slots: SlotSpace, path: Path) -> Space:
+        """ValueError for a choice that fits no part."""
+        own = [part.choices(choices) for part in parts]
+        if unfit := [choice for choice in choices if all(choice not in found for found in own)]:
+            raise ValueError(
+                f"group size {unfit[0].group_size} divides the inputs of no Linear of {path}; there are, e.g., "
+                f"{parts[0].shapes[0][1]}"
+            )
+        return cls(parts, own, slots)
 
 
 @dataclass
@@ -104,6 +89,9 @@ class Search:
     started: float = field(default_factory=lambda: time.monotonic())
     rows: list[dict[str, Any]] = field(default_factory=list)
     stopped: str = ""
+    base_bytes: int = 0
+    space: Space = field(init=False)
+    costs: Costs = field(init=False)
 
     @classmethod
     def open(cls, model: str | Path, recipe: Recipe, options: SearchOptions, progress: Progress) -> Search:
@@ -130,6 +118,7 @@ class Search:
             ),
             results=BaseResults(search_folder(), facts),
             progress=progress,
+            base_bytes=sum(own_bytes(base)),
         )
 
     def within_time(self) -> bool:
@@ -200,12 +189,46 @@ class Search:
 
         return self.results.recall({"recipe": content, "evaluation": evaluation, **self.drawn()}, find)
 
+    def slot_losses(self) -> list[float] | None:
+        """Of every choice for the slot; one that says nothing is left out. None if time ran out."""
+        space = self.space.slots
+        found = {space.choices[0].key: 0.0}
+        measures = SlotLosses(self.base, self.subject, self.tokenizer, self.loss_windows, self.progress)
+
+        def rounding() -> float:
+            return self.results.recall({"slot_rounding": space.slot, **self.drawn()}, measures.rounding)
+
+        for choice in space.choices[1:]:
+            if not self.within_time():
+                return None
+            self.progress("losses", 0, 0, choice.key)
+            asked = choice.recipe.model_dump(mode="json", include={space.slot, "calibration"})
+            measure = partial(measures.loss, choice, space.slot, rounding)
+            answer = self.results.recall({"slot_loss": asked, **self.drawn()}, measure)
+            if "reason" in answer:
+                space.leave_out(choice.key, answer["reason"])
+            else:
+                found[choice.key] = answer["loss"]
+        return [found[choice.key] for choice in space.choices]
+
+    def cost(self, assignment: dict[Part, Choice], slot: SlotChoice) -> float:
+        """What the target counts of a whole model."""
+        parts = sum(self.costs.part(part, choice) for part, choice in assignment.items())
+        return self.costs.rest + self.costs.slots[slot.key] + parts
+
+    def weight_bytes(self, assignment: dict[Part, Choice]) -> int:
+        """Bytes of all weights of a whole model."""
+        assert self.recipe.weights is not None
+        activations = self.recipe.weights.activations
+        saved = sum(part.bytes(FLOAT, "none") - part.bytes(choice, activations) for part, choice in assignment.items())
+        return self.base_bytes - saved
+
     def row(
-        self, kind: str, name: str, assignment: dict[Part, Choice], size: int, estimate: float | None
+        self, kind: str, name: str, assignment: dict[Part, Choice], slot: SlotChoice, estimate: float | None
     ) -> dict[str, Any]:
-        """Measures one assignment and keeps it in the table. size: bytes of all weights."""
+        """Measures one assignment and keeps it in the table."""
         self.progress("search", len(self.rows), 0, name)
-        recipe = recipe_for(self.recipe, assignment, name)
+        recipe = recipe_for(slot.recipe, assignment, name)
         found = self.measure(recipe)
         highest = found["perplexity_increase"] + (found["perplexity_increase_stderr"] or 0.0)
         weights = sum(rows * columns for part in assignment for rows, columns in part.shapes)
@@ -215,7 +238,9 @@ class Search:
         row = {
             "kind": kind,
             "name": name,
-            "bytes": size,
+            "bytes": self.weight_bytes(assignment),
+            "cost": self.cost(assignment, slot),
+            "slot": slot.key,
             "estimated_loss": estimate,
             "within": highest <= self.options.limit,
             "shares": {key: round(count / weights, 4) for key, count in counts.items()},
@@ -244,53 +269,54 @@ def search(
     loaded = Recipe.load(recipe, overrides)
     if output is not None:
         check_recipe_file(output)
+    check_device(options)
     job = Search.open(model, loaded, options, progress)
-    assert loaded.weights is not None
-    parts, choices = job.parts(), offered(options.group_sizes)
-    activations = loaded.weights.activations
-    own = [part.choices(choices) for part in parts]
-    if unfit := [choice for choice in choices if all(choice not in found for found in own)]:
-        raise ValueError(
-            f"group size {unfit[0].group_size} divides the inputs of no Linear of {job.path}; there are, e.g., "
-            f"{parts[0].shapes[0][1]}"
-        )
-    costs = [[part.bytes(choice, activations) for choice in found] for part, found in zip(parts, own, strict=True)]
-    fixed = sum(own_bytes(job.base)) - sum(part.bytes(choices[0], activations) for part in parts)
-    uniform(job, parts, choices, fixed)
-    losses = job.losses(parts, choices) if job.within_time() else None
-    if losses is not None:
-        turn_dial(job, parts, own, costs, losses, fixed)
-    return summary(job, sum(own_bytes(job.base)), sum(map(len, own)))
+    choices = offered(options.group_sizes)
+    job.space = Space.of(job.parts(), choices, slot_space(job.base, loaded, options), job.path)
+    job.costs = costs_of(job.base, job.space.slots, options, job.space.parts, job.results.recall)
+    matrix = job.costs.matrix(job.space.parts, job.space.own)
+    check_differ(job.costs, matrix, job.space.slots)
+    slot_losses = job.slot_losses()
+    uniform(job, choices)
+    losses = job.losses(job.space.parts, choices) if job.within_time() else None
+    if losses is not None and slot_losses is not None:
+        slot_costs = [job.costs.slots[choice.key] for choice in job.space.slots.choices]
+        turn_dial(job, [*matrix, slot_costs], [*losses, slot_losses])
+    return summary(job, sum(map(len, job.space.own)) + len(job.space.slots.choices) - 1)
 
 
-def uniform(job: Search, parts: list[Part], choices: list[Choice], fixed: int) -> None:
-    """Measures the recipes with one choice for all, from the most bytes on, until one is outside the limit."""
-    assert job.recipe.weights is not None
+def uniform(job: Search, choices: list[Choice]) -> None:
+    """Measures the recipes with one choice for all, from the most bytes on, until one is outside the limit; then the
+    cheapest within it, or the float model, with the slot filled in every other way.
+    """
+    parts, slots = job.space.parts, job.space.slots.choices
+    best, best_name, least = dict.fromkeys(parts, FLOAT), FLOAT.key, (math.inf, 0)
     for choice in choices[1:]:
         if not job.within_time():
             return
-        if any(choice not in part.choices([choice]) for part in parts):
+        if any(choice not in own for own in job.space.own):
             continue
-        size = fixed + sum(part.bytes(choice, job.recipe.weights.activations) for part in parts)
-        row = job.row("uniform", choice.key, dict.fromkeys(parts, choice), size, None)
+        assignment = dict.fromkeys(parts, choice)
+        row = job.row("uniform", choice.key, assignment, slots[0], None)
+        if row["within"] and (row["cost"], row["bytes"]) < least:
+            best, best_name, least = assignment, choice.key, (row["cost"], row["bytes"])
         # Fewer bits lose more; FP8 and INT4 are not the same kind of bits, so that INT4 is tried whatever FP8 gave.
         if not row["within"] and choice.weights == "int4":
+            break
+    for slot in slots[1:]:
+        if not job.within_time():
             return
+        job.row("uniform", f"{best_name}, {slot.key}", best, slot, None)
 
 
-def turn_dial(
-    job: Search,
-    parts: list[Part],
-    own: list[list[Choice]],
-    costs: list[list[int]],
-    losses: list[list[float]],
-    fixed: int,
-) -> None:
-    """Solves for one estimated loss after another, and measures what comes out."""
+def turn_dial(job: Search, costs: list[list[float]], losses: list[list[float]]) -> None:
+    """Solves for one estimated loss after another, and measures what comes out. costs, losses: of parts, then the
+    slot.
+    """
     # Points are (estimated loss, log perplexity over the limit); the float model is one.
     target = math.log1p(job.options.limit)
     inside, outside = (0.0, -target), None
-    sizes: dict[bool, int] = {}
+    found: dict[bool, float] = {}
     seen: set[tuple[int, ...]] = set()
     budget = target
     for number in range(1, job.options.rounds + 1):
@@ -302,16 +328,17 @@ def turn_dial(
             return
         seen.add(tuple(chosen))
         estimate = sum(row[choice] for row, choice in zip(losses, chosen, strict=True))
-        size = fixed + sum(row[choice] for row, choice in zip(costs, chosen, strict=True))
-        assignment = {part: found[choice] for part, found, choice in zip(parts, own, chosen, strict=True)}
-        row = job.row("searched", f"searched {number}", assignment, size, estimate)
+        assignment = {
+            part: own[choice] for part, own, choice in zip(job.space.parts, job.space.own, chosen[:-1], strict=True)
+        }
+        row = job.row("searched", f"searched {number}", assignment, job.space.slots.choices[chosen[-1]], estimate)
         excess = math.log1p(row["perplexity_increase"] + (row["perplexity_increase_stderr"] or 0.0)) - target
-        sizes[row["within"]] = size
+        found[row["within"]] = row["cost"]
         if row["within"]:
             inside = (estimate, excess)
         else:
             outside = (estimate, excess)
-        if len(sizes) == 2 and abs(sizes[True] - sizes[False]) < CLOSE * size:
+        if len(found) == 2 and abs(found[True] - found[False]) < CLOSE * row["cost"]:
             return
         budget = next_budget(inside, outside)
 
@@ -325,40 +352,6 @@ def next_budget(inside: tuple[float, float], outside: tuple[float, float] | None
     (low, below), (high, above) = inside, outside
     share = -below / (above - below) if above > below else 0.5
     return low + (high - low) * min(max(share, 0.1), 0.9)
-
-
-def summary(job: Search, base_bytes: int, choices: int) -> dict[str, Any]:
-    """The result. LimitExceeded if there is none."""
-    fitting = [row for row in job.rows if row["within"] and row["recipe"] is not None]
-    best = min(fitting, key=lambda row: row["bytes"], default=None)
-    best_uniform = min((row for row in fitting if row["kind"] == "uniform"), key=lambda row: row["bytes"], default=None)
-    if best is None:
-        tried = ", ".join(f"{row['name']} {row['perplexity_increase']:+.2%}" for row in job.rows) or "nothing"
-        more = f"; {job.stopped}, and the same command goes on from here" if job.stopped else ""
-        raise LimitExceeded(
-            f"no recipe that was measured keeps the increase of perplexity and its standard error within "
-            f"{job.options.limit:.2%}: {tried}{more}"
-        )
-    return {
-        "search": 1,
-        "kompakt": package_version(),
-        "environment": environment(next(job.base.parameters()).device),
-        "model": str(job.path),
-        "limit": {"perplexity_increase": job.options.limit},
-        "target": job.options.target,
-        "cost": "bytes of all weights, codes, scales and shapes as packed",
-        "recipe": job.recipe.model_dump(mode="json", exclude_none=True),
-        "text": describe_text(job.evaluation, job.source, job.windows),
-        "loss_windows": len(job.loss_windows),
-        "choices": choices,
-        "base_bytes": base_bytes,
-        "minutes": round((time.monotonic() - job.started) / 60, 2),
-        "stopped": job.stopped,
-        "rows": job.rows,
-        "best": best["name"],
-        "best_uniform": None if best_uniform is None else best_uniform["name"],
-        "fewer_bytes_than_uniform": 1 - best["bytes"] / (base_bytes if best_uniform is None else best_uniform["bytes"]),
-    }
 
 
 def search_texts(tokenizer: Any, recipe: Recipe, options: SearchOptions) -> tuple[torch.Tensor, torch.Tensor, str]:
@@ -383,34 +376,6 @@ def search_texts(tokenizer: Any, recipe: Recipe, options: SearchOptions) -> tupl
             f"{len(windows)}; give a longer text, or fewer or shorter windows"
         )
     return calibrating, windows, source
-
-
-def check_recipe_file(output: Path) -> None:
-    """ValueError unless a recipe can be written there, and is not there yet."""
-    if output.suffix not in (".yaml", ".yml"):
-        raise ValueError(f"the recipe file {output} must end in .yaml")
-    for file in (output, output.with_suffix(".json")):
-        if file.exists():
-            raise ValueError(f"{file} exists; choose another --output")
-    if not output.absolute().parent.is_dir():
-        raise ValueError(f"the folder of {output} does not exist")
-
-
-def write_result(result: dict[str, Any], output: Path) -> None:
-    """The best recipe as YAML, and beside it everything that was measured as JSON."""
-    best = next(row for row in result["rows"] if row["name"] == result["best"])
-    recipe = {**best["recipe"], "name": output.stem, "description": describe_best(result, best)}
-    save_json(result, output.with_suffix(".json"))
-    output.write_text(Recipe.load(recipe).to_yaml(), "utf-8")
-
-
-def describe_best(result: dict[str, Any], best: dict[str, Any]) -> str:
-    """A sentence for the recipe: the limit, and what was measured under which conditions."""
-    text, limit = result["text"], result["limit"]["perplexity_increase"]
-    return (
-        f"searched for the fewest bytes with perplexity up by {limit:.2%} at most; {best['perplexity_increase']:+.2%} "
-        f"on {text['windows']} windows of {text['window']} tokens of {text['source']}"
-    )
 
 
 def search_folder() -> Path:

@@ -8,22 +8,27 @@ one thinks: checksums stand in the same directory.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+
+import torch
 
 from ..quant.method import AttentionPolicy, CachePolicy
 from .artifact import SIDECAR, SIDECAR_TENSORS, read_cache, read_policies, read_sidecar, sha256
 from .assess import default_device_map
 from .fingerprint import check_fingerprint, compare_fingerprint
 from .hf import PICKLES, load_written, meta_model, read_written_config
+from .hf_cache import layer_kinds
 from .hf_cache_hooks import running
 from .hf_quantizer import KompaktConfig
 from .hf_stored import check_cache, check_statics, check_stored
 from .layer_policies import arithmetic_of, sparsity_of
 from .recipe import Recipe, read_yaml
 from .untrusted import StoredTensor, file_inside, header, weight_files
+from .verification_kernels import KernelCheck, kernel_checks, nothing_to_compare
 from .verification_tensors import line_problems, tensor_problem, unknown_tensors
 
 Progress = Callable[[str, int, int, str], None]
@@ -39,7 +44,7 @@ CHECKS = {
     "policies": "attention and cache policies, their modules and tensors",
     "logits": "the model is loaded, and its logits are those of the compression",
 }
-"""What is checked, in this order."""
+"""What is checked, in this order; and on request, last, `check_kernels`."""
 
 
 @dataclass(frozen=True)
@@ -54,10 +59,11 @@ class Check:
 
 @dataclass
 class Verification:
-    """What `verify` found. `passed` if nothing failed."""
+    """What `verify` found. `passed` if nothing failed. kernels: every comparison, where they were asked for."""
 
     directory: str
     checks: list[Check] = field(default_factory=list)
+    kernels: list[KernelCheck] = field(default_factory=list)
 
     @property
     def passed(self) -> bool:
@@ -66,7 +72,8 @@ class Verification:
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able."""
-        return {"directory": self.directory, "passed": self.passed, "checks": [asdict(check) for check in self.checks]}
+        found = {"directory": self.directory, "passed": self.passed, "checks": [asdict(check) for check in self.checks]}
+        return {**found, "kernels": [asdict(check) for check in self.kernels]} if self.kernels else found
 
 
 class Problems(Exception):
@@ -92,12 +99,14 @@ class Subject:
     stored: dict[str, StoredTensor] = field(default_factory=dict)
     policies: dict[str, AttentionPolicy] = field(default_factory=dict)
     cache: CachePolicy | None = None
+    kernels: list[KernelCheck] = field(default_factory=list)
 
 
 def verify(
     directory: str | Path,
     *,
     logits: bool = True,
+    kernels: bool = False,
     device_map: Any = None,
     trust_remote_code: bool = False,
     progress: Progress = lambda stage, done, total, text: None,
@@ -105,7 +114,8 @@ def verify(
     """Checks a directory that `compress` wrote, without trusting it; see `CHECKS`.
 
     logits: load the model and compare its logits with those recorded at compression. device_map: where, default one
-    CUDA device if there is one.
+    CUDA device if there is one. kernels: compare what its modules run on this device with the references, on random
+    input (`verification_kernels.py`).
     trust_remote_code: let code in the directory be run, which is otherwise a failure. Raises ValueError only if there
     is no such directory or kompakt did not write it; whatever else is wrong is a failed check.
     """
@@ -115,7 +125,8 @@ def verify(
     if not (path / SIDECAR).exists():
         raise ValueError(f"{path} holds no {SIDECAR}; it was not written by kompakt")
     subject, found = Subject(path, trust_remote_code, device_map, progress), Verification(str(directory))
-    wanted = [name for name in CHECKS if logits or name != "logits"]
+    found.kernels = subject.kernels
+    wanted = [*(name for name in CHECKS if logits or name != "logits"), *(["kernels"] if kernels else [])]
     for index, name in enumerate(wanted):
         progress("verify", index, len(wanted), name)
         status = {check.name: check.status for check in found.checks}
@@ -128,6 +139,8 @@ def verify(
 
 def _run(name: str, subject: Subject) -> Check:
     try:
+        if name == "kernels" and (why := nothing_to_compare(kernel_device())) is not None:
+            return Check(name, "skipped", why)
         return Check(name, "passed", FUNCTIONS[name](subject))
     except Problems as error:
         more = f", and {len(error.problems) - 1} more" if len(error.problems) > 1 else ""
@@ -274,6 +287,28 @@ def check_logits(subject: Subject) -> str:
     return f"{'; '.join(f'{what}: {words}' for what, _, words in results)}; {where}"
 
 
+def kernel_device() -> torch.device:
+    """Where kernels would run."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def check_kernels(subject: Subject) -> str:
+    """Every op, shape and option of the directory's modules once."""
+    schemes: dict[Any, str] = {}
+    for line in subject.sidecar["coverage"]:
+        if line["status"] == "quantized" and subject.packed is not None:
+            schemes.setdefault((subject.packed.scheme_of(line["name"]), tuple(line["shape"])), line["name"])
+    windows = any(kind == "sliding_attention" for kind in layer_kinds(subject.config.get_text_config()))
+    device = kernel_device()
+    for check in kernel_checks(subject.config, schemes, subject.policies, subject.cache, windows, device):
+        subject.kernels.append(check)
+        subject.progress("kernels", len(subject.kernels), 0, f"{check.op}, {check.case}")
+    _refuse([check.problem for check in subject.kernels if check.status == "differs"])
+    counts = Counter(check.status for check in subject.kernels)
+    alone = f", {counts['reference']} run through their references" if counts["reference"] else ""
+    return f"{counts['equal']} results are those of the references{alone}"
+
+
 FUNCTIONS: dict[str, Callable[[Subject], str]] = {
     "sidecar": check_sidecar_file,
     "files": check_files,
@@ -284,6 +319,7 @@ FUNCTIONS: dict[str, Callable[[Subject], str]] = {
     "numbers": check_numbers,
     "policies": check_policies,
     "logits": check_logits,
+    "kernels": check_kernels,
 }
 NEEDS = {
     "checksums": ("sidecar",),
@@ -293,5 +329,6 @@ NEEDS = {
     "numbers": ("shapes",),
     "policies": ("recipe",),
     "logits": ("files", "shapes", "policies"),
+    "kernels": ("shapes", "coverage", "policies"),
 }
 """Checks that must have passed before another can be made."""

@@ -155,10 +155,11 @@ def test_memory_of_calibration_is_near_what_is_held(recipe, length, hidden, most
     coverage = cover(model, [name for name, _ in decoder_layers(model)], method)
     tokens = torch.randint(0, 128, (samples, length) if method.needs_data else (1, 256))
     with LiveBytes() as held:
+        for parameter in model.parameters():
+            held._note(parameter.untyped_storage())
         quantize_layers(model, method, list(tokens.split(1)), coverage, device=torch.device("cpu"))
-    estimate = dict(next(stage for stage in found.stages if stage.name == "calibration").host)
-    del estimate["base model"]
-    assert 1 < sum(estimate.values()) / held.peak < most
+    estimate = next(stage for stage in found.stages if stage.name == "calibration").host
+    assert 0.9 < sum(estimate.values()) / held.peak < most
 
 
 def test_memory_grows_with_what_it_should(base):
