@@ -171,6 +171,15 @@ class EvictingStore(TokenStore):
             self.key[:, :, place], self.value[:, :, place] = key[:, :, source], value[:, :, source]
         self.version += 1
 
+    def add_page(self, number: int) -> None:
+        """See `TokenStore.add_page`. The first page begins with columns that nobody writes or sees, and a kernel
+        multiplies what it has read by zero: it must be numbers.
+        """
+        super().add_page(number)
+        if number * PAGE < self.gone:
+            assert self.pool is not None
+            self.pool.record(self.slots[number]).zero_()
+
     def read(self, new: tuple[Tensor, Tensor] | None, queries: int) -> CompressedKV:
         """See `TokenStore.read`."""
         return replace(super().read(new, queries), kept=self.kept)

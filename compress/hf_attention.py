@@ -219,7 +219,7 @@ def run_cached(
                 layer.ran["kv_cache"] += 1
             assert not isinstance(starts, str)
             kv = key.visible.compressed()
-            if kv.kept is not None:
+            if kv.kept is not None and kv.lengths is None:
                 check_kept_mask(mask, kv)
             if kv.lengths is not None:
                 # The same launch is to do for later tokens: what the mask does not show yet is asked of the cache.

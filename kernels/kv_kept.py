@@ -11,7 +11,8 @@ rows that are copies of one another share theirs.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -23,12 +24,42 @@ SPARE = 8
 
 
 @dataclass(frozen=True)
+class Runs:
+    """How the pages of heads, of which each has its own number, are shared out among programs of a kernel.
+
+    entries: (runs, 3) int32: row · num_kv_heads + head, its first page, the page after its last. ends: (batch ·
+    num_kv_heads + 1,) int32: of each row and head, the number of its first run, and behind them the number of runs.
+    """
+
+    entries: Tensor
+    ends: Tensor
+
+    @classmethod
+    def of(cls, pages: Sequence[int], programs: int, device: torch.device) -> Runs:
+        """No more runs than `programs`, if there are as many heads at most, and the longest as short as can be.
+
+        pages: of each head. More runs than one wave of programs would leave most of a device idle in the end.
+        """
+        longest = max(1, -(-sum(pages) // programs))
+        while longest < max(pages) and sum(-(-count // longest) for count in pages) > programs:
+            longest += 1
+        found, ends = [], [0]
+        for head, count in enumerate(pages):
+            parts = -(-count // longest)
+            found += [(head, part * count // parts, (part + 1) * count // parts) for part in range(parts)]
+            ends.append(len(found))
+        entries = torch.tensor(found, dtype=torch.int32, device=device).view(-1, 3)
+        return cls(entries, torch.tensor(ends, dtype=torch.int32, device=device))
+
+
+@dataclass(frozen=True)
 class KeptTokens:
     """Kept tokens of one layer.
 
     records: (pages, record_bytes) uint8, each a page of one row and head. numbers: row → head → its records, in order.
-    counts: row → head → tokens. codec: what wrote them. table: (batch, num_kv_heads, most pages) int64, `numbers` on
-    the device, 0 where a head has fewer. lengths: (batch, num_kv_heads) int64.
+    counts: row → head → tokens. codec: what wrote them. table: (batch, num_kv_heads, most pages) int64, the first
+    byte of each page in records, 0 where a head has fewer. lengths: (batch, num_kv_heads) int64. shared: `runs`, by
+    the programs that they were asked for.
     """
 
     layout: Layout
@@ -38,6 +69,7 @@ class KeptTokens:
     counts: tuple[tuple[int, ...], ...]
     table: Tensor
     lengths: Tensor
+    shared: dict[int, Runs] = field(default_factory=dict, compare=False)
 
     @classmethod
     def pack(cls, key: Tensor, value: Tensor, columns: Tensor, counts: list[list[int]], codec: Codec) -> KeptTokens:
@@ -72,7 +104,8 @@ class KeptTokens:
     ) -> KeptTokens:
         """With `table` and `lengths` made from the numbers."""
         most = max((len(head) for row in numbers for head in row), default=0)
-        table = [[[*head, *[0] * (most - len(head))] for head in row] for row in numbers]
+        size = layout.record_bytes
+        table = [[[*(size * page for page in head), *[0] * (most - len(head))] for head in row] for row in numbers]
         shape = (len(numbers), len(numbers[0]), most)
         device = records.device
         return cls(
@@ -97,7 +130,7 @@ class KeptTokens:
         filled.zero_()
         self.layout.page(filled).write(slice(0, columns.shape[2]), keys, values)
         there = self.lengths > number * PAGE
-        self.records[self.table[:, :, number][there]] = filled[there]
+        self.records[self.record(number)[there]] = filled[there]
 
     def valid(self, number: int) -> Tensor:
         """(batch, num_kv_heads, PAGE) bool: which places of every head's page of that number hold a token."""
@@ -108,8 +141,19 @@ class KeptTokens:
         """Every head's page of that number: keys and values, (batch, num_kv_heads, PAGE, head_dim) fp32, and `valid`.
         Where that is False, they hold anything.
         """
-        keys, values = self.layout.page(self.records[self.table[:, :, number]]).read()
+        keys, values = self.layout.page(self.records[self.record(number)]).read()
         return self.codec.decode_keys(keys), self.codec.decode_values(values), self.valid(number)
+
+    def record(self, number: int) -> Tensor:
+        """(batch, num_kv_heads) int64: the record of every head's page of that number."""
+        return self.table[:, :, number] // self.layout.record_bytes
+
+    def runs(self, programs: int) -> Runs:
+        """For about so many programs; made once for each number of them."""
+        if programs not in self.shared:
+            heads = [len(head) for row in self.numbers for head in row]
+            self.shared[programs] = Runs.of(heads, programs, self.records.device)
+        return self.shared[programs]
 
     @property
     def pages(self) -> int:
@@ -134,6 +178,7 @@ class KeptTokens:
         return len(self.records) * PAGE * (self.layout.key_dim + self.layout.value_dim)
 
     def nbytes(self) -> tuple[int, int]:
-        """Bytes allocated for codes, and for their parameters, the table and the lengths."""
+        """Bytes allocated for codes, and for their parameters, the table, the lengths and lists of runs."""
         parameters = len(self.records) * self.layout.parameter_bytes
-        return self.records.nbytes - parameters, parameters + self.table.nbytes + self.lengths.nbytes
+        lists = sum(runs.entries.nbytes + runs.ends.nbytes for runs in self.shared.values())
+        return self.records.nbytes - parameters, parameters + self.table.nbytes + self.lengths.nbytes + lists
