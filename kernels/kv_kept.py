@@ -19,6 +19,8 @@ from torch import Tensor
 
 from .kv_codec import PAGE, Codec, Layout
 
+AT_ONCE = 16
+"""Pages of every head that are coded at a time, which bounds the float32 copies."""
 SPARE = 8
 """Records are gathered anew once less than all but one of so many parts are in use."""
 
@@ -73,7 +75,7 @@ class KeptTokens:
 
     @classmethod
     def pack(cls, key: Tensor, value: Tensor, columns: Tensor, counts: list[list[int]], codec: Codec) -> KeptTokens:
-        """Codes the chosen tokens, a page of every head at a time.
+        """Codes the chosen tokens, `AT_ONCE` pages of every head at a time.
 
         key: (batch, num_kv_heads, tokens, head_dim), value likewise. columns: (batch, num_kv_heads, n) int64, which
         tokens each head keeps, the first of them as many as `counts` says.
@@ -89,8 +91,8 @@ class KeptTokens:
         records = torch.empty((first, layout.record_bytes), dtype=torch.uint8, device=key.device)
         kept = cls.of(layout, codec, records, tuple(rows), tuple(map(tuple, counts)))
         if key.device.type != "meta":
-            for number in range(kept.table.shape[2]):
-                kept.write(number, key, value, columns[:, :, number * PAGE : (number + 1) * PAGE])
+            for number in range(0, kept.pages, AT_ONCE):
+                kept.write(number, key, value, columns[:, :, number * PAGE : (number + AT_ONCE) * PAGE])
         return kept
 
     @classmethod
@@ -119,18 +121,25 @@ class KeptTokens:
         )
 
     def write(self, number: int, key: Tensor, value: Tensor, columns: Tensor) -> None:
-        """Fills every head's page of that number. columns: (batch, num_kv_heads, at most PAGE)."""
-        valid = self.valid(number)[..., : columns.shape[2]]
+        """Fills pages of every head from that number on. columns: (batch, num_kv_heads, at most a page each)."""
+        batch, heads, count = columns.shape
+        pages = -(-count // PAGE)
+        columns = torch.nn.functional.pad(columns, (0, pages * PAGE - count))
+        first = number * PAGE + torch.arange(pages, device=columns.device) * PAGE
+        place = first[:, None] + torch.arange(PAGE, device=columns.device)
+        # (batch, pages, heads, PAGE): what maps keys belongs to heads.
+        valid = (place < self.lengths[..., None, None]).transpose(1, 2)
         tokens = []
         for x in (key, value):
             chosen = x.gather(2, columns[..., None].expand(*columns.shape, x.shape[3]))
+            chosen = chosen.unflatten(2, (pages, PAGE)).transpose(1, 2)
             tokens.append(torch.where(valid[..., None], chosen, 0.0))
-        filled = torch.empty((*columns.shape[:2], self.layout.record_bytes), dtype=torch.uint8, device=key.device)
+        filled = columns.new_zeros((batch, pages, heads, self.layout.record_bytes), dtype=torch.uint8)
         keys, values = self.codec.encode_keys(tokens[0]), self.codec.encode_values(tokens[1])
-        filled.zero_()
-        self.layout.page(filled).write(slice(0, columns.shape[2]), keys, values)
-        there = self.lengths > number * PAGE
-        self.records[self.record(number)[there]] = filled[there]
+        self.layout.page(filled).write(slice(0, PAGE), keys, values)
+        there = (first < self.lengths[..., None]).transpose(1, 2)
+        records = self.table[:, :, number : number + pages].transpose(1, 2) // self.layout.record_bytes
+        self.records[records[there]] = filled[there]
 
     def valid(self, number: int) -> Tensor:
         """(batch, num_kv_heads, PAGE) bool: which places of every head's page of that number hold a token."""

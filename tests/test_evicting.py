@@ -19,8 +19,9 @@ from evict_models import recording, reference_logits
 from kernel_cases import skip_below
 from transformers import AttentionInterface, DynamicCache
 
-from kompakt.compress import CompressedCache, hf_capture, hf_eviction, patch
+from kompakt.compress import CompressedCache, hf_attention, hf_capture, hf_eviction, patch
 from kompakt.compress.evicting import EvictingStore, evict_together
+from kompakt.compress.hf_attention import run_second_reading
 from kompakt.compress.hf_cache import CACHE
 from kompakt.compress.hf_cache_hooks import run_as_before
 from kompakt.compress.hf_capture import Steps, everywhere, steps_of
@@ -414,6 +415,30 @@ def test_unpatching_leaves_nothing_behind():
     assert not torch.equal(other, wanted)
     assert not model.model._forward_hooks and not model.model._forward_hooks_with_kwargs
     assert not model.model._forward_pre_hooks and torch.equal(model.generate(LONG, **GREEDY), wanted)
+
+
+def test_second_reading_through_our_attention(monkeypatch):
+    """Scores and what follows are those that the model's own attention gives, in a padded batch, whose rows end in
+    padding of their last parts."""
+    method, found, ran = METHODS["kvzip"], [], []
+
+    def keep(stores: Any) -> None:
+        found.append(torch.cat([store.scores[..., :700] for store in stores], dim=1))
+        evict_together(stores)
+
+    def counted(*call: Any) -> Any:
+        ran.append(run_second_reading(*call))
+        return ran[-1]
+
+    model = patched(model_of("llama"), method)
+    monkeypatch.setattr(hf_eviction, "evict_together", keep)
+    monkeypatch.setattr(hf_attention, "run_second_reading", counted)
+    for ours in (False, True):
+        monkeypatch.setattr(hf_attention, "on_cuda", lambda x, ours=ours: ours)
+        model(LONG, attention_mask=MASK)
+    # Two layers, three parts.
+    assert [out is not None for out in ran] == [False] * 6 + [True] * 6
+    assert torch.allclose(*found, rtol=1e-4, atol=1e-6)
 
 
 def test_second_reading_is_that_of_the_prompt_followed_by_its_parts(monkeypatch):
