@@ -250,7 +250,8 @@ def measured(model: Any, way: Way, shape: Shape, repeats: int, device: torch.dev
     if recorded:
         found["replayed_steps"] = steps_of(model).replayed - before
         if not found["replayed_steps"]:
-            raise Absent("no step was replayed")
+            failure = steps_of(model).failure
+            raise Absent("no step was replayed" if failure is None else f"no step was replayed: {failure}")
     return found
 
 

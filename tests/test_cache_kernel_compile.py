@@ -145,6 +145,7 @@ def test_decode_attention_elsewhere(target):
     """GFX942 without the assembly of NVIDIA's."""
     portable = target == GFX942
     assert compile_decode(target, "decode_kernel", "int4", 64, portable=portable, window=300, softcap=5.0).asm
+    assert compile_decode(target, "decode_kernel", "int4", 64, portable=portable, evicted=True, softcap=5.0).asm
 
 
 def test_sm80_has_no_e4m3():
