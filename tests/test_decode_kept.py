@@ -166,7 +166,7 @@ INTERPRETER_CASES |= {
 }
 MUTATIONS = {
     "pages of another head": ("kept_table_ptr + plane * kept_pages", "kept_table_ptr", "plain"),
-    "tokens of a head": ("tl.where(is_kept, count, coded)", "tl.where(is_kept, count - 1, coded)", "all kept"),
+    "tokens of a head": ("tl.where(is_kept, count, coded)", "tl.where(is_kept, count // 2, coded)", "all kept"),
     "causality of kept tokens": ("count + QUERIES, tokens)", "count, tokens)", "bf16 pages, several queries"),
     "starts of kept tokens": ("tl.where(is_kept, 0, lowest)", "lowest", "padding"),
     "sinks of kept tokens": ("tl.where(is_kept, -sink_tokens, sink_start)", "sink_start", "plain"),
