@@ -12,7 +12,13 @@ from .session import Session
 
 BatchLengths = Annotated[str, typer.Option(help="Sequences x tokens of a cache, comma-separated.", metavar="NxN,NxN")]
 Queries = Annotated[int, typer.Option(help="Newest tokens that attend at once.", min=1)]
-Kinds = Annotated[str, typer.Option(help="int4, fp8, pq4, pq2, bf16, comma-separated.", metavar="A,B")]
+Kinds = Annotated[
+    str,
+    typer.Option(
+        help="int4, fp8, pq4, pq2, prune50, prune70, prune70-int4, evict4x, evict2x-int4, bf16, comma-separated.",
+        metavar="A,B",
+    ),
+]
 Peers = Annotated[str, typer.Option(help="What to stand beside: cudnn, fa2, transformers, repeated.", metavar="A,B")]
 
 Model = Annotated[
@@ -66,7 +72,7 @@ def decode(
     found = decode_cases(*shapes, chosen, queries)
     with session.working(), Bar(session.stderr, "measuring the ceilings") as bar:
         machine = Machine.cuda(())
-        check_kernel(machine.device)
+        check_kernel(machine.device, chosen)
         if output is not None and append:
             checked_earlier(output, heading(machine, peers, note), CONDITIONS)
         earlier = output if append else None

@@ -2,11 +2,16 @@
 
 | kind | what runs |
 |---|---|
-| int4, fp8, pq4, pq2 | `kernels.decode_attention.decode_attention` over a cache as the recipes kv-… keep it |
+| int4, fp8, pq4, pq2, prune50, prune70 | `decode_attention.decode_attention` over a cache as the recipes kv-… keep it |
+| prune70-int4 | prune70 with what is kept of a token in INT4, which no recipe has |
+| evict4x, evict2x-int4 | the same over what KV heads have kept of a prompt; see below |
 | bf16 | the same over pages of 16-bit numbers, which no recipe offers: what codes are measured against |
 
 Keys of int4 are mapped by mean, factors and rotation, as calibration chooses for most layers; codebooks of pq4 and pq2
-are made of the first tokens, for speed does not ask how near centroids are. Preparing the queries and
+are made of the first tokens, for speed does not ask how near centroids are; prune70 leaves out as much of keys as of
+values, as a search does in the mean. What evict… keeps is chosen by scores drawn
+from a fixed seed, so that heads have very different numbers of tokens, `SPREAD` in the logarithm of a head's scores;
+the tokens that `needles` look for have the highest. All of a cache's tokens are its prompt. Preparing the queries and
 merging the parts is in every time, since it is in the op.
 
 | peer | what runs, on dense bf16 keys and values |
@@ -27,7 +32,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -42,15 +47,33 @@ from .attention_cases import OUTLIER_STEP, Case, Layout, draw
 from .attention_contenders import Contender, Problem, check_cuda, flash_from_the_end, grouped_or_repeated, sdpa
 from .cache import TokenStore
 from .device_speed import Machine, copies
+from .evicting import EvictingStore
+from .kv_evict import KVEvict
 from .recipe import Recipe
 
-RECIPES = {"int4": "kv-int4", "fp8": "kv-fp8", "pq4": "kv-pq4", "pq2": "kv-pq2"}
+RECIPES = {
+    "int4": "kv-int4",
+    "fp8": "kv-fp8",
+    "pq4": "kv-pq4",
+    "pq2": "kv-pq2",
+    "prune50": "kv-prune50",
+    "prune70": "kv-prune70",
+    "prune70-int4": "kv-prune70",
+    "evict4x": "kv-evict4x",
+    "evict2x-int4": "kv-evict2x-int4",
+}
+CHANGES = {
+    "int4": {"kv_cache.key_transform": "scale_rotate"},
+    "prune70": {"kv_cache.search": "off"},
+    "prune70-int4": {"kv_cache.search": "off", "kv_cache.values": "int4"},
+}
 KINDS = (*RECIPES, "bf16")
 MIN_LENGTH = 512
 """Of shorter caches most is dense."""
 STATIC_TOKENS = 2048
 """Tokens of the first sequence from which means and factors of keys, or codebooks, are taken."""
 NEEDLE = 0.5
+SPREAD = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +114,9 @@ def decode_cases(
     kinds: Sequence[str],
     queries: int,
 ) -> list[DecodeCase]:
-    """Every combination. ValueError for heads that a kind cannot store, or more queries than the kernel holds."""
+    """Every combination. ValueError for heads that a kind cannot store, more queries than the kernel holds, or caches
+    that nothing is evicted from.
+    """
     for (count, kv_heads), head_dim, kind in itertools.product(heads, head_dims, kinds):
         method = method_of(kind)
         method.codec(method.blank_statics(kv_heads, head_dim)).layout(head_dim, head_dim)
@@ -101,6 +126,9 @@ def decode_cases(
                 f"{queries} queries of heads {count}/{kv_heads} are {rows} rows for each KV head, and the kernel holds "
                 f"{MAX_ROWS}; use at most {MAX_ROWS * kv_heads // count}"
             )
+    for (_, length), kind in itertools.product(batch_lengths, kinds):
+        if length < (shortest := shortest_length(kind)):
+            raise ValueError(f"kind {kind} evicts from no fewer than {shortest} tokens, and a cache has {length}")
     combinations = itertools.product(batch_lengths, heads, head_dims)
     return [DecodeCase(*shape, *counts, head_dim, queries) for shape, counts, head_dim in combinations]
 
@@ -125,21 +153,46 @@ def method_of(kind: str) -> KVCacheMethod:
     if kind == "bf16":
         fp8 = method_of("fp8")
         return KVBF16(sink_tokens=fp8.sink_tokens, recent_tokens=fp8.recent_tokens)
-    found = Recipe.load(RECIPES[kind], {"kv_cache.key_transform": "scale_rotate"} if kind == "int4" else None).kv_cache
+    found = Recipe.load(RECIPES[kind], CHANGES.get(kind)).kv_cache
     assert found is not None
     return found
 
 
+def shortest_length(kind: str) -> int:
+    """Tokens of the shortest cache of a kind."""
+    method = method_of(kind)
+    return max(MIN_LENGTH, method.shortest_prompt) if isinstance(method, KVEvict) else MIN_LENGTH
+
+
 def fill(kind: str, problem: Problem, statics: Mapping[str, Tensor] | None = None) -> TokenStore:
     """One cache of all tokens, the queries' own among the recent ones. statics: of `statics_of`."""
-    store = TokenStore(method_of(kind), statics=statics_of(kind, problem) if statics is None else statics)
+    method, statics = method_of(kind), statics_of(kind, problem) if statics is None else statics
+    if not isinstance(method, KVEvict):
+        store = TokenStore(method, statics=statics)
+        store.append(problem.key, problem.value)
+        return store
+    store = EvictingStore(method, statics=statics)
     store.append(problem.key, problem.value)
+    store.scores = drawn_scores(problem)
+    store.evict(store.own_pages(store.scores[..., : store.boundary]))
     return store
+
+
+def drawn_scores(problem: Problem) -> Tensor:
+    """Scores of tokens, (batch, num_kv_heads, tokens) fp32, the same every time; see the module."""
+    generator = torch.Generator().manual_seed(0)
+    batch, heads, tokens, _ = problem.key.shape
+    scores = torch.rand((batch, heads, tokens), generator=generator)
+    scores *= torch.randn((batch, heads, 1), generator=generator).mul_(SPREAD).exp_()
+    scores[..., OUTLIER_STEP // 2 :: OUTLIER_STEP] += scores.max()
+    return scores.to(problem.key.device)
 
 
 def statics_of(kind: str, problem: Problem) -> dict[str, Tensor]:
     """What a kind needs to know of keys and values, on their device."""
     method = method_of(kind)
+    if isinstance(method, KVEvict) and method.codes == "int4":
+        method = method_of("int4")
     if not method.needs_data:
         return {}
     key, value = (tensor[:1, :, :STATIC_TOKENS] for tensor in (problem.key, problem.value))
@@ -249,19 +302,30 @@ def read_bytes(store: TokenStore, problem: Problem) -> int:
     batch, kv_heads, length, head_dim = problem.key.shape
     assert store.pool is not None
     pages = -(-store.coded // PAGE)
+    kept = store.kept if isinstance(store, EvictingStore) else None
+    if kept is not None:
+        dense = batch * kv_heads * (length - store.coded + store.method.sink_tokens) * 2 * head_dim
+        return (
+            kept.records.nbytes + 8 * len(kept.records) + dense * problem.key.element_size() + 2 * problem.query.nbytes
+        )
     dense = (length - store.coded + store.method.sink_tokens) * 2 * head_dim * problem.key.element_size()
     planes = batch * kv_heads * (pages * store.pool.layout.record_bytes + dense)
     return planes + 8 * pages + 2 * problem.query.nbytes
 
 
-def storage(store: TokenStore, problem: Problem) -> dict[str, float]:
+def storage(store: TokenStore, problem: Problem) -> dict[str, Any]:
     """Bytes that a token takes in one KV head, its key and its value together.
 
-    bytes_per_token: all that is allocated, dense tokens and room for more included. page_bytes_per_token: in a page.
+    bytes_per_token: all that is allocated, dense tokens and room for more included, over all tokens that came.
+    page_bytes_per_token: in a page. kept_tokens, where tokens were evicted: in pages of the head that has least, and of
+    the one that has most.
     """
     batch, kv_heads, length, _ = problem.key.shape
     assert store.pool is not None
+    kept = store.kept if isinstance(store, EvictingStore) else None
+    counts = [] if kept is None else [count for row in kept.counts for count in row]
     return {
+        **({"kept_tokens": [min(counts), max(counts)]} if counts else {}),
         "bytes_per_token": round(store.nbytes().total / (batch * kv_heads * length), 2),
         "page_bytes_per_token": round(store.pool.layout.record_bytes / PAGE, 2),
     }

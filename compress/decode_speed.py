@@ -3,20 +3,21 @@
 Every row is one shape of cache and one kind of codes; all kinds and peers have the same keys and values. Before
 anything is timed,
 
-- on `CHECK_LENGTH` tokens the pages must hold what `kv_pages.write_ref` writes, bit for bit (of numbers of centroids
-  a thousandth may differ, where two are about as near), and the result must be that of `decode_ref` in float64 over the
-  same codes;
+- on `check_length` tokens the pages must hold what `kv_pages.write_ref` writes, bit for bit (of numbers of centroids
+  a thousandth may differ, where two are about as near; pages of kept tokens are written by torch alone), and the result
+  must be that of `decode_ref` in float64 over the same codes;
 - at the length itself, queries that each look for another token must find it as `decode_ref` in FP32 does.
 
 Where one of these fails the row is wrong and has no time.
 
-    error           ‖difference‖ / ‖reference‖ of the worst query, on CHECK_LENGTH tokens    ≤ LIMITS
+    error           ‖difference‖ / ‖reference‖ of the worst query, on check_length tokens    ≤ LIMITS
     length_error    the same at the length                                                   ≤ LIMITS
 
 Bytes are those that a call has to move: whole pages with their parameters, dense tokens, queries and outputs, not the
 parts that are merged, which stay in the L2 cache. The floor is the time that they take at the bandwidth measured in the
 same process, the larger of reading and copying; the share of the bandwidth is floor / time. Coding is timed apart: a
-page takes it once in `PAGE` generated tokens, in every layer.
+page takes it once in `PAGE` generated tokens, in every layer. Caches that evict keep what is generated in pages that
+are coded as those of the kind without eviction.
 """
 
 from __future__ import annotations
@@ -39,18 +40,22 @@ from .attention_contenders import Problem
 from .attention_speed import finite, run_once
 from .cache import TokenStore
 from .decode_contenders import (
-    KVBF16,
     PEERS,
     DecodeCase,
     decode_calls,
     fill,
+    method_of,
     needles,
     read_bytes,
     rotated_stores,
+    shortest_length,
+    statics_of,
     storage,
     visible,
 )
 from .device_speed import Ceilings, Machine
+from .evicting import EvictingStore
+from .kv_evict import KVEvict
 from .linear_contenders import Absent
 from .linear_speed import heading as linear_heading
 from .linear_speed import installed, reason
@@ -60,11 +65,15 @@ from .runtime import cache_backends
 VERSION = 1
 CHECK_LENGTH = 777
 """Tokens on which everything is compared: some pages, and dense tokens. One page less moves an output by 40 %."""
-LIMITS = {"int4": 2.0**-4, "fp8": 2.0**-4, "bf16": 2.0**-7, "pq4": 2.0**-5, "pq2": 2.0**-5}
+LIMITS = {
+    **{"int4": 2.0**-4, "fp8": 2.0**-4, "bf16": 2.0**-7, "pq4": 2.0**-5, "pq2": 2.0**-5, "evict4x": 2.0**-7},
+    **{"prune50": 2.0**-7, "prune70": 2.0**-7, "prune70-int4": 2.0**-7, "evict2x-int4": 2.0**-4},
+}
 """Queries and probabilities in two e4m3 terms are off by 2⁻⁸ of each; so are 16-bit probabilities and outputs. FP8 sums
 are off by at most 2⁻¹⁰ of Σ|q·k|, on these inputs a logit of 30 to 36, so that probabilities are off by 2⁻⁵, and by
 2⁻¹⁰ of Σ|p·v| in a page, which is 9 times the page's share of an output. Queries of product-quantized pages are bf16:
-2⁻⁹ of each product of a logit, here of 30 to 36, so that a probability is off by 2⁻⁶ if a few products decide."""
+2⁻⁹ of each product of a logit, here of 30 to 36, so that a probability is off by 2⁻⁶ if a few products decide. Pruned
+pages are multiplied in 16 bit, as those of bf16."""
 NEAR = 1e-3
 """Share of the codes that may be another centroid's, as near but for the order of a sum."""
 PEER_ERROR_LIMIT = 0.25
@@ -73,11 +82,14 @@ CODED_PAGES = 64
 """Pages that coding is timed on, one after another."""
 
 
-def check_kernel(device: torch.device) -> None:
-    """Raises ValueError if the device has no kernel."""
-    backend = cache_backends(device, KVBF16())["decode_attention"]
-    if backend.name == "reference":
-        raise ValueError(f"attention over a compressed cache has no kernel on this device: {backend.reason}")
+def check_kernel(device: torch.device, kinds: Sequence[str]) -> None:
+    """Raises ValueError if the device has no kernel for one of the kinds."""
+    for kind in kinds:
+        backend = cache_backends(device, method_of(kind))["decode_attention"]
+        if backend.name == "reference":
+            raise ValueError(
+                f"attention over a compressed cache of kind {kind} has no kernel on this device: {backend.reason}"
+            )
 
 
 @torch.no_grad()
@@ -109,7 +121,7 @@ def decode_speed(
             beside[peer] = time_peer(peer, problem, exact, machine)
         for step, kind in enumerate(kinds, len(peers)):
             progress("timing decoding", index * steps + step, len(found) * steps, f"{case.name} {kind}")
-            small = replace(case, length=CHECK_LENGTH), kind
+            small = replace(case, length=check_length(kind)), kind
             if small not in checks:
                 checks[small] = checked(*small, machine)
             rows.append({**asdict(case), "kind": kind, **time_kind(kind, problem, checks[small], beside, machine)})
@@ -120,6 +132,11 @@ def decode_speed(
         keep(result)
     progress("timing decoding", len(found) * steps, len(found) * steps, "done")
     return result
+
+
+def check_length(kind: str) -> int:
+    """`CHECK_LENGTH`; of kinds that evict, as many tokens more than the least that anything is evicted from."""
+    return CHECK_LENGTH + (shortest_length(kind) if isinstance(method_of(kind), KVEvict) else 0)
 
 
 def tensors(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
@@ -166,12 +183,14 @@ def checked(case: DecodeCase, kind: str, machine: Machine) -> dict[str, Any]:
         error = worst_error(out, reference)
     except Exception as error:  # one failing kernel must not cost the other rows; the command fails in the end
         return {"correct": False, "reason": reason(error)}
-    found = {"correct": error <= LIMITS[kind] and not differing, "error": finite(error)}
+    found = {"correct": error <= LIMITS[kind] and not differing, "error": finite(error), "checked_tokens": case.length}
     return {**found, "reason": f"coding: {differing} of its pages differ from the reference's"} if differing else found
 
 
 def coding_difference(store: TokenStore, problem: Problem) -> int:
     """Pages of a store that are not what the reference writes."""
+    if isinstance(store, EvictingStore):
+        return 0
     other = copy.deepcopy(store)
     for page in other.pages.values():
         # What the reference leaves out shows.
@@ -195,7 +214,7 @@ def time_kind(
     kind: str, problem: Problem, check: dict[str, Any], beside: dict[str, dict[str, Any]], machine: Machine
 ) -> dict[str, Any]:
     """What a row says beyond its case and kind. check: of `checked`. beside: what `time_peer` found, by peer."""
-    row = {**check, "backend": cache_backends(machine.device, KVBF16())["decode_attention"].name}
+    row = {**check, "backend": cache_backends(machine.device, method_of(kind))["decode_attention"].name}
     if not row["correct"]:
         return {**row, "peers": beside}
     try:
@@ -210,10 +229,20 @@ def time_kind(
         if not error <= LIMITS[kind]:
             return {**row, "correct": False, "peers": beside}
         seconds = machine.timer(decode_calls(problem.query, stores, problem))
-        row["coding"] = time_coding(stores, problem, machine)
+        row["coding"] = time_coding(coded_stores(kind, stores, problem), problem, machine)
     except Exception as error:  # as above
         return {**row, "correct": False, "reason": reason(error), "peers": beside}
     return {**row, **speeds(row, seconds, beside)}
+
+
+def coded_stores(kind: str, stores: Sequence[TokenStore], problem: Problem) -> Sequence[TokenStore]:
+    """Caches whose pages are coded as those that a kind's generated tokens go into."""
+    method = method_of(kind)
+    if not isinstance(method, KVEvict):
+        return stores
+    store = TokenStore(method.coded or method_of("bf16"), statics=statics_of(kind, problem))
+    store.append(problem.key, problem.value)
+    return [store]
 
 
 def time_coding(stores: Sequence[TokenStore], problem: Problem, machine: Machine) -> dict[str, float]:

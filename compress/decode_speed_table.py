@@ -41,7 +41,7 @@ def merged_decode(file: Path, result: dict[str, Any]) -> dict[str, Any]:
 
 def why_wrong(row: dict[str, Any]) -> str:
     """In a few words, what a wrong row disagreed with."""
-    return attention_speed_table.why_wrong(row, CHECK_LENGTH)
+    return attention_speed_table.why_wrong(row, row.get("checked_tokens", CHECK_LENGTH))
 
 
 def shape_name(row: dict[str, Any]) -> str:
@@ -68,7 +68,7 @@ def decode_table(result: dict[str, Any]) -> str:
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     for row in result["rows"]:
         lines.append(f"| {' | '.join([shape_name(row), row['kind'], *cells(row, peers)])} |")
-    sentences = [meaning(peers), measured_on(result), *absences(result)]
+    sentences = [meaning(peers), *left_out(result), measured_on(result), *absences(result)]
     return "\n".join([*lines, "", f"{' '.join(sentences)}{noted(result)}"])
 
 
@@ -96,6 +96,18 @@ def meaning(peers: list[str]) -> str:
         f"its bytes at the measured bandwidth.{beside} Bytes are of a key and a value together, all that is allocated. "
         "Coding is what a layer adds for each generated token of every sequence, a page at a time."
     )
+
+
+def left_out(result: dict[str, Any]) -> list[str]:
+    """A sentence where some kinds do not read all of what peers read."""
+    found = [row["kept_tokens"] for row in result["rows"] if "kept_tokens" in row]
+    if not found:
+        return []
+    least, most = min(counts[0] for counts in found), max(counts[1] for counts in found)
+    return [
+        f"What evict… leaves out is not read, beside peers that read all tokens: KV heads have kept {least:,} to "
+        f"{most:,} of them, dense ones not counted."
+    ]
 
 
 def absences(result: dict[str, Any]) -> list[str]:

@@ -171,6 +171,15 @@ class EvictingStore(TokenStore):
             self.key[:, :, place], self.value[:, :, place] = key[:, :, source], value[:, :, source]
         self.version += 1
 
+    def add_page(self, number: int) -> None:
+        """See `TokenStore.add_page`. The first page begins with columns that nobody writes or sees, and a kernel
+        multiplies what it has read by zero: it must be numbers.
+        """
+        super().add_page(number)
+        if number * PAGE < self.gone:
+            assert self.pool is not None
+            self.pool.record(self.slots[number]).zero_()
+
     def read(self, new: tuple[Tensor, Tensor] | None, queries: int) -> CompressedKV:
         """See `TokenStore.read`."""
         return replace(super().read(new, queries), kept=self.kept)
@@ -247,7 +256,10 @@ def evict_together(stores: list[EvictingStore]) -> None:
             assert store.scores is not None
             store.evict(store.own_pages(store.scores[..., : store.boundary]))
         return
-    scores = torch.cat([store.scores[..., : store.boundary].cpu() for store in stores], dim=1)  # pyright: ignore
+    # Many millions of scores of a long prompt, which a CPU would sort for seconds.
+    device = first.scores.device  # pyright: ignore[reportOptionalMemberAccess]
+    found = [store.scores[..., : store.boundary].to(device) for store in stores]  # pyright: ignore
+    scores = torch.cat(found, dim=1)
     heads = scores.shape[1] // len(stores)
     pages = row_pages(scores, first.first_candidates(), first.rooms(len(stores)), first.method)
     for index, store in enumerate(stores):

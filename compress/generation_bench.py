@@ -44,7 +44,6 @@ from .hf_capture import steps_of
 from .hf_decoder import decoder_layers
 from .hf_generation import ModelSource, cache_facts, forget_compiled, generate_timed, is_compiled, step_weight_bytes
 from .hf_quantizer import mark_quantized
-from .kv_evict import KVEvict
 from .layer_policies import combined
 from .linear_contenders import Absent
 from .linear_speed import installed, reason
@@ -81,8 +80,7 @@ class Way:
         ways: list[Way] = [cls("dynamic", cache="dynamic")]
         for recipe in found:
             ways.append(cls(recipe.name, recipe))
-            # Steps of a cache that evicts run launch by launch anyway.
-            if launches and recipe.kv_cache is not None and not isinstance(recipe.kv_cache, KVEvict):
+            if launches and recipe.kv_cache is not None:
                 ways.append(cls(f"{recipe.name}, launch by launch", recipe, launches=True))
         return [*ways, cls("static", cache="static")]
 
@@ -246,14 +244,14 @@ def measured(model: Any, way: Way, shape: Shape, repeats: int, device: torch.dev
     graph was not replayed.
     """
     cached = way.recipe is not None and way.recipe.kv_cache is not None
-    evicts = way.recipe is not None and isinstance(way.recipe.kv_cache, KVEvict)
-    recorded = device.type == "cuda" and cached and not way.launches and not evicts
+    recorded = device.type == "cuda" and cached and not way.launches
     before = steps_of(model).replayed if recorded else 0
     found = timed(model, way, shape, repeats, device)
     if recorded:
         found["replayed_steps"] = steps_of(model).replayed - before
         if not found["replayed_steps"]:
-            raise Absent("no step was replayed")
+            failure = steps_of(model).failure
+            raise Absent("no step was replayed" if failure is None else f"no step was replayed: {failure}")
     return found
 
 

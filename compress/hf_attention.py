@@ -23,13 +23,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..kernels.activations import log_fallback
 from ..kernels.attention import MODES, Mode
-from ..kernels.decode_attention import CompressedKV
 from ..quant.method import AttentionInputs, AttentionPolicy
 from ..sparsify.method import SparsityPolicy
 from ..sparsify.online import MIN_QUERIES
 from .evicting import EvictingStore
 from .hf_cache import AWAITING, CachedTensor
-from .hf_masks import Layout, MaskInfo, keep_arguments, keep_every_mask
+from .hf_masks import Layout, MaskInfo, check_kept_mask, keep_arguments, keep_every_mask
 from .layer_policies import sparsity_in
 from .runtime import attend, attend_cached, attend_sparse, needs_gradient, refusal, sparse_refusal
 
@@ -113,7 +112,11 @@ def attention_forward(
     """
     layer: LayerAttention | None = vars(module).get(ATTRIBUTE)
     if (store := getattr(key, AWAITING, None)) is not None:
-        untraced(show_prompt)(store, module, (query, key, value, attention_mask, scaling, dropout), kwargs)
+        call = (query, key, value, attention_mask, scaling, dropout)
+        untraced(show_prompt)(store, module, call, kwargs)
+        out = untraced(run_second_reading)(module, call, kwargs) if store.reading is not None else None
+        if out is not None:
+            return out, None
     if isinstance(key, CachedTensor):
         call = (query, key, value, attention_mask, scaling, dropout)
         out = untraced(run_cached)(layer, former, module, call, kwargs)
@@ -159,6 +162,25 @@ def show_prompt(
             store.look(query, key, scaling=options["scaling"], softcap=options["softcap"], starts=rows)
     if reason is not None:
         raise ValueError(f"the prompt cannot be scored for eviction: {reason}")
+
+
+def run_second_reading(
+    module: nn.Module, call: tuple[Tensor, Tensor, Tensor, Any, float | None, float], kwargs: Mapping[str, Any]
+) -> Tensor | None:
+    """Attention of a part of a prompt that is read again, or None if the model's own is to run it.
+
+    Few queries behind many keys need a mask, with which transformers repeats the KV heads of the whole prompt for every
+    part; a kernel does neither.
+    """
+    if not on_cuda(call[0]):
+        return None
+    found = call_inputs(module, *call, kwargs)
+    return None if isinstance(found, str) or refusal("bf16", found) is not None else attend("bf16", "prefill", found)
+
+
+def on_cuda(x: Tensor) -> bool:
+    """Whether kernels may run."""
+    return x.is_cuda
 
 
 def run_layer(
@@ -219,7 +241,7 @@ def run_cached(
                 layer.ran["kv_cache"] += 1
             assert not isinstance(starts, str)
             kv = key.visible.compressed()
-            if kv.kept is not None:
+            if kv.kept is not None and kv.lengths is None:
                 check_kept_mask(mask, kv)
             if kv.lengths is not None:
                 # The same launch is to do for later tokens: what the mask does not show yet is asked of the cache.
@@ -234,21 +256,6 @@ def run_cached(
     if layer is not None:
         layer.ran[f"dense: {found}"] += 1
     return None
-
-
-def check_kept_mask(mask: MaskInfo, kv: CompressedKV) -> None:
-    """ValueError if a mask hides other evicted columns than when their tokens were chosen; no mask hides none."""
-    if "kept" in mask.checked:
-        return
-    given, starts = mask.arguments.get("attention_mask"), kv.sink_starts
-    if given is None:
-        same = not bool(starts.any())
-    else:
-        shown = torch.arange(kv.first, device=given.device) >= starts.to(given.device)[:, None]
-        same = given.ndim == 2 and torch.equal(given[:, : kv.first].bool(), shown)
-    if not same:
-        raise ValueError("the mask is not the one that tokens were evicted under; it may only grow by ones")
-    mask.checked.add("kept")
 
 
 def cache_refusal(query: Tensor, key: CachedTensor, layout: Layout) -> str | None:

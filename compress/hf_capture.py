@@ -39,9 +39,9 @@ from .hf_fused import fused_on
 CRITERIA, COMPILED, PREFILL = "_valid_auto_compile_criteria", "get_compiled_call", "_prefill"
 KNOWN = {"input_ids", "position_ids", "attention_mask", "use_cache", "logits_to_keep", "return_dict", CACHE}
 """Arguments of a step that it may be recorded with; others must be absent, None or False."""
-REPEATED = tuple(f"{__package__}.{name}" for name in ("hf_cache_hooks", "shared_input"))
+REPEATED = tuple(f"{__package__}.{name}" for name in ("hf_cache_hooks", "hf_eviction", "shared_input"))
 """Modules whose hooks need nothing of Python when a step is replayed: what they did is in the graph, or is for calls
-without a cache."""
+without a cache, or for prompts."""
 EMPTIED = 16
 """Recordings after which free memory goes back to the device."""
 
@@ -183,8 +183,6 @@ class Steps:
         positions = inputs.get("position_ids")
         if positions is not None and tuple(positions.shape) not in ((1, 1), tuple(ids.shape)):
             return "positions are not one number for each token"
-        if cache.evicting_layers:
-            return "tokens are evicted"
         if not known and (reason := self.seen_by_others()) is not None:
             return reason
         if not all(isinstance(layer, CompressedLayer) for layer in cache.layers):
@@ -204,7 +202,8 @@ class Steps:
         mask = inputs.get("attention_mask")
         # A mask grows by ones from step to step; after anything else it is looked at again.
         new = not known or any(store.following is None for store in cache.compressed_layers)
-        if new and mask is not None and not (isinstance(mask, Tensor) and self.is_left_padding(cache, mask)):
+        given = mask is not None or (cache.evicting_layers and any(cache.compressed_layers[0].starts or []))
+        if new and given and not (isinstance(mask, Tensor) and self.is_left_padding(cache, mask)):
             return "the mask is not the padding that the cache was made with"
         return None
 

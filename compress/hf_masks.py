@@ -25,6 +25,7 @@ from transformers.masking_utils import (
     causal_mask_function,
 )
 
+from ..kernels.decode_attention import CompressedKV
 from ..kernels.segments import Segments
 
 HOME = "transformers.masking_utils"
@@ -266,3 +267,18 @@ def keep_every_mask(implementation: str, **arguments: Any) -> Any:
         # A static cache counts its tokens in place, before any layer asks what this mask means.
         arguments[name] = offset.clone() if isinstance(offset, Tensor) else offset
     return MaskInfo(implementation, arguments)
+
+
+def check_kept_mask(mask: MaskInfo, kv: CompressedKV) -> None:
+    """ValueError if a mask hides other evicted columns than when their tokens were chosen; no mask hides none."""
+    if "kept" in mask.checked:
+        return
+    given, starts = mask.arguments.get("attention_mask"), kv.sink_starts
+    if given is None:
+        same = not bool(starts.any())
+    else:
+        shown = torch.arange(kv.first, device=given.device) >= starts.to(given.device)[:, None]
+        same = given.ndim == 2 and torch.equal(given[:, : kv.first].bool(), shown)
+    if not same:
+        raise ValueError("the mask is not the one that tokens were evicted under; it may only grow by ones")
+    mask.checked.add("kept")

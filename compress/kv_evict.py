@@ -19,7 +19,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ..kernels.decode_attention import KEPT_REFUSAL
+from ..kernels.activations import FP8_CAPABILITY, unseen_refusal
 from ..kernels.kv_codec import PAGE, Codec
 from ..kernels.kv_pages import TokenCodec
 from ..quant.kv_fp8 import KVFP8
@@ -55,7 +55,7 @@ class KVEvict(KVCacheMethod, Eviction):
 
     def kernel_refusal(self, device: torch.device) -> str | None:
         """See `KVCacheMethod.kernel_refusal`."""
-        return super().kernel_refusal(device) or KEPT_REFUSAL
+        return super().kernel_refusal(device) or unseen_refusal(device, FP8_CAPABILITY)
 
     def statics(self, inputs: AttentionInputs) -> dict[str, Tensor]:
         """See `KVCacheMethod.statics`."""

@@ -72,7 +72,11 @@ class PagePool:
 
     def page(self, slot: Slot) -> Page:
         """Views of a page, (batch, heads, …)."""
-        return self.layout.page(self.blocks[slot[0]][slot[1]])
+        return self.layout.page(self.record(slot))
+
+    def record(self, slot: Slot) -> Tensor:
+        """Its bytes, (batch, heads, record_bytes) uint8."""
+        return self.blocks[slot[0]][slot[1]]
 
     def address(self, slot: Slot) -> int:
         """Of the record of row 0 and head 0; records of a page follow one another."""

@@ -31,12 +31,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .activations import FP8_CAPABILITY, launching_on, log_fallback, triton_refusal
+from .activations import FP8_CAPABILITY, launching_on, log_fallback, triton_refusal, unseen_refusal
 from .attention import DTYPES, MAX_HEAD_DIM, check_logits
 from .kv_kept import KeptTokens
-from .kv_pages import PAGE, Pages, read_page, read_tokens
+from .kv_pages import PAGE, PageLayout, Pages, read_page, read_tokens
 
-KEPT_REFUSAL = "no kernel reads heads that have kept different numbers of tokens"
 MAX_ROWS = 64
 """Queries of one KV head that a kernel holds: 16 tokens of a group of 4, say."""
 
@@ -136,17 +135,30 @@ def decode_attention(
     return run_decode(query, kv, call, sinks, key_starts)
 
 
-def decode_refusal(query: Tensor, kv: CompressedKV) -> str | None:
+def decode_refusal(query: Tensor, kv: CompressedKV, window: int | None = None) -> str | None:
     """Why no kernel runs a call; None if one does."""
     refusal = triton_refusal(query.device, FP8_CAPABILITY)
-    if refusal is None and kv.kept is not None:
-        refusal = KEPT_REFUSAL
     head_dim = max(query.shape[3], kv.pages.layout.value_dim)
     if refusal is None and not query.dtype == kv.sink_key.dtype in DTYPES:
         refusal = f"the kernel takes bf16 and fp16, not {query.dtype} with a cache of {kv.sink_key.dtype}"
     if refusal is None and head_dim > MAX_HEAD_DIM:
         refusal = f"head_dim {head_dim} exceeds the kernel's {MAX_HEAD_DIM}"
+    if refusal is None and kv.kept is not None:
+        refusal = kept_refusal(query, kv, window)
     return kv.pages.codec.decode_refusal(query, kv) if refusal is None else refusal
+
+
+def kept_refusal(query: Tensor, kv: CompressedKV, window: int | None) -> str | None:
+    """Why no kernel runs a call over heads that have kept different tokens, on a device that has it."""
+    if type(kv.pages.layout) is not PageLayout:
+        return f"no kernel reads pages of {kv.pages.layout.kind} of which heads have kept different numbers"
+    if window is not None:
+        return "what is left of evicted tokens has no columns, which the kernel's window is of"
+    if not fits_one_launch(query, kv):
+        return (
+            f"over evicted tokens the kernel takes at most {MAX_ROWS} queries of a KV head, whose tokens are all dense"
+        )
+    return unseen_refusal(query.device, FP8_CAPABILITY)
 
 
 def fits_one_launch(query: Tensor, kv: CompressedKV) -> bool:
@@ -164,7 +176,11 @@ def run_decode(
     interpret: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Dispatch without checks, as :func:`decode_attention`."""
-    refusal = None if interpret else decode_refusal(query, kv)
+    refusal = None if interpret else decode_refusal(query, kv, call.window)
+    if kv.lengths is not None and (refusal is not None or not fits_one_launch(query, kv)) and is_recorded(query):
+        # The graph would hold the lengths that the host knows.
+        why = refusal or f"more than {MAX_ROWS} queries of a KV head"
+        raise RuntimeError(f"attention over the cache does not take its lengths from the device ({why})")
     if refusal is not None:
         log_fallback("decode_attention", refusal)
         return decode_ref(query, kv, call, sinks, key_starts)
@@ -176,6 +192,11 @@ def run_decode(
     with launching_on(query):
         out, lse = kv.pages.codec.attend(query, kv, call, sinks, key_starts, interpret=interpret)
     return out.transpose(1, 2), lse
+
+
+def is_recorded(x: Tensor) -> bool:
+    """Whether what is launched goes into a CUDA graph."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def decode_ref(

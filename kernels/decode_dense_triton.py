@@ -55,15 +55,17 @@ def dense_tile(
 @triton.jit
 def dense_part(
     q_base, table_ptr, ring_key, ring_value, sink_key, sink_value, part_ptr, state_ptr, qh, qt, rkt, rvt, skt, svt,
-    tokens, coded, lowest, page_begin, page_end, last, part, offset, sink_start, window, ring_length, sink_tokens,
-    factor, softcap, QUERIES: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr, HEAD_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr, VALUES: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr,
-    ROWS: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, STAGES: tl.constexpr, INTERPRET: tl.constexpr,
+    tokens, coded, lowest, evicted, page_begin, page_end, last, part, offset, sink_start, window, ring_length,
+    sink_tokens, factor, softcap, QUERIES: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr,
+    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, VALUES: tl.constexpr, WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr, SINKS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
+    STAGES: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """A part of 16-bit tokens: sinks and recent tokens, if it is the last of a KV head, and bf16 pages.
 
-    Pointers are those of its row and KV head; offset: of its bytes in a page. Rows of a tile are queries, of which the
-    matrix units take no fewer than 16.
+    Pointers are those of its row and KV head; offset: of its bytes in a page. evicted: tokens before that column were
+    evicted, and sinks among them are read whatever `lowest` is. Rows of a tile are queries, of which the matrix units
+    take no fewer than 16.
     """
     QUERY_ROWS: tl.constexpr = 16 if ROWS < 16 else ROWS
     row, value_channel = tl.arange(0, QUERY_ROWS), tl.arange(0, VALUE_WIDTH)
@@ -77,7 +79,7 @@ def dense_part(
             for start in tl.range(0, sink_tokens, BLOCK, num_stages=1):
                 place = start + tl.arange(0, BLOCK)
                 column = sink_start + place
-                valid = (place < sink_tokens) & (column < coded) & (column >= lowest)
+                valid = (place < sink_tokens) & (column < coded) & ((column >= lowest) | (column < evicted))
                 acc, m, total = dense_tile(
                     acc, m, total, q, sink_key, sink_value, skt, svt, place, column, valid, position, window, softcap,
                     factor, HEAD_DIM, VALUE_DIM, WINDOW, SOFTCAP, WIDTH, VALUE_WIDTH, INTERPRET,

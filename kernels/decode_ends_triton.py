@@ -56,12 +56,15 @@ def prepare_kernel(
     tl.store(state + 2 * ROWS, shift)
 
 
-@triton.jit(do_not_specialize=["parts", "heads", "queries"])
+@triton.jit(do_not_specialize=["parts", "planes", "heads", "queries"])
 def merge_kernel(
-    part_ptr, state_ptr, sink_ptr, out_ptr, lse_ptr, parts, heads, queries, group, value_dim,
-    SINK_LOGITS: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, VALUE_WIDTH: tl.constexpr, PDL: tl.constexpr,
+    part_ptr, state_ptr, sink_ptr, ends_ptr, out_ptr, lse_ptr, parts, planes, heads, queries, group, value_dim,
+    SINK_LOGITS: tl.constexpr, KEPT: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
+    VALUE_WIDTH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid (batch · heads · queries,). out: (batch, queries, heads, value_dim). PARTS: taken at a time."""
+    """Grid (batch · heads · queries,). out: (batch, queries, heads, value_dim). PARTS: taken at a time. ends: of
+    `kv_kept.Runs`, with KEPT; parts of runs stand behind those of all planes.
+    """
     query = tl.program_id(0) % queries
     head = tl.program_id(0) // queries % heads
     batch = (tl.program_id(0) // (queries * heads)).to(tl.int64)
@@ -73,16 +76,23 @@ def merge_kernel(
     m = tl.full((PARTS,), LOWEST, tl.float32)
     totals = tl.zeros((PARTS,), tl.float32)
     acc = tl.zeros((PARTS, VALUE_WIDTH), tl.float32)
-    for start in range(0, parts, PARTS):
+    count, own = parts, plane * parts
+    if KEPT:
+        begin = tl.load(ends_ptr + plane)
+        count += tl.load(ends_ptr + plane + 1) - begin
+    for start in range(0, count, PARTS):
         part = start + tl.arange(0, PARTS)
-        inside = part < parts
-        state = state_ptr + (plane * parts + part) * 2 * ROWS + row
+        inside = part < count
+        place = own + part
+        if KEPT:
+            place = tl.where(part < parts, place, planes * parts + begin + part - parts)
+        state = state_ptr + place * 2 * ROWS + row
         part_m = tl.load(state, mask=inside, other=-1.0e38)
         new_m = tl.maximum(m, part_m)
         weight, alpha = tl.math.exp2(part_m - new_m), tl.math.exp2(m - new_m)
         totals = totals * alpha + tl.load(state + ROWS, mask=inside, other=0.0) * weight
         values = tl.load(
-            part_ptr + ((plane * parts + part) * ROWS + row)[:, None] * value_dim + channel[None, :],
+            part_ptr + (place * ROWS + row)[:, None] * value_dim + channel[None, :],
             mask=inside[:, None] & (channel < value_dim)[None, :],
             other=0.0,
         )

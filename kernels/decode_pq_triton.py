@@ -235,7 +235,7 @@ def finish_pq_kernel(
             q_ptr + batch * qb + kv_head * GROUP * qh, table_ptr, ring_key + batch * rkb + kv_head * rkh,
             ring_value + batch * rvb + kv_head * rvh, sink_key + batch * skb + kv_head * skh,
             sink_value + batch * svb + kv_head * svh, part_ptr, state_ptr, qh, qt, rkt, rvt, skt, svt, tokens, coded,
-            lowest, 0, 0, True, part, plane * RECORD, sink_start, window, ring_length,
+            lowest, 0, 0, 0, True, part, plane * RECORD, sink_start, window, ring_length,
             sink_tokens, scaling * LOG2E, softcap, QUERIES, GROUP, "pq", HEAD_DIM, VALUE_DIM, 0, WINDOW, SOFTCAP,
             SINKS, ROWS, WIDTH, VALUE_WIDTH, 1, INTERPRET,
         )  # fmt: skip
@@ -329,8 +329,8 @@ def decode_pq(
         VALUE_WIDTH=shape["VALUE_WIDTH"], CODE_WIDTH=code_width, INTERPRET=interpret, num_warps=4, **marks, **options,
     )  # fmt: skip
     merge_kernel[(batch * heads * queries,)](
-        part, state, sinks, out, lse, parts, heads, queries, group, value_dim, SINK_LOGITS=sinks is not None,
-        ROWS=rows, PARTS=min(16, triton.next_power_of_2(parts)), VALUE_WIDTH=padded_width(value_dim), PDL=False,
-        num_warps=4, enable_fp_fusion=True,
+        part, state, sinks, None, out, lse, parts, planes, heads, queries, group, value_dim,
+        SINK_LOGITS=sinks is not None, KEPT=False, ROWS=rows, PARTS=min(16, triton.next_power_of_2(parts)),
+        VALUE_WIDTH=padded_width(value_dim), PDL=False, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     return out, lse

@@ -11,15 +11,47 @@ rows that are copies of one another share theirs.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from .kv_codec import PAGE, Codec, Layout
 
+AT_ONCE = 16
+"""Pages of every head that are coded at a time, which bounds the float32 copies."""
 SPARE = 8
 """Records are gathered anew once less than all but one of so many parts are in use."""
+
+
+@dataclass(frozen=True)
+class Runs:
+    """How the pages of heads, of which each has its own number, are shared out among programs of a kernel.
+
+    entries: (runs, 3) int32: row · num_kv_heads + head, its first page, the page after its last. ends: (batch ·
+    num_kv_heads + 1,) int32: of each row and head, the number of its first run, and behind them the number of runs.
+    """
+
+    entries: Tensor
+    ends: Tensor
+
+    @classmethod
+    def of(cls, pages: Sequence[int], programs: int, device: torch.device) -> Runs:
+        """No more runs than `programs`, if there are as many heads at most, and the longest as short as can be.
+
+        pages: of each head. More runs than one wave of programs would leave most of a device idle in the end.
+        """
+        longest = max(1, -(-sum(pages) // programs))
+        while longest < max(pages) and sum(-(-count // longest) for count in pages) > programs:
+            longest += 1
+        found, ends = [], [0]
+        for head, count in enumerate(pages):
+            parts = -(-count // longest)
+            found += [(head, part * count // parts, (part + 1) * count // parts) for part in range(parts)]
+            ends.append(len(found))
+        entries = torch.tensor(found, dtype=torch.int32, device=device).view(-1, 3)
+        return cls(entries, torch.tensor(ends, dtype=torch.int32, device=device))
 
 
 @dataclass(frozen=True)
@@ -27,8 +59,9 @@ class KeptTokens:
     """Kept tokens of one layer.
 
     records: (pages, record_bytes) uint8, each a page of one row and head. numbers: row → head → its records, in order.
-    counts: row → head → tokens. codec: what wrote them. table: (batch, num_kv_heads, most pages) int64, `numbers` on
-    the device, 0 where a head has fewer. lengths: (batch, num_kv_heads) int64.
+    counts: row → head → tokens. codec: what wrote them. table: (batch, num_kv_heads, most pages) int64, the first
+    byte of each page in records, 0 where a head has fewer. lengths: (batch, num_kv_heads) int64. shared: `runs`, by
+    the programs that they were asked for.
     """
 
     layout: Layout
@@ -38,10 +71,11 @@ class KeptTokens:
     counts: tuple[tuple[int, ...], ...]
     table: Tensor
     lengths: Tensor
+    shared: dict[int, Runs] = field(default_factory=dict, compare=False)
 
     @classmethod
     def pack(cls, key: Tensor, value: Tensor, columns: Tensor, counts: list[list[int]], codec: Codec) -> KeptTokens:
-        """Codes the chosen tokens, a page of every head at a time.
+        """Codes the chosen tokens, `AT_ONCE` pages of every head at a time.
 
         key: (batch, num_kv_heads, tokens, head_dim), value likewise. columns: (batch, num_kv_heads, n) int64, which
         tokens each head keeps, the first of them as many as `counts` says.
@@ -57,8 +91,8 @@ class KeptTokens:
         records = torch.empty((first, layout.record_bytes), dtype=torch.uint8, device=key.device)
         kept = cls.of(layout, codec, records, tuple(rows), tuple(map(tuple, counts)))
         if key.device.type != "meta":
-            for number in range(kept.table.shape[2]):
-                kept.write(number, key, value, columns[:, :, number * PAGE : (number + 1) * PAGE])
+            for number in range(0, kept.pages, AT_ONCE):
+                kept.write(number, key, value, columns[:, :, number * PAGE : (number + AT_ONCE) * PAGE])
         return kept
 
     @classmethod
@@ -72,7 +106,8 @@ class KeptTokens:
     ) -> KeptTokens:
         """With `table` and `lengths` made from the numbers."""
         most = max((len(head) for row in numbers for head in row), default=0)
-        table = [[[*head, *[0] * (most - len(head))] for head in row] for row in numbers]
+        size = layout.record_bytes
+        table = [[[*(size * page for page in head), *[0] * (most - len(head))] for head in row] for row in numbers]
         shape = (len(numbers), len(numbers[0]), most)
         device = records.device
         return cls(
@@ -86,18 +121,25 @@ class KeptTokens:
         )
 
     def write(self, number: int, key: Tensor, value: Tensor, columns: Tensor) -> None:
-        """Fills every head's page of that number. columns: (batch, num_kv_heads, at most PAGE)."""
-        valid = self.valid(number)[..., : columns.shape[2]]
+        """Fills pages of every head from that number on. columns: (batch, num_kv_heads, at most a page each)."""
+        batch, heads, count = columns.shape
+        pages = -(-count // PAGE)
+        columns = torch.nn.functional.pad(columns, (0, pages * PAGE - count))
+        first = number * PAGE + torch.arange(pages, device=columns.device) * PAGE
+        place = first[:, None] + torch.arange(PAGE, device=columns.device)
+        # (batch, pages, heads, PAGE): what maps keys belongs to heads.
+        valid = (place < self.lengths[..., None, None]).transpose(1, 2)
         tokens = []
         for x in (key, value):
             chosen = x.gather(2, columns[..., None].expand(*columns.shape, x.shape[3]))
+            chosen = chosen.unflatten(2, (pages, PAGE)).transpose(1, 2)
             tokens.append(torch.where(valid[..., None], chosen, 0.0))
-        filled = torch.empty((*columns.shape[:2], self.layout.record_bytes), dtype=torch.uint8, device=key.device)
+        filled = columns.new_zeros((batch, pages, heads, self.layout.record_bytes), dtype=torch.uint8)
         keys, values = self.codec.encode_keys(tokens[0]), self.codec.encode_values(tokens[1])
-        filled.zero_()
-        self.layout.page(filled).write(slice(0, columns.shape[2]), keys, values)
-        there = self.lengths > number * PAGE
-        self.records[self.table[:, :, number][there]] = filled[there]
+        self.layout.page(filled).write(slice(0, PAGE), keys, values)
+        there = (first < self.lengths[..., None]).transpose(1, 2)
+        records = self.table[:, :, number : number + pages].transpose(1, 2) // self.layout.record_bytes
+        self.records[records[there]] = filled[there]
 
     def valid(self, number: int) -> Tensor:
         """(batch, num_kv_heads, PAGE) bool: which places of every head's page of that number hold a token."""
@@ -108,8 +150,19 @@ class KeptTokens:
         """Every head's page of that number: keys and values, (batch, num_kv_heads, PAGE, head_dim) fp32, and `valid`.
         Where that is False, they hold anything.
         """
-        keys, values = self.layout.page(self.records[self.table[:, :, number]]).read()
+        keys, values = self.layout.page(self.records[self.record(number)]).read()
         return self.codec.decode_keys(keys), self.codec.decode_values(values), self.valid(number)
+
+    def record(self, number: int) -> Tensor:
+        """(batch, num_kv_heads) int64: the record of every head's page of that number."""
+        return self.table[:, :, number] // self.layout.record_bytes
+
+    def runs(self, programs: int) -> Runs:
+        """For about so many programs; made once for each number of them."""
+        if programs not in self.shared:
+            heads = [len(head) for row in self.numbers for head in row]
+            self.shared[programs] = Runs.of(heads, programs, self.records.device)
+        return self.shared[programs]
 
     @property
     def pages(self) -> int:
@@ -134,6 +187,7 @@ class KeptTokens:
         return len(self.records) * PAGE * (self.layout.key_dim + self.layout.value_dim)
 
     def nbytes(self) -> tuple[int, int]:
-        """Bytes allocated for codes, and for their parameters, the table and the lengths."""
+        """Bytes allocated for codes, and for their parameters, the table, the lengths and lists of runs."""
         parameters = len(self.records) * self.layout.parameter_bytes
-        return self.records.nbytes - parameters, parameters + self.table.nbytes + self.lengths.nbytes
+        lists = sum(runs.entries.nbytes + runs.ends.nbytes for runs in self.shared.values())
+        return self.records.nbytes - parameters, parameters + self.table.nbytes + self.lengths.nbytes + lists

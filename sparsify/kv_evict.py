@@ -48,8 +48,9 @@ Scores = Literal["snapkv", "expected", "kvzip"]
 Budget = Literal["uniform", "adakv", "global", "threshold"]
 OVERLAP = 8
 """Tokens before a part that are read again with it."""
-QUERIES = 64
-"""Queries whose probabilities exist at a time in a second reading."""
+LOGITS = 1 << 25
+"""Logits that exist at a time in a second reading, of all heads of a row: little beside a long prompt, and enough for a
+device to be busy with each launch."""
 USED_BY = {"window": ("snapkv", "expected"), "kernel_size": ("snapkv",), "chunk": ("kvzip",)}
 DEFAULTS = {"window": 64, "kernel_size": 5, "chunk": 2048}
 
@@ -194,16 +195,16 @@ def reread(seen: Seen, own: Tensor, part: tuple[int, int], count: int) -> Tensor
     start, stop = part
     found = seen.key.new_zeros((seen.key.shape[1], stop - start), dtype=torch.float32)
     query = seen.query[0, :, :count].float().unflatten(0, (found.shape[0], -1))
-    for head in range(found.shape[0]):
-        keys = torch.cat((seen.key[0, head, start:stop], own[0, head, :count]))
-        for low in range(0, count, QUERIES):
-            block = query[head, :, low : low + QUERIES]
-            logits = seen.logits(block, keys)
-            place = torch.arange(count, device=keys.device)
-            hidden = place > place[low : low + QUERIES, None]
-            logits[..., stop - start :].masked_fill_(hidden, -torch.inf)
-            weights = logits.softmax(dim=-1)[..., : stop - start]
-            found[head] = torch.maximum(found[head], weights.amax(dim=(0, 1)))
+    keys = torch.cat((seen.key[0, :, start:stop], own[0, :, :count]), dim=1).float()
+    place = torch.arange(count, device=keys.device)
+    step = max(1, LOGITS // (seen.query.shape[1] * keys.shape[1]))
+    for low in range(0, count, step):
+        block = query[:, :, low : low + step]
+        logits = seen.logits(block.flatten(1, 2), keys).unflatten(1, block.shape[1:3])
+        hidden = place > place[low : low + step, None]
+        logits[..., stop - start :].masked_fill_(hidden, -torch.inf)
+        weights = logits.softmax(dim=-1)[..., : stop - start]
+        found = torch.maximum(found, weights.amax(dim=(1, 2)))
     return found
 
 

@@ -18,7 +18,7 @@ from kernel_cases import FP8_ACCUMULATOR, FP16
 from torch import Tensor
 
 from kompakt.compress.cache import TokenStore
-from kompakt.kernels.decode_attention import CompressedKV, Reading, blocks, decode_ref, run_decode
+from kompakt.kernels.decode_attention import CompressedKV, Reading, blocks, decode_ref, kept_blocks, run_decode
 from kompakt.kernels.kv_codes import Kind
 from kompakt.quant.kv_fp8 import KVFP8
 from kompakt.quant.kv_int4 import KVINT4
@@ -139,9 +139,11 @@ def key_size(query: Tensor, kv: CompressedKV, scaling: float, *, mapped: bool = 
     if key_map is not None and key_map.factors is not None:
         q = q * key_map.factors[:, None]
     largest = 0.0
-    for block in blocks(kv):
-        y = block.key.float() if key_map is None else key_map.encode(block.key)
-        y = torch.where(block.valid[:, None, :, None], y, 0.0)
+    found_in = [(block.key, block.valid[:, None]) for block in blocks(kv)]
+    found_in += [(key, valid) for key, _, valid in kept_blocks(kv)]
+    for key, valid in found_in:
+        y = key.float() if key_map is None else key_map.encode(key)
+        y = torch.where(valid[..., None], y, 0.0)
         if absolute:
             found = (q.abs() @ y.abs().mT).square().mean()
         else:
@@ -152,7 +154,7 @@ def key_size(query: Tensor, kv: CompressedKV, scaling: float, *, mapped: bool = 
 
 def logit_error(query: Tensor, kv: CompressedKV, scaling: float, *, accumulator: float) -> float:
     """δ of the module; 0 where nothing is multiplied in FP8."""
-    if kv.pages.layout.kind == "bf16" or kv.coded <= kv.first:
+    if kv.pages.layout.kind == "bf16" or (kv.coded <= kv.first and kv.kept is None):
         return 0.0
     size = 2.0**-8 * key_size(query, kv, scaling, mapped=True)
     return size + accumulator * key_size(query, kv, scaling, mapped=True, absolute=True)
@@ -182,7 +184,7 @@ def spread(query: Tensor, kv: CompressedKV, call: Reading, sinks: Tensor | None,
     """(batch, heads): ‖(Σ p² v²)^½‖ over queries and channels, from the reference with values of one channel each."""
     batch, heads, queries, _ = query.shape
     kv_heads = kv.sink_key.shape[1]
-    columns, logits, values = [], [], []
+    logits, values = [], []
     q = query.double().view(batch, kv_heads, heads // kv_heads, queries, -1)
     position = torch.arange(kv.tokens - queries, kv.tokens, device=query.device)[None, :, None]
     lowest = torch.zeros((batch, 1), device=query.device) if starts is None else starts[:, None]
@@ -197,7 +199,13 @@ def spread(query: Tensor, kv: CompressedKV, call: Reading, sinks: Tensor | None,
             s = call.softcap * torch.tanh(s / call.softcap)
         logits.append(s.masked_fill(~mask[:, None, None], -torch.inf))
         values.append(value)
-        columns.append(block.columns)
+    for key, value, valid in kept_blocks(kv):
+        key, value = (torch.where(valid[..., None], x.double(), 0.0) for x in (key, value))
+        s = q @ key[:, :, None].mT * call.scaling
+        if call.softcap is not None:
+            s = call.softcap * torch.tanh(s / call.softcap)
+        logits.append(s.masked_fill(~valid[:, :, None, None], -torch.inf))
+        values.append(value)
     p = torch.softmax(torch.cat(logits, -1), -1).nan_to_num()
     found = p.square() @ torch.cat(values, 2).square()[:, :, None]
     return found.sum((-2, -1)).sqrt().view(batch, heads).float()

@@ -38,7 +38,9 @@ def interpreter_results(test_file: str) -> dict[str, str]:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, __file__, test_file], env=environment, capture_output=True, text=True)
     # Kept as well, so that it is paid once: every test then fails with what the process said.
-    return json.loads(done.stdout) if done.returncode == 0 else defaultdict(lambda: done.stderr)
+    # A process that reads where it must not ends without a word.
+    said = done.stderr or f"the process ended with {done.returncode}"
+    return json.loads(done.stdout) if done.returncode == 0 else defaultdict(lambda: said)
 
 
 def alias_package() -> None:

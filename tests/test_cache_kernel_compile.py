@@ -28,6 +28,8 @@ from kernel_cases import BF16, FP32
 from triton.backends.compiler import GPUTarget
 
 from kompakt.compress.cache import TokenStore
+from kompakt.compress.evicting import EvictingStore
+from kompakt.compress.kv_evict import KVEvict
 from kompakt.kernels import decode_attention_triton, decode_ends_triton, kv_append_triton, kv_pages_triton
 from kompakt.kernels.decode_attention import Reading
 from kompakt.kernels.kv_append import LENGTHS, Appendable
@@ -36,9 +38,13 @@ from kompakt.kernels.kv_pages import PageLayout, Pages, TokenCodec
 
 
 def compile_decode(target: GPUTarget, kernel: str, kind: str, head_dim: int, *, portable: bool = False, **changes: Any):
-    """The newest queries, default one, of 32 heads over 8 and 4,097 tokens, bf16."""
+    """The newest queries, default one, of 32 heads over 8 and 4,097 tokens, bf16. evicted: half of them are gone."""
     statics = statics_of(8, head_dim) if kind == "int4" else {}
-    store = TokenStore(METHODS[kind](), statics=statics, window=changes.get("window"))
+    if changes.get("evicted"):
+        codes = "none" if kind == "bf16" else kind
+        store = EvictingStore(KVEvict(ratio=2.0, codes=codes), statics=statics)
+    else:
+        store = TokenStore(METHODS[kind](), statics=statics, window=changes.get("window"))
     x = meta(1, 8, 4096, head_dim, dtype=BF16)
     store.append(x, x)
     store.append(x[:, :, :1], x[:, :, :1])
@@ -110,6 +116,21 @@ def test_decode_attention(kind, head_dim):
 
 @pytest.mark.parametrize(
     ("kind", "head_dim", "queries"),
+    [("int4", 128, 1), ("fp8", 128, 1), ("bf16", 128, 1), ("int4", 256, 1), ("fp8", 64, 16), ("bf16", 96, 4)],
+)
+def test_heads_that_have_kept_their_own_tokens(kind, head_dim, queries):
+    """Two ways to find pages cost neither wide loads nor room for programs."""
+    compiled = compile_decode(SM90, "decode_kernel", kind, head_dim, queries=queries, evicted=True)
+    assert fits(compiled, SM90) and "cp.async.cg.shared.global" in compiled.asm["ptx"]
+    plain = compile_decode(SM90, "decode_kernel", kind, head_dim, queries=queries)
+    assert compiled.metadata.shared == plain.metadata.shared
+    assert stack_bytes(compiled) <= stack_bytes(plain) + 16
+    assert fits(compile_decode(SM89, "decode_kernel", kind, head_dim, queries=queries, evicted=True), SM89)
+    assert fits(compile_decode(SM90, "merge_kernel", kind, head_dim, queries=queries, evicted=True), SM90)
+
+
+@pytest.mark.parametrize(
+    ("kind", "head_dim", "queries"),
     [
         *[("int4", 8, 1), ("int4", 32, 3), ("int4", 96, 1), ("int4", 128, 16), ("int4", 192, 4), ("fp8", 8, 1)],
         *[("fp8", 16, 4), ("fp8", 80, 16), ("fp8", 128, 4), ("bf16", 16, 1), ("bf16", 64, 16), ("bf16", 128, 8)],
@@ -124,6 +145,7 @@ def test_decode_attention_elsewhere(target):
     """GFX942 without the assembly of NVIDIA's."""
     portable = target == GFX942
     assert compile_decode(target, "decode_kernel", "int4", 64, portable=portable, window=300, softcap=5.0).asm
+    assert compile_decode(target, "decode_kernel", "int4", 64, portable=portable, evicted=True, softcap=5.0).asm
 
 
 def test_sm80_has_no_e4m3():

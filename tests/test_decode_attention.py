@@ -201,3 +201,15 @@ def test_mistakes_are_named_in_one_sentence(run, says):
     with pytest.raises(ValueError) as caught:
         run()
     assert says in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_what_takes_lengths_from_the_host_is_not_recorded(monkeypatch):
+    """A graph would replay it for the tokens that there were."""
+    kv, _ = filled((300, 1))
+    query, lengths = torch.randn(2, 4, 1, 16), torch.tensor([301, 256, 0, 0], dtype=torch.int32)
+    wanted, _ = decode_attention(query, kv)
+    assert torch.equal(decode_attention(query, replace(kv, lengths=lengths))[0], wanted)
+    monkeypatch.setattr("kompakt.kernels.decode_attention.is_recorded", lambda x: True)
+    assert torch.equal(decode_attention(query, kv)[0], wanted)
+    with pytest.raises(RuntimeError, match=r"does not take its lengths from the device \(device is cpu"):
+        decode_attention(query, replace(kv, lengths=lengths))

@@ -73,7 +73,7 @@ def check_splits(pages: int, multiprocessors: int) -> None:
     kernel = importlib.import_module(KERNEL)
     case = DecodeCase(lengths=(128 * pages + 50, 1))
     config = functools.partial(kernel.launch_config, multiprocessors=multiprocessors)
-    with mock.patch.object(kernel, "launch_config", lambda kind, planes, _: config(kind, planes)):
+    with mock.patch.object(kernel, "launch_config", lambda kind, planes, _, **kept: config(kind, planes, **kept)):
         check(case, interpret=True)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from dataclasses import replace
@@ -38,6 +39,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
 CEILINGS = Ceilings(read_gb_per_second=1000, copy_gb_per_second=800, bf16_tflops=1, fp8_tflops=2)
 CASE = DecodeCase(2, 600, 9, 3, 16, 1)
+WHOLE = [kind for kind in KINDS if not kind.startswith("evict")]
+"""Kinds that keep all tokens."""
 
 
 def timer(calls):
@@ -76,6 +79,10 @@ def test_options_are_parsed_and_each_once():
         (lambda: parse_batch_lengths(""), "use e.g. 8x32768"),
         (lambda: decode_cases([(1, 512)], [(8, 2)], [15], ["fp8", "int4"], 1), "head_dim 15 is odd"),
         (
+            lambda: decode_cases([(1, 9000), (1, 1551)], [(8, 2)], [16], ["fp8", "evict4x"], 1),
+            "kind evict4x evicts from no fewer than 1552 tokens, and a cache has 1551",
+        ),
+        (
             lambda: decode_cases([(1, 512)], [(9, 3)], [16], ["fp8"], 22),
             r"22 queries of heads 9/3 are 66 rows .* holds 64; use at most 21",
         ),
@@ -106,19 +113,41 @@ def test_caches_are_those_of_the_recipes(tmp_path, monkeypatch):
     assert key_map.encode(problem.key).mean(dim=2).abs().max() < 1 < problem.key.float().mean(dim=2).abs().max()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", WHOLE)
 def test_bytes_are_counted_from_storage(kind, machine):
     problem = CASE.draw(CPU)
     store = fill(kind, problem)
     assert store.coded == 384 and store.tokens == 600
     # Bytes of a key and a value.
-    page = {"int4": 16 + 2 * 4, "fp8": 2 * 16 + 2 * 4, "bf16": 4 * 16, "pq4": 16, "pq2": 8}[kind]
+    page = {"int4": 16 + 2 * 4, "fp8": 2 * 16 + 2 * 4, "bf16": 4 * 16, "pq4": 16, "pq2": 8}
+    # A bitmap of a word, 8 or 4 channels, σ of INT4; of a page 16 bytes of room.
+    page |= {"prune50": 2 * (4 + 16) + 1 / 8, "prune70": 2 * (4 + 8) + 1 / 8, "prune70-int4": 2 * (4 + 2 + 2) + 1 / 8}
+    page = page[kind]
     dense = (600 - 384 + 4) * 4 * 16
     both = 2 * 9 * 16 * 2 * 2  # queries and outputs
     assert read_bytes(store, problem) == 6 * (384 * page + dense) + 8 * 3 + both
     found = storage(store, problem)
-    assert found["page_bytes_per_token"] == page
+    assert found["page_bytes_per_token"] == round(page, 2) and "kept_tokens" not in found
     assert found["bytes_per_token"] == round(store.nbytes().total / (6 * 600), 2) > page
+
+
+@pytest.mark.parametrize(("kind", "ratio", "page"), [("evict4x", 4, 4 * 16), ("evict2x-int4", 2, 16 + 2 * 4)])
+def test_evicted_caches_are_ragged_and_count_what_they_keep(kind, ratio, page):
+    problem = replace(CASE, length=4000).draw(CPU)
+    store = fill(kind, problem)
+    assert store.pending is None and store.coded == store.gone == 4000 - 128
+    counts = [count for row in store.kept.counts for count in row]
+    # As the recipe does, from what would be allocated: sinks, recent tokens and their page are counted.
+    whole = sum(-(-count // PAGE) for count in counts)
+    assert whole == 2 * int(3 * (4000 / ratio - 260) // PAGE) and max(counts) >= 2 * min(counts) > 0
+    assert all(
+        torch.equal(one, other) for one, other in zip(store.kept.read(0), fill(kind, problem).kept.read(0), strict=True)
+    )
+    dense = (128 + 4) * 4 * 16
+    assert read_bytes(store, problem) == whole * (PAGE * page + 8) + 6 * dense + 2 * 9 * 16 * 2 * 2
+    found = storage(store, problem)
+    assert found["page_bytes_per_token"] == page and found["kept_tokens"] == [min(counts), max(counts)]
+    assert found["bytes_per_token"] == round(store.nbytes().total / (6 * 4000), 2) < 4 * 16 / ratio * 1.1
 
 
 def test_rotated_caches_have_pages_of_their_own(machine):
@@ -146,7 +175,23 @@ def test_every_needle_is_found(queries):
     assert len(found) == min(count, len({token // PAGE for token in large}))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", sorted(set(KINDS) - set(WHOLE)))
+def test_kept_pages_of_another_head_show_at_the_length(kind):
+    problem = DecodeCase(2, 4000, 9, 3, 64, 1).draw(CPU)
+    store = fill(kind, problem)
+    query, kv = needles(problem), visible(store, problem)
+    expected, _ = decode_ref(query.float(), kv, reading(problem))
+    assert worst_error(decode_attention(query, kv)[0], expected) <= 2.0**-8
+    for row, head in itertools.product(range(2), range(3)):
+        table = kv.kept.table.clone()
+        others = kv.kept.numbers[1 - row][head]
+        for place in range(len(kv.kept.numbers[row][head])):
+            table[row, head, place] = others[place % len(others)] * kv.kept.layout.record_bytes
+        wrong = replace(kv, kept=replace(kv.kept, table=table))
+        assert worst_error(decode_attention(query, wrong)[0], expected) > 2 * LIMITS[kind]
+
+
+@pytest.mark.parametrize("kind", WHOLE)
 def test_a_page_in_anothers_place_shows_at_the_length(kind):
     problem = DecodeCase(2, 4000, 9, 3, 64, 1).draw(CPU)
     store = fill(kind, problem)
@@ -186,6 +231,19 @@ def test_peers_of_several_queries_are_causal(machine):
     row = measure(machine, kinds=["fp8"], peers=["transformers", "repeated"], queries=7)["rows"][0]
     assert row["correct"] and row["queries"] == 7
     assert all(peer["error"] < 0.01 for peer in row["peers"].values()), row["peers"]
+
+
+def test_pruned_and_evicted_kinds_are_measured(machine):
+    kinds = ["prune50", "prune70", "prune70-int4", "evict4x", "evict2x-int4"]
+    result = measure(machine, kinds, ["transformers"], ((1, 2000),))
+    for row in result["rows"]:
+        assert row["correct"] and row["microseconds"] == 9 and row["peers"]["transformers"]["ratio"] == 1, row
+        assert row["checked_tokens"] == CHECK_LENGTH + {"evict4x": 1552, "evict2x-int4": 776}.get(row["kind"], 0)
+        assert row["coding"]["microseconds_per_page"] == 3
+    text = decode_table(result)
+    assert "| 1 × 2,000, 9/3 heads of 16 | evict2x-int4 | 9.0 (" in text and "beside peers that read all" in text
+    assert "beside peers that read all" not in decode_table({**result, "rows": result["rows"][:3]})
+    json.dumps(result, allow_nan=False)
 
 
 @pytest.mark.parametrize("broken", ["head", "nan", "raises", "long", "long nan", "coding"])
@@ -267,7 +325,7 @@ def test_table_and_merge(machine, tmp_path):
 
 def test_command_keeps_what_it_has(machine, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Machine, "cuda", classmethod(lambda cls, ops: machine))
-    monkeypatch.setattr("kompakt.compress.decode_speed.check_kernel", lambda device: None)
+    monkeypatch.setattr("kompakt.compress.decode_speed.check_kernel", lambda device, kinds: None)
     file, page = tmp_path / "new" / "decode.json", tmp_path / "page.md"
     command = ["bench", "decode", "--head-dims", "16", "--heads", "9/3", "-o", str(file)]
     command += ["--against", "transformers"]
@@ -294,9 +352,17 @@ def test_command_keeps_what_it_has(machine, tmp_path, monkeypatch, capsys):
     assert [row["length"] for row in saved[0]["rows"]] == [520]
 
 
-def test_a_device_without_a_kernel_is_refused():
-    with pytest.raises(ValueError, match="has no kernel on this device: device is cpu"):
-        check_kernel(CPU)
+def test_a_device_without_a_kernel_is_refused(monkeypatch):
+    with pytest.raises(ValueError, match="of kind evict4x has no kernel on this device: device is cpu"):
+        check_kernel(CPU, ["evict4x"])
+    for module in ("kernels.activations", "kernels.cache_method"):
+        monkeypatch.setattr(f"kompakt.{module}.triton_refusal", lambda *_: None)
+    check_kernel(CPU, ["int4", "prune50", "evict4x"])
+    monkeypatch.delenv("KOMPAKT_UNSEEN_KERNELS")
+    check_kernel(CPU, ["int4"])
+    for kind in ("prune50", "evict4x"):
+        with pytest.raises(ValueError, match=f"of kind {kind} has no kernel .* have not been run on a GPU yet"):
+            check_kernel(CPU, ["int4", kind])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -304,7 +370,7 @@ def test_a_device_without_a_kernel_is_refused():
     ("options", "says"),
     [
         ([], "there is no CUDA device"),
-        (["--kinds", "int3"], "unknown kind 'int3'; known: int4, fp8, pq4, pq2, bf16"),
+        (["--kinds", "int3"], "unknown kind 'int3'; known: int4, fp8, pq4, pq2, prune50"),
         (["--kinds", ","], "no kind was named"),
         (["--against", "fa3"], "unknown peer 'fa3'; known: cudnn"),
         (["--batch-lengths", "8"], "cache '8'"),
@@ -316,6 +382,17 @@ def test_command_refuses_in_one_sentence(options, says, capsys):
     assert main(["bench", "decode", *options]) == 2
     err = capsys.readouterr().err
     assert says in err and err.count("\n") == 1
+
+
+@pytest.mark.gpu
+def test_pruned_and_evicted_kinds_end_to_end(capsys):
+    kinds = "prune50,prune70,prune70-int4,evict4x,evict2x-int4"
+    shapes = ["--batch-lengths", "2x3000,3x9000", "--head-dims", "64,128", "--heads", "32/8,9/3"]
+    for queries in ("1", "3"):
+        command = ["bench", "decode", "--kinds", kinds, *shapes, "--against", "cudnn", "--queries", queries, "--json"]
+        assert main(command) == 0
+        for row in json.loads(capsys.readouterr().out)["rows"]:
+            assert row["correct"] and 0 < row["share"] < 1.2 and row["backend"] == "triton", row
 
 
 @pytest.mark.gpu

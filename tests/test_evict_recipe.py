@@ -184,7 +184,7 @@ def test_bench_generate_times_the_scoring_before_the_first_token(base):
     """The forward pass of a prompt returns when its tokens have been evicted."""
     source = ModelSource.of(str(base), None)
     ways = [way for way in Way.all(["kv-evict4x"]) if way.recipe is not None]
-    assert [way.name for way in ways] == ["kv-evict4x"]
+    assert [way.name for way in ways] == ["kv-evict4x", "kv-evict4x, launch by launch"]
     ways = [replace(ways[0], recipe=Recipe.load("kv-evict4x", SMALL))]
     shapes = shapes_of([(1, 1200)], 3, source)
     result = generation_bench(source, torch.device("cpu"), shapes, ways, bandwidth=None, repeats=1)

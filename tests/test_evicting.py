@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 import logging
 import random
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -15,15 +16,17 @@ from attention_models import tiny
 from cache_models import in_steps, patched
 from decode_cases import statics_of
 from evict_models import recording, reference_logits
+from kernel_cases import skip_below
 from transformers import AttentionInterface, DynamicCache
 
-from kompakt.compress import CompressedCache, hf_eviction, patch
+from kompakt.compress import CompressedCache, hf_attention, hf_capture, hf_eviction, patch
 from kompakt.compress.evicting import EvictingStore, evict_together
+from kompakt.compress.hf_attention import run_second_reading
 from kompakt.compress.hf_cache import CACHE
 from kompakt.compress.hf_cache_hooks import run_as_before
-from kompakt.compress.hf_capture import everywhere, steps_of
+from kompakt.compress.hf_capture import Steps, everywhere, steps_of
 from kompakt.compress.kv_evict import KVEvict
-from kompakt.kernels.activations import log_fallback
+from kompakt.kernels.activations import FP8_CAPABILITY, log_fallback
 from kompakt.kernels.decode_attention import decode_attention, dequantized
 from kompakt.kernels.kv_codec import PAGE
 from kompakt.sparsify.kv_evict import OVERLAP, Seen, reread
@@ -289,15 +292,65 @@ def in_cache_logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:
     return model(tokens, **{CACHE: CompressedCache(model.config, METHODS["snapkv"])}).logits[0, -1]
 
 
-def test_recorded_steps_leave_it_to_single_launches(caplog):
-    """Which pages a head has is not known to a recorded launch."""
-    model = patched(model_of("llama"), METHODS["snapkv"])
-    wanted = model.generate(LONG, attention_mask=MASK, disable_compile=True, **GREEDY)
+@pytest.mark.parametrize("method", ["snapkv", "expected", "kvzip"])
+def test_recorded_steps_give_the_same_tokens(method, caplog):
+    """As far as whole pages behind what was evicted from; which pages a head has does not change from step to step."""
+    model, many = patched(model_of("llama"), METHODS[method]), {**GREEDY, "max_new_tokens": 80, "min_new_tokens": 80}
+    options = {"attention_mask": MASK, "return_dict_in_generate": True, "output_logits": True, **many}
+    wanted = model.generate(LONG, disable_compile=True, **options)
     log_fallback.cache_clear()
     with everywhere(model), caplog.at_level(logging.WARNING):
-        assert torch.equal(model.generate(LONG, attention_mask=MASK, **GREEDY), wanted)
-        assert steps_of(model).plain == 9
-    assert "a generation step runs through single launches: tokens are evicted" in caplog.text
+        found = model.generate(LONG, **options)
+        steps = steps_of(model)
+    assert torch.equal(found.sequences, wanted.sequences) and steps.plain == 79
+    for one, other in zip(found.logits, wanted.logits, strict=True):
+        assert torch.allclose(one, other, atol=1e-5)
+    for store in found[CACHE].evicting_layers:
+        assert store.following is not None and store.gone < store.coded == 768
+    assert "single launches" not in caplog.text
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("codes", ["none", "int4", "fp8"])
+@pytest.mark.parametrize("scores", ["snapkv", "kvzip"])
+def test_graphs_give_the_same_tokens(scores, codes, monkeypatch):
+    """Through the kernel, without the norms that are rounded in another order."""
+    skip_below(FP8_CAPABILITY)
+    monkeypatch.setattr(hf_capture, "fused_on", lambda device, model: nullcontext())
+    options = {"budget": "global", "chunk": 250} if scores == "kvzip" else {"window": 16}
+    model = model_of("llama").to("cuda", torch.bfloat16)
+    patched(model, KVEvict(**SMALL, ratio=2.0, scores=scores, codes=codes, **options))
+    many: dict[str, Any] = {"max_new_tokens": 150, "min_new_tokens": 150, "do_sample": False}
+    ids, mask = LONG.cuda(), MASK.cuda()
+    wanted = model.generate(ids, attention_mask=mask, disable_compile=True, **many)
+    assert torch.equal(model.generate(ids, attention_mask=mask, **many), wanted)
+    assert (steps_of(model).plain, steps_of(model).recorded, steps_of(model).replayed) == (1, 1, 147)
+
+
+@pytest.mark.gpu
+def test_steps_through_the_reference_are_not_recorded(monkeypatch, caplog):
+    """FP32, which no kernel reads: the same tokens, launch by launch."""
+    skip_below(FP8_CAPABILITY)
+    monkeypatch.setattr(hf_capture, "fused_on", lambda device, model: nullcontext())
+    model, ids = patched(model_of("llama").cuda(), METHODS["snapkv"]), LONG[:, :650].cuda()
+    wanted = model.generate(ids, disable_compile=True, **GREEDY)
+    log_fallback.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        assert torch.equal(model.generate(ids, **GREEDY), wanted)
+    assert steps_of(model).recorded == 0 and "does not take its lengths from the device" in caplog.text
+
+
+def test_steps_under_another_mask_are_not_recorded():
+    model, method = model_of("llama"), METHODS["snapkv"]
+    cache = in_cache(patched(model, method), method, LONG, MASK)
+    steps, token = Steps(model), LONG[:, :1]
+    mask = torch.cat((MASK, MASK.new_ones(3, 1)), dim=1)
+    assert steps.refusal({"input_ids": token, "attention_mask": mask, CACHE: cache}) is None
+    for other in (None, torch.ones_like(mask)):
+        reason = steps.refusal({"input_ids": token, "attention_mask": other, CACHE: cache})
+        assert reason == "the mask is not the padding that the cache was made with"
+    whole = in_cache(model, method, LONG, None)
+    assert steps.refusal({"input_ids": token, CACHE: whole}) is None
 
 
 def test_what_cannot_be_evicted_from_is_named():
@@ -362,6 +415,30 @@ def test_unpatching_leaves_nothing_behind():
     assert not torch.equal(other, wanted)
     assert not model.model._forward_hooks and not model.model._forward_hooks_with_kwargs
     assert not model.model._forward_pre_hooks and torch.equal(model.generate(LONG, **GREEDY), wanted)
+
+
+def test_second_reading_through_our_attention(monkeypatch):
+    """Scores and what follows are those that the model's own attention gives, in a padded batch, whose rows end in
+    padding of their last parts."""
+    method, found, ran = METHODS["kvzip"], [], []
+
+    def keep(stores: Any) -> None:
+        found.append(torch.cat([store.scores[..., :700] for store in stores], dim=1))
+        evict_together(stores)
+
+    def counted(*call: Any) -> Any:
+        ran.append(run_second_reading(*call))
+        return ran[-1]
+
+    model = patched(model_of("llama"), method)
+    monkeypatch.setattr(hf_eviction, "evict_together", keep)
+    monkeypatch.setattr(hf_attention, "run_second_reading", counted)
+    for ours in (False, True):
+        monkeypatch.setattr(hf_attention, "on_cuda", lambda x, ours=ours: ours)
+        model(LONG, attention_mask=MASK)
+    # Two layers, three parts.
+    assert [out is not None for out in ran] == [False] * 6 + [True] * 6
+    assert torch.allclose(*found, rtol=1e-4, atol=1e-6)
 
 
 def test_second_reading_is_that_of_the_prompt_followed_by_its_parts(monkeypatch):

@@ -9,8 +9,8 @@ from torch.nn import functional
 
 from kompakt.compress.kv_evict import KVEvict
 from kompakt.kernels.kv_codec import PAGE
+from kompakt.sparsify import kv_evict
 from kompakt.sparsify.kv_evict import (
-    QUERIES,
     Eviction,
     Seen,
     expected,
@@ -99,10 +99,12 @@ def test_expected_attention_is_what_gaussian_queries_give_in_the_mean():
         expected(seen(softcap=1.0), 40, window=16)
 
 
+@pytest.mark.parametrize("logits", [1, 5000, kv_evict.LOGITS])
 @pytest.mark.parametrize("softcap", [None, 1.5])
-def test_second_reading_takes_the_greatest_probability(softcap):
+def test_second_reading_takes_the_greatest_probability(softcap, logits, monkeypatch):
     """Over its part's keys and its own, of all queries; what is padding behind `count` plays no part."""
-    count, (start, stop) = QUERIES + 9, (7, 40)
+    monkeypatch.setattr(kv_evict, "LOGITS", logits)
+    count, (start, stop) = 73, (7, 40)
     generator = torch.Generator().manual_seed(1)
     one = seen(softcap=softcap)
     query = torch.randn(1, HEADS * GROUP, count + 4, KEY_DIM, generator=generator)
