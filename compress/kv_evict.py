@@ -16,10 +16,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor
 
-from ..kernels.activations import FP8_CAPABILITY, unseen_refusal
 from ..kernels.kv_codec import PAGE, Codec
 from ..kernels.kv_pages import TokenCodec
 from ..quant.kv_fp8 import KVFP8
@@ -52,10 +50,6 @@ class KVEvict(KVCacheMethod, Eviction):
     def needs_data(self) -> bool:
         """Whether the codes do; scores look at the prompt itself."""
         return self.coded is not None and self.coded.needs_data
-
-    def kernel_refusal(self, device: torch.device) -> str | None:
-        """See `KVCacheMethod.kernel_refusal`."""
-        return super().kernel_refusal(device) or unseen_refusal(device, FP8_CAPABILITY)
 
     def statics(self, inputs: AttentionInputs) -> dict[str, Tensor]:
         """See `KVCacheMethod.statics`."""

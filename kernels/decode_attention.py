@@ -31,7 +31,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .activations import FP8_CAPABILITY, launching_on, log_fallback, triton_refusal, unseen_refusal
+from .activations import FP8_CAPABILITY, launching_on, log_fallback, triton_refusal
 from .attention import DTYPES, MAX_HEAD_DIM, check_logits
 from .kv_kept import KeptTokens
 from .kv_pages import PAGE, PageLayout, Pages, read_page, read_tokens
@@ -158,7 +158,7 @@ def kept_refusal(query: Tensor, kv: CompressedKV, window: int | None) -> str | N
         return (
             f"over evicted tokens the kernel takes at most {MAX_ROWS} queries of a KV head, whose tokens are all dense"
         )
-    return unseen_refusal(query.device, FP8_CAPABILITY)
+    return triton_refusal(query.device, FP8_CAPABILITY)
 
 
 def fits_one_launch(query: Tensor, kv: CompressedKV) -> bool:

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from .activations import log_fallback, unseen_refusal
-from .int4_linear import HOPPER, hopper_refusal
+from .int4_linear import hopper_refusal
 
 if TYPE_CHECKING:
     from .decode_attention import Reading
@@ -43,12 +42,8 @@ def decode_pq_hopper(
     """beginning: what `decode_pq_triton.decode_pq_kernel` is given first, up to the number of splits."""
     vectors = codec.keys.centroids.shape[1]
     options |= {"VECTORS": vectors, "VALUES": codec.layout(*dims(codec)).offsets[2]}
-    if options["QUERIES"] * options["GROUP"] <= WARP_ROWS:
-        refusal = unseen_refusal(beginning[0].device, HOPPER)
-        if refusal is None:
-            return launch_warps(grid, (*beginning, heads, sink_tokens), options)
-        log_fallback("decode_pq_warps", refusal, "the kernel whose warps wait for each other")
-    launch_blocks(grid, (*beginning, heads, sink_tokens), options)
+    few = options["QUERIES"] * options["GROUP"] <= WARP_ROWS
+    (launch_warps if few else launch_blocks)(grid, (*beginning, heads, sink_tokens), options)
 
 
 def launch_blocks(grid: tuple[int, int], arguments: tuple[Any, ...], options: dict[str, Any]) -> None:

@@ -325,8 +325,9 @@ def decode_pq(
         codec.values.mean, codec.values.decode, sums, part, state, *query.stride()[:3], *kv.ring[0].stride()[:3],
         *kv.ring[1].stride()[:3], *kv.sink_key.stride()[:3], *kv.sink_value.stride()[:3], kv.tokens, kv.coded, kv.first,
         splits, call.window or 0, kv.ring[0].shape[2], heads, sink_tokens, call.scaling, call.softcap or 0.0,
-        HEAD_DIM=head_dim, VALUE_DIM=value_dim, VALUE_VECTORS=shape["VALUE_VECTORS"], WIDTH=shape["WIDTH"],
-        VALUE_WIDTH=shape["VALUE_WIDTH"], CODE_WIDTH=code_width, INTERPRET=interpret, num_warps=4, **marks, **options,
+        HEAD_DIM=head_dim, VALUE_DIM=value_dim, VALUE_VECTORS=shape["VALUE_VECTORS"], WIDTH=padded_width(head_dim),
+        VALUE_WIDTH=padded_width(value_dim), CODE_WIDTH=code_width, INTERPRET=interpret, num_warps=4, **marks,
+        **options,
     )  # fmt: skip
     merge_kernel[(batch * heads * queries,)](
         part, state, sinks, None, out, lse, parts, planes, heads, queries, group, value_dim,

@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from .activations import unseen_refusal
-from .int4_linear import HOPPER, hopper_refusal
+from .int4_linear import hopper_refusal
 
 if TYPE_CHECKING:
     from .decode_attention import CompressedKV, Reading
@@ -32,7 +31,7 @@ def hopper_prune_refusal(query: Tensor, call: Reading, layout: PruneLayout, rows
         return "windows and soft caps are left to the plain kernel"
     if rows > MAX_ROWS:
         return f"{rows} queries of a KV head are more than a warp's {MAX_ROWS}"
-    return unseen_refusal(query.device, HOPPER)
+    return None
 
 
 def decode_prune_hopper(

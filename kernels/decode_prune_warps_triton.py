@@ -12,7 +12,8 @@ The lane 4·g + t has the channels 4·(4·step + t) … + 3 of token g of keys, 
 tokens 2·t and 2·t + 1. Probabilities come out of the products as the next ones take them.
 
 Of the loop, a thread takes 7.9 instructions for each channel, where the plain kernel takes 12 (sm_90, at most eight
-queries, head_dim 128, ptxas of Triton 3.6). Not timed on a GPU yet.
+queries, head_dim 128, ptxas of Triton 3.6). On an H200 8 sequences of 32K tokens take 259 µs with 30 % of the channels
+of 32 / 8 heads kept and 381 with half of them, where the plain kernel takes three times as long and more.
 """
 
 from triton import constexpr_function

@@ -6,8 +6,8 @@ centroids at a time: a thread has all of them for its tokens, so that none are e
 the reference's: where two centroids are about as near, the other one may be taken. An appended token is coded from
 where it came, so that no program waits for the one that puts it into the ring.
 
-A page of 8 sequences and 8 KV heads of 128 channels takes 477 µs on an H200 at 4 bits, 335 at 2; INT4 takes 18. For a
-generated token that is 4 and 3 µs in every layer.
+A page of 8 sequences and 8 KV heads of 128 channels takes 115 µs on an H200 at 4 bits, 93 at 2; INT4 takes 18. For a
+generated token that is less than 1 µs in every layer.
 """
 
 from __future__ import annotations

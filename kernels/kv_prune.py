@@ -41,7 +41,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from .activations import FP8_CAPABILITY, triton_refusal
 from .kv_codec import ALIGNMENT, PAGE, Codec, Coded, Layout, Page, Part
 from .kv_codes import MIN_SCALE, outwards, quantize_tokens
 
@@ -267,10 +266,6 @@ class PruneCodec(Codec):
                 f"{key_dim} come; it belongs to another model"
             )
         self.layout(key_dim, value_dim)
-
-    def refusal(self, device: torch.device) -> str | None:
-        """See `Codec.refusal`."""
-        return triton_refusal(device, FP8_CAPABILITY)
 
     def decode_refusal(self, query: Tensor, kv: CompressedKV) -> str | None:
         """See `Codec.decode_refusal`."""

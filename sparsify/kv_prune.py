@@ -43,7 +43,6 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..kernels.activations import FP8_CAPABILITY, unseen_refusal
 from ..kernels.attention import Call, exact_attention
 from ..kernels.cache_method import AttentionInputs, KVCacheMethod
 from ..kernels.kv_prune import PruneCodec, Values, kept_channels, prune_tokens, restore_tokens
@@ -75,10 +74,6 @@ class KVPrune(KVCacheMethod):
     def needs_data(self) -> bool:
         """Whether scores or sparsities are those of calibration text."""
         return self.key_scores == "output" or self.search != "off"
-
-    def kernel_refusal(self, device: torch.device) -> str | None:
-        """See `KVCacheMethod.kernel_refusal`."""
-        return unseen_refusal(device, FP8_CAPABILITY)
 
     def statics(self, inputs: AttentionInputs) -> dict[str, Tensor]:
         """See `KVCacheMethod.statics`: ``query_weight``, (num_kv_heads, head_dim) fp32; with a search, for `settled`,

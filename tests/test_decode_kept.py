@@ -232,15 +232,11 @@ def test_what_runs_on_cpu():
 
 def refused_on_a_gpu(monkeypatch: pytest.MonkeyPatch, query: torch.Tensor, kv: Any, window: int | None = None) -> Any:
     monkeypatch.setattr("kompakt.kernels.decode_attention.triton_refusal", lambda *_: None)
-    monkeypatch.setattr("kompakt.kernels.activations.triton_refusal", lambda *_: None)
     return decode_refusal(query, kv, window)
 
 
 def test_refusals(monkeypatch):
     query, kv, *_ = CASES["plain"].make()
-    monkeypatch.delenv("KOMPAKT_UNSEEN_KERNELS", raising=False)
-    assert "have not been run on a GPU yet" in refused_on_a_gpu(monkeypatch, query, kv)
-    monkeypatch.setenv("KOMPAKT_UNSEEN_KERNELS", "1")
     assert refused_on_a_gpu(monkeypatch, query, kv) is None
     assert "has no columns" in refused_on_a_gpu(monkeypatch, query, kv, 100)
     many = torch.zeros(1, 4, MAX_ROWS, 64, dtype=FP16)

@@ -15,7 +15,7 @@ from kernel_cases import BF16
 from triton.backends.compiler import GPUTarget
 
 from kompakt.compress.cache import TokenStore
-from kompakt.kernels import decode_pq_hopper, decode_pq_triton, kv_pq_triton
+from kompakt.kernels import decode_pq_triton, kv_pq_triton
 from kompakt.kernels.decode_attention import Reading
 from kompakt.kernels.kv_append import LENGTHS, Appendable
 from kompakt.quant.kv_pq import KVPQ
@@ -81,10 +81,7 @@ def compile_hopper(name: str, bits: int, head_dim: int, heads: int, queries: int
     module: Any = decode_pq_triton
     query = meta(1, heads, queries, head_dim, dtype=BF16)
     others = {"prepare_pq_kernel", "finish_pq_kernel", "merge_kernel"}
-    with (
-        mock.patch.multiple(module, hopper_pq_refusal=lambda *_: None, **{name: Recorder() for name in others}),
-        mock.patch.object(decode_pq_hopper, "unseen_refusal", lambda *_: None),
-    ):
+    with mock.patch.multiple(module, hopper_pq_refusal=lambda *_: None, **{name: Recorder() for name in others}):
         return compile_launch(
             *(gluon, f"{name}_kernel"),
             lambda: module.decode_pq(query, store.read(None, queries), call, None, None, store.codec),

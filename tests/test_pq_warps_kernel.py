@@ -49,7 +49,7 @@ BITS = (4, 2)
 
 def run_on_lanes(work: Any, splits: int) -> None:
     """Whatever decodes product-quantized pages meanwhile does so by this kernel, in so many runs of pages."""
-    module, hopper = (importlib.import_module(f"kompakt.kernels.decode_pq_{name}") for name in ("triton", "hopper"))
+    module = importlib.import_module("kompakt.kernels.decode_pq_triton")
     warps = importlib.import_module(KERNEL)
 
     def size(constants: dict[str, Any]) -> int:
@@ -59,7 +59,6 @@ def run_on_lanes(work: Any, splits: int) -> None:
     with (
         mock.patch.object(module, "hopper_pq_refusal", lambda *_: None),
         mock.patch.object(module, "splits_of", lambda *_: splits),
-        mock.patch.object(hopper, "unseen_refusal", lambda *_: None),
         mock.patch.object(warps, "decode_pq_warps_kernel", kernel),
     ):
         work()
@@ -133,7 +132,6 @@ def test_more_rows_are_left_to_the_other_kernel():
 
     with (
         mock.patch.object(decode_pq_hopper, "launch_warps") as launch,
-        mock.patch.object(decode_pq_hopper, "unseen_refusal", lambda *_: None),
         mock.patch.object(decode_pq_hopper, "launch_blocks") as blocks,
         mock.patch.object(decode_pq_hopper, "dims", lambda _: WIDE),
     ):
