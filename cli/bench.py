@@ -277,7 +277,9 @@ def attention_accuracy(
     modes: Modes = "fp8_fp8,int8_fp8,int8_fp16,int4_fp8",
     choices: o.Choices = None,
     limit: o.Limit = None,
-    batch_size: Annotated[int, typer.Option(help="Answers of --choices scored at once.", min=1)] = 8,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Answers of --choices scored at once; default 8.", min=1, show_default=False)
+    ] = None,
     note: Note = "",
     output: o.OutputFile = None,
     as_json: o.Json = False,
@@ -288,6 +290,8 @@ def attention_accuracy(
     from ..compress.linear_speed import parse_names
     from .progress import Bar
 
+    if choices is None and (limit, batch_size) != (None, None):
+        raise typer.BadParameter("--limit and --batch-size are for --choices, the questions that are asked")
     session: Session = context.obj
     chosen: list[Any] = some(parse_names(modes, QUANTIZED, "mode"), "mode", QUANTIZED)
     with session.working(), Bar(session.stderr, "loading the model") as bar:
@@ -299,7 +303,7 @@ def attention_accuracy(
             windows=windows,
             choices=choices,
             limit=limit,
-            batch_size=batch_size,
+            batch_size=batch_size or 8,
             note=note,
             progress=bar,
         )

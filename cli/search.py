@@ -37,7 +37,7 @@ SearchDevice = Annotated[
     typer.Option(
         "--runs-on",
         help="Reckon times by the ceilings of h200, h100, a100 or l40s, or of a file of `bench linear`; default: "
-        "Linears are measured on the CUDA device that is here.",
+        "Linears and attention are measured on the CUDA device that is here.",
         metavar="NAME|FILE",
     ),
 ]
@@ -103,6 +103,10 @@ def search(
     from .progress import Bar
     from .search_tables import searched
 
+    if evaluation_window is not None and text is None:
+        raise typer.BadParameter(
+            "--evaluation-window is for windows of --text; others are as long as samples (--max-seq-length)"
+        )
     session: Session = context.obj
     flags: dict[str, Any] = {
         "calibration.source": dataset,

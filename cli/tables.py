@@ -185,7 +185,7 @@ def planned(content: dict[str, Any]) -> Shown:
     memory = table("", "memory at the peak of", "device", "host", "of which")
     for stage in content["stages"]:
         both = [sorted(stage[side].items(), key=lambda part: -part[1]) for side in ("device", "host")]
-        parts = [", ".join(f"{name} {size(count)}" for name, count in side) for side in both if side]
+        parts = [", ".join(f"{name} {size(count)}" for name, count in side if count) for side in both if side]
         memory.add_row(
             stage["name"],
             size(stage["device_bytes"]) if stage["device"] else "",

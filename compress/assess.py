@@ -107,6 +107,8 @@ def evaluate(
     """
     if generation is not None and against is None:
         raise ValueError("generation is compared with a base model's; name one as `against`")
+    if limit is not None and all(tasks is None for tasks in (choices, last_word, harness)):
+        raise ValueError(f"the limit of {limit} is on rows of tasks, and none is named (choices, last_word, tasks)")
     options = options or EvaluationOptions()
     path = resolve_model(model)
     base_path = None if against is None else resolve_model(against, what="base model")

@@ -171,6 +171,11 @@ def fill(kind: str, problem: Problem, statics: Mapping[str, Tensor] | None = Non
         store = TokenStore(method, statics=statics)
         store.append(problem.key, problem.value)
         return store
+    return evicted(method, problem, statics)
+
+
+def evicted(method: KVEvict, problem: Problem, statics: Mapping[str, Tensor]) -> EvictingStore:
+    """A cache of all tokens as one prompt that was evicted from, by `drawn_scores`."""
     store = EvictingStore(method, statics=statics)
     store.append(problem.key, problem.value)
     store.scores = drawn_scores(problem)

@@ -41,6 +41,8 @@ def unmeasured(work: Work, space: SlotSpace, context: int) -> str | None:
     """Why attention is not measured; None if it can be."""
     if space.choices[0].key != "none":
         return f"the recipe fills {space.slot} itself"
+    if space.slot == "attention" and work.sparse:
+        return "the recipe's is sparse"
     if any(window is not None for window in work.windows):
         return "some layers have a window"
     if space.slot == "kv_cache" and context < MIN_LENGTH:

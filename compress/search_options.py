@@ -48,7 +48,7 @@ class SearchOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
-        if self.minutes is not None and self.minutes <= 0:
+        if self.minutes is not None and not self.minutes > 0:
             raise ValueError(f"the budget is {self.minutes:g} minutes; it must be more than 0")
         if self.target == "size":
             self._check_size()

@@ -114,7 +114,7 @@ def verify(
     """Checks a directory that `compress` wrote, without trusting it; see `CHECKS`.
 
     logits: load the model and compare its logits with those recorded at compression. device_map: where, default one
-    CUDA device if there is one. kernels: compare what its modules run on this device with the references, on random
+    CUDA device if there is one. kernels: compare what its modules run on that device with the references, on random
     input (`verification_kernels.py`).
     trust_remote_code: let code in the directory be run, which is otherwise a failure. Raises ValueError only if there
     is no such directory or kompakt did not write it; whatever else is wrong is a failed check.
@@ -139,7 +139,7 @@ def verify(
 
 def _run(name: str, subject: Subject) -> Check:
     try:
-        if name == "kernels" and (why := nothing_to_compare(kernel_device())) is not None:
+        if name == "kernels" and (why := nothing_to_compare(kernel_device(subject.device_map))) is not None:
             return Check(name, "skipped", why)
         return Check(name, "passed", FUNCTIONS[name](subject))
     except Problems as error:
@@ -287,8 +287,10 @@ def check_logits(subject: Subject) -> str:
     return f"{'; '.join(f'{what}: {words}' for what, _, words in results)}; {where}"
 
 
-def kernel_device() -> torch.device:
-    """Where kernels would run."""
+def kernel_device(device_map: Any) -> torch.device:
+    """Where kernels would run: the device that is named, or a CUDA device if there is one."""
+    if isinstance(device_map, str) and device_map.partition(":")[0] in ("cpu", "cuda"):
+        return torch.device(device_map)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -299,7 +301,7 @@ def check_kernels(subject: Subject) -> str:
         if line["status"] == "quantized" and subject.packed is not None:
             schemes.setdefault((subject.packed.scheme_of(line["name"]), tuple(line["shape"])), line["name"])
     windows = any(kind == "sliding_attention" for kind in layer_kinds(subject.config.get_text_config()))
-    device = kernel_device()
+    device = kernel_device(subject.device_map)
     for check in kernel_checks(subject.config, schemes, subject.policies, subject.cache, windows, device):
         subject.kernels.append(check)
         subject.progress("kernels", len(subject.kernels), 0, f"{check.op}, {check.case}")

@@ -6,7 +6,8 @@ or FP64:
     Linears      each size and way to store them, for `TOKENS` tokens, which take different kernels
     attention    each arithmetic, causal and, where a layer has a window, in a window
     sparsity     each arithmetic, over the keys that a policy of the directory visits
-    kv_cache     a cache of its method: codes as the reference writes them, and attention over them
+    kv_cache     a cache of its method: codes as the reference writes them, and attention over them and over what is
+                 left of a prompt that was evicted from
 
 Errors are those of `bench linear`, `bench attention` and `bench decode`, ‖difference‖ / ‖reference‖, of attention by
 the worst query, and so are the tolerances. Where an op runs through its reference there is nothing to compare, and the
@@ -32,6 +33,7 @@ from ..kernels.sparse_attention import sparse_attention, sparse_attention_ref
 from ..kernels.sparse_index import Extent
 from ..quant.kv_int4 import KVINT4
 from ..quant.method import AttentionInputs, AttentionPolicy, CachePolicy, KVCacheMethod, WeightScheme
+from ..sparsify.kv_prune import KVPrune
 from ..sparsify.method import SparsityPolicy
 from ..sparsify.online import index_of
 from .attention_cases import Case, worst_error
@@ -39,10 +41,11 @@ from .attention_contenders import Problem
 from .attention_speed import LIMITS as ATTENTION_LIMITS
 from .attention_speed import checked
 from .cache import TokenStore
-from .decode_contenders import DecodeCase, attend, visible
+from .decode_contenders import DecodeCase, attend, evicted, visible
 from .decode_speed import CHECK_LENGTH, coding_difference, reading
 from .decode_speed import LIMITS as CACHE_LIMITS
 from .device_speed import Ceilings, Machine
+from .kv_evict import KVEvict
 from .layer_policies import arithmetic_of, sparsity_of
 from .linear_contenders import Variant, relative_error
 from .linear_speed import ERROR_LIMIT, Shape
@@ -210,21 +213,40 @@ def sparse_check(mode: Any, policy: SparsityPolicy, heads: tuple[int, int, int],
 def cache_checks(cache: CachePolicy, heads: tuple[int, int, int], device: torch.device) -> Iterator[KernelCheck]:
     """A cache of one layer: what is written, and attention of one token over it."""
     for method in settled_methods(cache):
-        label = f"{method_key(method)}, {heads_of(heads)}, {CHECK_LENGTH} tokens"
-        label += f", keys {method.key_transform}" if isinstance(method, KVINT4) else ""
+        name = f"{method_key(method)}, {heads_of(heads)}"
+        name += f", keys {method.key_transform}" if isinstance(method, KVINT4) else ""
+        length = CHECK_LENGTH + method.sink_tokens + method.recent_tokens
+        label = f"{name}, {length} tokens"
         refusal = method.kernel_refusal(device)
         if refusal is not None and nothing_to_compare(device) is None:
             yield KernelCheck("decode_attention", label, "reference", reason=refusal)
             continue
-        problem = DecodeCase(BATCH, CHECK_LENGTH, heads[0], heads[1], heads[2], 1).draw(device)
-        store = TokenStore(replace(method, max_tokens=None), statics=cache_statics(method, problem))
-        store.append(problem.key, problem.value)
-        yield KernelCheck.of("write_tokens", label, 0.0, partial(pages_that_differ, store, problem))
+        method = replace(method, max_tokens=None)
+        problem = DecodeCase(BATCH, length, *heads, 1).draw(device)
+        statics = cache_statics(method, problem)
+        store = TokenStore(method, statics=statics)
+
+        def written(store: TokenStore = store, problem: Problem = problem) -> float:
+            store.append(problem.key, problem.value)
+            return pages_that_differ(store, problem)
+
+        yield KernelCheck.of("write_tokens", label, 0.0, written)
+        if not store.pages:
+            continue
         yield KernelCheck.of("decode_attention", label, cache_limit(store), partial(decode_error, store, problem))
+        if isinstance(method, KVEvict):
+            length = CHECK_LENGTH + method.shortest_prompt
+            long = DecodeCase(BATCH, length, *heads, 1).draw(device)
+            find = partial(evicted_error, method, long, statics)
+            yield KernelCheck.of("decode_attention", f"{name}, {length} tokens evicted from", cache_limit(store), find)
 
 
 def settled_methods(cache: CachePolicy) -> list[KVCacheMethod]:
-    """The method as its layers have it: one for every transform of keys that calibration chose."""
+    """The method as its layers have it: one for every transform of keys that calibration chose, and of a search the
+    sparsities that it shared out.
+    """
+    if isinstance(cache.method, KVPrune):
+        return [replace(cache.method, search="off")]
     if not isinstance(cache.method, KVINT4):
         return [cache.method]
     names = {
@@ -245,6 +267,11 @@ def decode_error(store: TokenStore, problem: Problem) -> float:
     kv = visible(store, problem)
     expected, _ = decode_ref(problem.query.double(), kv, reading(problem), dtype=torch.float64)
     return worst_error(attend(problem.query, kv), expected)
+
+
+def evicted_error(method: KVEvict, problem: Problem, statics: Mapping[str, Tensor]) -> float:
+    """The same over a prompt that was evicted from."""
+    return decode_error(evicted(method, problem, statics), problem)
 
 
 def cache_statics(method: KVCacheMethod, problem: Problem) -> dict[str, Tensor]:

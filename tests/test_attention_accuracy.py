@@ -236,6 +236,8 @@ def test_command_writes_what_it_prints(base, tmp_path, monkeypatch, capsys):
         (["--modes", ""], "no mode was named"),
         (["--length", "300"], "length 300 exceeds the 256 positions of base"),
         (["--length", "32", "--text", "none.txt"], "none.txt cannot be read"),
+        (["--limit", "3"], "--limit and --batch-size are for --choices"),
+        (["--batch-size", "3"], "--limit and --batch-size are for --choices"),
     ],
 )
 def test_command_refuses_in_one_sentence(base, options, says, capsys):

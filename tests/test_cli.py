@@ -152,6 +152,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(base, tmp_path, capsys, monk
     assert main(["plan", str(base), "--set", "weights.group_size=32"]) == 0
     out, err = capsys.readouterr()
     assert "memory at the peak of" in out and "W4A8-FP8 g32" in out
+    assert "decoder layer 0 B" not in " ".join(out.split())
     assert err == ""
     assert list(tmp_path.iterdir()) == []
 

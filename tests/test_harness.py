@@ -159,6 +159,8 @@ def test_options_that_cannot_be_are_refused(options, message):
 def test_examples_without_tasks_are_refused(directory, capsys):
     assert main(["evaluate", str(directory), "--num-fewshot", "2"]) == 2
     assert "--num-fewshot needs --tasks" in capsys.readouterr().err
+    assert main(["evaluate", str(directory), "--limit", "2"]) == 2
+    assert "the limit of 2 is on rows of tasks, and none is named" in capsys.readouterr().err
 
 
 def test_rows_that_are_neither_kind_are_refused(tmp_path):

@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import cpu_offload
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from tiny import tiny_directory
 
 from kompakt.compress import compress
-from kompakt.compress.hf_decoder import park
+from kompakt.compress.hf_decoder import park, resident
 
 ROOT = Path(__file__).resolve().parents[1]
 WIDE = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 4}
@@ -71,6 +73,22 @@ def test_memory_does_not_grow_with_the_number_of_layers(tmp_path):
     few, many = peaks
     # Six more packed layers would take 1.6 times as much as a float one.
     assert many - few < LAYER, peaks
+
+
+@pytest.mark.parametrize("offloaded", [False, True])
+def test_a_resident_layer_runs_where_it_is_held_whatever_accelerate_wants(offloaded):
+    layer = torch.nn.Sequential(torch.nn.Sequential(torch.nn.Linear(8, 8)), torch.nn.Linear(8, 8))
+    x = torch.randn(2, 8)
+    expected = layer(x)
+    add_hook_to_module(layer[1], AlignDevicesHook("cpu"))
+    layer[1]._hf_hook.execution_device = torch.device("meta")  # a device that has no results
+    if offloaded:
+        cpu_offload(layer[0], torch.device("cpu"))
+    forwards = [module.forward for module in layer.modules()]
+    with pytest.raises(KeyError), resident(layer, torch.device("cpu")):
+        assert torch.equal(layer(x), expected)
+        raise KeyError
+    assert [module.forward for module in layer.modules()] == forwards
 
 
 def test_a_parked_module_is_what_it_was_and_can_be_changed(tmp_path):

@@ -203,6 +203,8 @@ def test_a_search_for_speed_says_what_its_times_are(target, extra, base, tmp_pat
         (["--target", "prefill", "--runs-on", "h200", "--context", "4096"], "it runs from 8,192 tokens on"),
         (["--target", "prefill", "--runs-on", "a100", "--set", "weights.activations=fp8"], "nothing makes prefill"),
         (["--runs-on", "h200"], "runs_on is h200, and target size counts bytes, which are"),
+        (["--budget-minutes", "nan"], "the budget is nan minutes; it must be more than 0"),
+        (["--evaluation-window", "32"], "--evaluation-window is for windows of --text"),
         (["--batch", "4"], "batch is 4, and target size counts caches only of"),
     ],
 )

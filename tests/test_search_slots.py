@@ -201,7 +201,7 @@ def test_what_has_no_time_is_left_out_and_without_any_all_is_reckoned(base):
     assert set(seconds.values()) == {9.0} and why is not None and why.endswith("out of memory")
 
 
-def test_layers_with_windows_are_not_timed_as_if_they_had_none(base):
+def test_attention_of_another_kind_is_not_timed_as_if_it_were_dense(base):
     small = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
     config = MistralConfig(**small, num_attention_heads=4, num_key_value_heads=2, sliding_window=50)
     model = meta_model(config)
@@ -212,4 +212,8 @@ def test_layers_with_windows_are_not_timed_as_if_they_had_none(base):
     plain = works(skeleton(base), recipe, set(), (1, 1), ({600: 1}, {600: 1}))["base"]
     assert unmeasured(plain, space, 600) is None
     assert "most is dense" in str(unmeasured(plain, space, 511))
+    sparse = {"sparsity": {"method": "triangle"}}
+    visits = works(skeleton(base), Recipe.load(sparse), set(), (1, 1), ({600: 1}, {600: 1}))["compressed"]
+    assert "is sparse" in str(unmeasured(visits, space_of(base, "prefill", sparse), 600))
+    assert unmeasured(visits, space_of(base, "decode", sparse), 600) is None
     assert "fills kv_cache itself" in str(unmeasured(plain, space_of(base, "decode", {"kv_cache": "kv_fp8"}), 600))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -34,6 +35,8 @@ RECIPES = {
         },
         "kv_cache": {"method": "kv_prune", "key_scores": "magnitude"},
     },
+    "searched": {"kv_cache": {"method": "kv_prune", "search": "loss"}},
+    "evicting": {"kv_cache": {"method": "kv_evict", "ratio": 2.0, "recent_tokens": 900}},
 }
 DATA = {"calibration": {"samples": 2, "length": 256}, "evaluation": {"windows": 0}}
 
@@ -74,13 +77,15 @@ def test_every_op_of_a_directory_is_compared_once(name, made, as_if_there_were_k
     assert found.passed and all(check.status == "equal" for check in checks.values()), found.as_dict()
     assert len(checks) == len(found.kernels)
     shapes = {case.partition(",")[0] for op, case in checks if op.endswith("_linear")}
-    assert shapes == {"64×64", "32×64", "128×64", "64×128"}
+    assert shapes == ({"64×64", "32×64", "128×64", "64×128"} if "weights" in RECIPES[name] else set())
     ops = {op for op, _ in checks}
     if name == "mixed":
         # 64×128 is down_proj alone, which is stored in FP8.
         assert {op for op, case in checks if case.startswith("64×128")} == {"fp8_linear"}
     if name == "pq":
         assert {"w4a16_linear", "sparse_attention (bf16)"} <= ops
+    if name == "evicting":
+        assert [case.endswith("evicted from") for op, case in checks if op == "decode_attention"] == [False, True]
     if name == "everything":
         assert any(op.startswith("prefill_attention (") for op in ops)
     assert {"write_tokens", "decode_attention"} <= ops
@@ -135,6 +140,39 @@ def test_pages_that_are_written_wrongly_are_found(made, as_if_there_were_kernels
     monkeypatch.setattr(verification_kernels.TokenStore, "append", wrong)
     _, checks = kernels_of(made / "pq")
     assert {op for (op, _), check in checks.items() if check.status == "differs"} == {"write_tokens"}
+
+
+def test_a_write_that_fails_is_found(made, as_if_there_were_kernels, monkeypatch):
+    def wrong(self, key, value):
+        raise RuntimeError("an illegal address")
+
+    monkeypatch.setattr(verification_kernels.TokenStore, "append", wrong)
+    found, checks = kernels_of(made / "pq")
+    assert {op for (op, _), check in checks.items() if check.status == "differs"} == {"write_tokens"}
+    assert "RuntimeError: an illegal address" in found.checks[-1].detail
+
+
+def test_a_broken_read_of_what_was_evicted_from_is_found(made, as_if_there_were_kernels, monkeypatch):
+    right = decoding.decode_attention
+
+    def wrong(query, kv, **options):
+        return right(query, replace(kv, kept=None), **options)
+
+    monkeypatch.setattr("kompakt.compress.decode_contenders.decode_attention", wrong)
+    _, checks = kernels_of(made / "evicting")
+    (case,) = [case for (_, case), check in checks.items() if check.status == "differs"]
+    assert case.endswith("evicted from")
+
+
+def test_kernels_are_those_of_the_device_that_is_named(made, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    asked = []
+    monkeypatch.setattr(verification, "kernel_checks", lambda *given: iter(asked.append(given[-1]) or ()))
+    for place in ("cuda:1", "auto", None):
+        verify(made / "mixed", logits=False, kernels=True, device_map=place)
+    assert [str(device) for device in asked] == ["cuda:1", "cuda", "cuda"]
+    found = verify(made / "mixed", logits=False, kernels=True, device_map="cpu")
+    assert found.checks[-1].status == "skipped" and len(asked) == 3
 
 
 @pytest.mark.parametrize(
