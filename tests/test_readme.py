@@ -54,7 +54,7 @@ LONG = {
 SMALL = {
     "compress": [*CALIBRATION, *EVALUATION, "--overwrite"],
     "evaluate": ["--window", "200", "--windows", "2", "--no-speed"],
-    "search": [*CALIBRATION, "--evaluation-window", "32", "--windows", "2", "--loss-windows", "1", "--rounds", "1"],
+    "search": [*CALIBRATION, "--windows", "2", "--loss-windows", "1", "--rounds", "1"],
     "bench": [*CALIBRATION, "--window", "32", "--windows", "2"],
 }
 """Behind the page's own options, of which the last one counts."""
