@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .activations import log_fallback
 from .attention_quant import padded_width
 from .decode_dense_triton import dense_part
 from .decode_ends_triton import merge_kernel
@@ -280,7 +281,10 @@ def decode_pq(
     multiprocessors = 1 if interpret else torch.cuda.get_device_properties(query.device).multi_processor_count
     # A launch that is to be that of later tokens too is made for many pages.
     pages = -(-kv.coded // PAGE) - kv.first // PAGE if kv.lengths is None else MAX_SPLITS
-    hopper = hopper_pq_refusal(query, call, codec) is None
+    refusal = hopper_pq_refusal(query, call, codec)
+    hopper = refusal is None
+    if not hopper and not interpret:
+        log_fallback("decode_pq_hopper", refusal, "the plain kernel")
     splits = splits_of(planes, pages, multiprocessors * (1 if hopper else 2))
     parts, code_width = splits + 1, vector_width(codec.values)
     key_width = vector_width(codec.keys)

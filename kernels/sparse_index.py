@@ -220,7 +220,7 @@ def _pointer(counts: Tensor) -> Tensor:
 
 def index_from_lines(chosen: Lines, extent: Extent, *, causal: bool) -> SparseIndex:
     """The index of lines: on a GPU by a kernel, elsewhere in torch. Waits for the device."""
-    if chosen.hits.device.type == "cuda" and triton_refusal(chosen.hits.device, (8, 0)) is None:
+    if triton_refusal(chosen.hits.device, (8, 0)) is None:
         from .sparse_index_triton import build_index
 
         with launching_on(chosen.hits):
@@ -232,7 +232,7 @@ def index_from_tiles(wanted: Tensor, extent: Extent, *, causal: bool) -> SparseI
     """The index of a tile map, (batch, heads, query tiles, key tiles) bool: on a GPU by a kernel. Waits for the
     device.
     """
-    if wanted.device.type == "cuda" and triton_refusal(wanted.device, (8, 0)) is None:
+    if triton_refusal(wanted.device, (8, 0)) is None:
         from .sparse_index_triton import build_index
 
         with launching_on(wanted):
