@@ -41,7 +41,8 @@ Progress = Callable[[int, int], None]
 # Elements of one float32 chunk of logits: 64 MiB, so that a 256k vocabulary goes 64 tokens at a time.
 CHUNK_ELEMENTS = 2**24
 MAX_WINDOWS_PER_PASS = 16
-PASS_BYTES = 2**31
+PASS_SHARE = 8
+"""Logits of a pass take at most one part of so many of a device's memory."""
 # exp() of a larger mean is not meaningful as a perplexity, and soon not representable.
 MAX_NLL = 300.0
 
@@ -124,13 +125,15 @@ def scoring_mode(model: torch.nn.Module) -> Iterator[None]:
 
 
 def windows_per_pass(device: torch.device, dtype: torch.dtype, window: int, vocabulary: int) -> int:
-    """Windows whose logits, of two models, take at most `PASS_BYTES`; 1 on the CPU, where more at a time gain nothing.
+    """Windows whose logits, of two models, take at most 1 / `PASS_SHARE` of a device's memory; 1 on the CPU, where more
+    at a time gain nothing, and for a device that is not here.
 
     It does not depend on what is free: a device may multiply many tokens in another way than few.
     """
-    if device.type != "cuda":
+    if device.type != "cuda" or not torch.cuda.is_available():
         return 1
-    return max(1, min(MAX_WINDOWS_PER_PASS, PASS_BYTES // (2 * dtype.itemsize * window * vocabulary)))
+    room = torch.cuda.get_device_properties(device).total_memory // PASS_SHARE
+    return max(1, min(MAX_WINDOWS_PER_PASS, room // (2 * dtype.itemsize * window * vocabulary)))
 
 
 def text_windows(
