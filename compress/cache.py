@@ -4,7 +4,9 @@ codes.
 Columns are tokens in the order in which they came. `append` writes new tokens behind the recent ones and codes, a page
 at a time, those that more than `recent_tokens` others follow; nothing that is kept is ever copied to grow, and what was
 coded is never coded again: after a `crop` into the pages, the last one is filled up from where it was cut. The recent
-tokens sit in a ring of `recent_tokens` and a page: column c at place c modulo its length.
+tokens sit in a ring of `recent_tokens` and a page: column c at place c modulo its length. Every query sees at least
+`recent_tokens` dense columns, its own included, also where several tokens come at a time, whose call sees the past
+as it was coded before them.
 
 The first `sink_tokens` of a row, from its own first token on in a left-padded batch, are kept dense beside their codes.
 A layer with a window drops pages that no later query can see. A store is one object of Python integers and tensors:
@@ -20,7 +22,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ..kernels.decode_attention import CompressedKV
+from ..kernels.decode_attention import MAX_ROWS, CompressedKV
 from ..kernels.kv_append import Appendable, append_token
 from ..kernels.kv_pages import PAGE, Page, Pages, write_tokens
 from ..quant.method import KVCacheMethod
@@ -58,7 +60,8 @@ class TokenStore:
 
     version counts changes: what was read before one is not to be used after it. kept_from: columns from it on are all
     there. pages_from: pages that end before it are gone. skipped: columns of the last append that nobody will see.
-    gone: columns before it were evicted, and what is left of them is kept elsewhere (`evicting.py`).
+    gone: columns before it were evicted, and what is left of them is kept elsewhere (`evicting.py`). looked_at: coded
+    columns that the last `read` showed.
     """
 
     def __init__(
@@ -89,7 +92,7 @@ class TokenStore:
         self.found_at: dict[int, int] = {}
         self.addresses: Tensor | None = None
         self.located: Pages | None = None
-        self.tokens = self.coded = 0
+        self.tokens = self.coded = self.looked_at = 0
         self.kept_from = self.pages_from = self.gone = 0
         self.skipped = (0, 0)
         self.key = self.value = self.sink_key = self.sink_value = self.sink_starts = None
@@ -346,22 +349,48 @@ class TokenStore:
         self.pages_from = unseen
         self.remove_pages([number for number in self.pages if (number + 1) * PAGE <= self.pages_from])
 
-    def read(self, new: tuple[Tensor, Tensor] | None, queries: int) -> CompressedKV:
-        """What the last `queries` tokens attend to. new: their own keys and values, which they then see uncoded."""
+    def extend(self, key: Tensor, value: Tensor) -> CompressedKV | None:
+        """Appends, and what the queries of the new tokens see: several at once see the past as it was coded before
+        them. None for the first tokens, which see each other alone. ValueError as of `check`.
+        """
+        past, queries, before = self.tokens, key.shape[2], None
+        if past and queries > 1 and self.key is not None:
+            self.check(key, value)
+            if blocks := self.ring(self.coded, past):
+                before_key, before_value = (torch.cat(parts, dim=2) for parts in zip(*blocks, strict=True))
+                before = (before_key, before_value)
+        self.append(key, value)
+        return None if past == 0 else self.read((key, value) if queries > 1 else None, queries, before)
+
+    def read(
+        self, new: tuple[Tensor, Tensor] | None, queries: int, before: tuple[Tensor, Tensor] | None = None
+    ) -> CompressedKV:
+        """What the last `queries` tokens attend to. new: their own keys and values, and before: those in front of them,
+        which they see uncoded whatever the store has coded since; None for one token, which sees what is there.
+        """
         assert self.key is not None and self.value is not None and self.pool is not None
         assert self.sink_key is not None and self.sink_value is not None and self.sink_starts is not None
-        past = self.tokens if new is None else self.tokens - queries
+        own = [block for block in (before, new) if block is not None]
+        past = self.tokens - sum(block[0].shape[2] for block in own)
         first = self.gone if self.window is None else max(0, self.tokens - queries - self.window + 1)
-        coded = min(self.coded, past)
-        dense = tuple(self.ring(max(first, coded), past))
+        coded = self.looked_at = min(self.coded, past)
+        start = max(first, coded)
+        if start > past:
+            own[0] = (own[0][0][:, :, start - past :], own[0][1][:, :, start - past :])
+        ring: tuple[Tensor, Tensor] | None = (self.key, self.value)
+        if self.coded > coded:
+            # Places of what was coded since belong to later tokens.
+            ring = None
+            if queries <= MAX_ROWS:
+                ring_key, ring_value = (in_ring(torch.cat(parts, dim=2), start) for parts in zip(*own, strict=True))
+                ring = (ring_key, ring_value)
         return CompressedKV(
             pages=self.where(),
             coded=coded,
             tokens=self.tokens,
             first=first,
-            dense=dense if new is None else (*dense, new),
-            # The ring has the new tokens too, unless they were coded at once.
-            ring=(self.key, self.value) if self.coded <= past else None,
+            dense=(*self.ring(start, past), *own),
+            ring=ring,
             sink_key=self.sink_key,
             sink_value=self.sink_value,
             sink_starts=self.sink_starts,
@@ -421,6 +450,11 @@ class TokenStore:
         codes, parameters = (0, 0) if self.pool is None else self.pool.nbytes()
         dense = (self.key, self.value, self.sink_key, self.sink_value)
         return Sizes(codes, parameters, sum(tensor.nbytes for tensor in dense if tensor is not None))
+
+
+def in_ring(x: Tensor, first: int) -> Tensor:
+    """x: (batch, num_kv_heads, columns, head_dim) from column `first` on → each at its place modulo their number."""
+    return x.roll(first % x.shape[2], dims=2)
 
 
 def sent(numbers: list[int], device: torch.device) -> Tensor:

@@ -2,10 +2,10 @@
 
 One pass over a whole text is a prefill, which attends to dense keys and values and would measure the dense cache. Two
 protocols read codes instead. "chunks": a text is fed `CHUNK` tokens at a time; every chunk attends to the compressed
-past, its own tokens dense, so that the past itself was computed from codes. "decode": the first tokens of a text go in
-as one prompt, attended to exactly and then coded, as `generate()` does it; the rest follows in chunks, and it alone is
-scored. Which share of the positions had coded tokens to read is counted and reported, since sinks and recent tokens
-stay dense.
+past, its own tokens and the recent ones before them dense, as if they came one by one, so that the past itself was
+computed from codes. "decode": the first tokens of a text go in as one prompt, attended to exactly and then coded, as
+`generate()` does it; the rest follows in chunks, and it alone is scored. Which share of the positions had coded tokens
+to read is counted and reported, since sinks and recent tokens stay dense.
 
 A cache that evicts does so from a prompt, which "chunks" has none of: it is measured by "decode" alone (`check_fed`).
 """

@@ -180,9 +180,11 @@ class EvictingStore(TokenStore):
             assert self.pool is not None
             self.pool.record(self.slots[number]).zero_()
 
-    def read(self, new: tuple[Tensor, Tensor] | None, queries: int) -> CompressedKV:
+    def read(
+        self, new: tuple[Tensor, Tensor] | None, queries: int, before: tuple[Tensor, Tensor] | None = None
+    ) -> CompressedKV:
         """See `TokenStore.read`."""
-        return replace(super().read(new, queries), kept=self.kept)
+        return replace(super().read(new, queries, before), kept=self.kept)
 
     def crop(self, count: int) -> None:
         """See `TokenStore.crop`. ValueError as well for tokens of which some were evicted."""

@@ -43,9 +43,8 @@ STAYS = "a compressed cache stays on its device; pass cache_implementation='offl
 class Visible:
     """What one call of an attention layer sees; keys and values of one layer share it."""
 
-    def __init__(self, store: TokenStore, new: tuple[Tensor, Tensor] | None, queries: int, dtype: torch.dtype):
-        self.store, self.version, self.dtype = store, store.version, dtype
-        self.read = store.read(new, queries)
+    def __init__(self, store: TokenStore, read: CompressedKV, dtype: torch.dtype):
+        self.store, self.version, self.read, self.dtype = store, store.version, read, dtype
         self.dense: tuple[Tensor, Tensor] | None = None
 
     def compressed(self) -> CompressedKV:
@@ -137,15 +136,12 @@ class CompressedLayer(CacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Appends, and gives back what the queries of the new tokens see."""
         store = self.store
-        first = store.tokens == 0
-        store.append(key_states, value_states)
+        read = store.extend(key_states, value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        if first:
+        if read is None:
             return key_states, value_states
-        queries = key_states.shape[2]
-        new = None if queries == 1 else (key_states, value_states)
-        visible = Visible(store, new, queries, key_states.dtype)
+        visible = Visible(store, read, key_states.dtype)
         return CachedTensor(visible, 0), CachedTensor(visible, 1)
 
     def get_seq_length(self) -> int:
@@ -273,7 +269,7 @@ class CompressedCache(Cache):
         """Whether queries of the columns [start, stop), the last that came, attended to any coded token."""
         for store in self.compressed_layers:
             seen = 0 if store.window is None else max(0, start - store.window + 1)
-            if min(store.coded, start) > max(seen, store.method.sink_tokens):
+            if min(store.looked_at, start) > max(seen, store.method.sink_tokens):
                 return True
         return False
 

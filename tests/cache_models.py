@@ -51,13 +51,13 @@ class ReferenceLayer(DynamicLayer):
         self.sliding_window = window
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        past = self.get_seq_length()
+        past, before = self.get_seq_length(), self.coded
         super().update(key_states, value_states)
         while self.keys.shape[2] - (self.coded // PAGE + 1) * PAGE >= self.method.recent_tokens:
             self.coded = (self.coded // PAGE + 1) * PAGE
         if past == 0:
             return key_states, value_states
-        limit = self.coded if key_states.shape[2] == 1 else min(self.coded, past)
+        limit = self.coded if key_states.shape[2] == 1 else before
         first = self.get_mask_sizes_of(past, 0)[1]
         coded = self.codec.rounded(self.keys, self.values)
         return tuple(

@@ -81,8 +81,9 @@ def filled(
             key[row, :, : max(0, start - store.tokens)] = torch.nan
             value[row, :, : max(0, start - store.tokens)] = torch.nan
         key, value = key.to(device, dtype), value.to(device, dtype)
-        store.append(key, value)
-        seen = store.read((key, value) if count > 1 else None, count)
+        seen = store.extend(key, value)
+        if seen is None:
+            seen = store.read((key, value) if count > 1 else None, count)
     assert seen is not None
     return seen, lengths[-1]
 

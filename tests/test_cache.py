@@ -13,7 +13,7 @@ from pq_cases import pq_statics
 
 from kompakt.compress import cache as cache_module
 from kompakt.compress.cache import CODED_AT_ONCE, TokenStore, steady_runs
-from kompakt.kernels.decode_attention import dequantized
+from kompakt.kernels.decode_attention import CompressedKV, dequantized
 from kompakt.kernels.kv_codec import Codec
 from kompakt.kernels.kv_pages import PAGE
 from kompakt.quant.kv_fp8 import KVFP8
@@ -67,19 +67,30 @@ def some(batch: int, count: int, generator: torch.Generator) -> tuple[torch.Tens
     return key, torch.randn(batch, HEADS, count, VALUE_DIM, generator=generator)
 
 
+def ring_matches(seen: CompressedKV) -> bool:
+    """Whether every dense column is in the ring at its place."""
+    assert seen.ring is not None
+    columns = torch.arange(max(seen.first, seen.coded), seen.tokens)
+    dense = [torch.cat(parts, 2) for parts in zip(*seen.dense, strict=True)]
+    return all(torch.equal(x[:, :, columns % x.shape[2]], wanted) for x, wanted in zip(seen.ring, dense, strict=True))
+
+
 def append_and_compare(store: TokenStore, plain: Plain, count: int, generator: torch.Generator) -> None:
     """Appends to both; what the new tokens' queries see is equal: bit for bit, and where codes go through a matrix,
     whose sums depend on how many tokens go through at once, to the last bits."""
     key, value = some(plain.key.shape[0], count, generator)
-    past = plain.key.shape[2]
-    store.append(key, value)
+    past, before = plain.key.shape[2], plain.coded
+    seen = store.extend(key, value)
     plain.append(key, value)
     assert (store.tokens, store.coded) == (plain.key.shape[2], plain.coded)
-    new = None if count == 1 else (key, value)
-    seen = store.read(new, count)
+    if past == 0:
+        assert seen is None
+        seen = store.read((key, value), count)
+    assert seen is not None and store.looked_at == seen.coded
+    assert count > 64 or ring_matches(seen)
     first = 0 if store.window is None else max(0, past - store.window + 1)
     assert (seen.first, seen.tokens) == (first, past + count)
-    expected = plain.content(plain.coded if new is None else min(plain.coded, past))
+    expected = plain.content(plain.coded if count == 1 else before)
     for got, wanted in zip(dequantized(seen, torch.float32), expected, strict=True):
         if isinstance(store.method, KVPQ):
             assert torch.allclose(got, wanted[:, :, first:], rtol=1e-5, atol=1e-5)
