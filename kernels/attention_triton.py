@@ -130,9 +130,7 @@ def quantize_queries(q, scale, KIND: tl.constexpr, INTERPRET: tl.constexpr):
 
 
 @triton.jit
-def load_tile(
-    ptr, stride, start, token, channel, k_start, k_stop, channels, ROWS: tl.constexpr, WHOLE: tl.constexpr
-):
+def load_tile(ptr, stride, start, token, channel, k_start, k_stop, channels, ROWS: tl.constexpr, WHOLE: tl.constexpr):
     """16-bit rows `start` … of keys or values, zeros where there is none. WHOLE: all are there, and all channels."""
     # One address for the tile and offsets that do not change from tile to tile.
     here = ptr + (tl.full((), 0, tl.int64) + start) * stride
