@@ -53,6 +53,10 @@ Patterns = Annotated[
 Densities = Annotated[
     str | None, typer.Option(help="Shares of the causal tiles that they visit, comma-separated.", metavar="X,Y")
 ]
+Budgets = Annotated[
+    str | None,
+    typer.Option(help="Of vertical_slash, keys x distances of a head, + between heads that differ.", metavar="NxN,NxN"),
+]
 Document = Annotated[
     Path | None, typer.Option("--into", help="Markdown file to put the table into.", metavar="FILE.md")
 ]
@@ -219,6 +223,7 @@ def attention(
     against: AttentionPeers = "cudnn,fa2,transformers,sageattention",
     pattern: Patterns = None,
     density: Densities = None,
+    budgets: Budgets = None,
     note: Note = "",
     append: Append = False,
     output: o.OutputFile = None,
@@ -242,7 +247,7 @@ def attention(
     families = some(parse_names(masks, MASKS, "mask"), "mask", MASKS)
     chosen: list[Any] = some(parse_names(modes, MODES, "mode"), "mode", MODES)
     peers = parse_names(against, list(PEERS), "peer")
-    sparse = sparse_options(pattern, density, append)
+    sparse = sparse_options(pattern, density, budgets, append)
     found = cases(families, parse_lengths(lengths), parse_head_dims(head_dims), parse_heads(heads), batch)
     with session.working(), Bar(session.stderr, "measuring the ceilings") as bar:
         machine = Machine.cuda(())

@@ -34,6 +34,7 @@ Shapes = Annotated[
     str | None, typer.Option(help="In place of --context and --batch: sequences x tokens, in order.", metavar="NxN,NxN")
 ]
 Launches = Annotated[bool, typer.Option(help="Time recipes launch by launch, too.")]
+Static = Annotated[bool, typer.Option(help="Time transformers' StaticCache, which compiles, too.")]
 NewTokens = Annotated[int, typer.Option("--new", help="Tokens to generate.", min=2)]
 Recipes = Annotated[str, typer.Option(help="Names from `kompakt list` or YAML files.", metavar="A,B")]
 Repeats = Annotated[int, typer.Option(help="Runs that are measured, after one to warm up.", min=1)]
@@ -100,6 +101,7 @@ def generate(
     shapes: Shapes = None,
     recipes: Recipes = "kv-int4,w4a8-kv4",
     launches: Launches = True,
+    static: Static = True,
     repeats: Repeats = 2,
     note: Note = "",
     output: o.OutputFile = None,
@@ -115,7 +117,7 @@ def generate(
     from .progress import Bar
 
     session: Session = context.obj
-    ways = Way.all([item.strip() for item in recipes.split(",") if item.strip()], launches=launches)
+    ways = Way.all([item.strip() for item in recipes.split(",") if item.strip()], launches=launches, static=static)
     product = [(count, length) for length in parse_lengths(contexts) for count in parse_tokens(batches)]
     pairs = product if shapes is None else parse_batch_lengths(shapes)
     with session.working(), Bar(session.stderr, "reading the config") as bar:

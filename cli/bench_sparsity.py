@@ -60,19 +60,25 @@ def sparsity(
 
 
 def sparse_options(
-    pattern: str | None, density: str | None, append: bool
-) -> tuple[list[str], tuple[float, ...]] | None:
-    """What `--pattern` and `--density` ask for; None without them."""
-    if pattern is None and density is None:
+    pattern: str | None, density: str | None, budgets: str | None, append: bool
+) -> tuple[list[str], list[Any]] | None:
+    """What `--pattern` with `--density` or `--budgets` asks for: patterns, and levels of each; None without them."""
+    if pattern is None and density is None and budgets is None:
         return None
-    if pattern is None or density is None:
-        raise typer.BadParameter("--pattern and --density belong together, e.g. --pattern block --density 0.1,0.25")
+    if pattern is None or (density is None and budgets is None):
+        raise typer.BadParameter(
+            "--pattern and --density (or --budgets) belong together, e.g. --pattern block --density 0.1,0.25"
+        )
     if append:
         raise typer.BadParameter("--append adds rows of dense attention; leave it out with --pattern")
     from ..compress.linear_speed import parse_names
-    from ..compress.sparse_speed import PATTERNS
+    from ..compress.sparse_speed import PATTERNS, Budgets
 
-    return some(parse_names(pattern, PATTERNS, "pattern"), "pattern", PATTERNS), o.shares(density, "--density")
+    names = some(parse_names(pattern, PATTERNS, "pattern"), "pattern", PATTERNS)
+    if budgets is not None and names != ["vertical_slash"]:
+        raise typer.BadParameter(f"--budgets are of --pattern vertical_slash alone, not of {pattern}")
+    levels: list[Any] = [] if density is None else list(o.shares(density, "--density"))
+    return names, levels + [Budgets.parse(item) for item in (budgets.split(",") if budgets else ())]
 
 
 def time_sparse(
@@ -81,7 +87,7 @@ def time_sparse(
     found: Any,
     modes: Any,
     patterns: list[str],
-    densities: tuple[float, ...],
+    levels: list[Any],
     peers: list[str],
     note: str,
     bar: Any,
@@ -96,6 +102,6 @@ def time_sparse(
         if output is not None:
             save(result, output)
 
-    result = sparse_speed(machine, found, modes, patterns, densities, peers, note=note, progress=bar, keep=keep)
+    result = sparse_speed(machine, found, modes, patterns, levels, peers, note=note, progress=bar, keep=keep)
     session.show(result, lambda content: [sparse_table(content)], as_json)
     check_sparse_speeds(result)

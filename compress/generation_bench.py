@@ -8,8 +8,9 @@
 | a recipe, launch by launch | the same without, by `disable_compile=True` |
 
 A recipe's INT4 weights are rounded to nearest whatever its method, and its cache and attention are calibrated on random
-tokens: bytes and kernels are those of the recipe, and the time is. Prompts are random tokens too. None of this says
-anything about what a model writes.
+tokens: bytes and kernels are those of the recipe, and the time is. Patterns of sparse prefill, on which the time
+depends, are prescribed (`prescribed_sparsity.py`). Prompts are random tokens too. None of this says anything about what
+a model writes.
 
 The floor of a decoding step is the time in which the weights, once, and the cache at the prompt's length are read at
 the measured bandwidth::
@@ -35,10 +36,12 @@ import torch
 
 from ..quant.method import KVCacheMethod
 from ..quant.rtn import RTN
+from ..sparsify.method import SparsityMethod
 from .attention_calibration import SEQUENCES, choose_policies
 from .cache_calibration import choose_cache
 from .device_speed import graph_time, measure_bandwidth
 from .hf import meta_model
+from .hf_attention import attached_layers, attention_in_use
 from .hf_cache_hooks import run_by
 from .hf_capture import steps_of
 from .hf_decoder import decoder_layers
@@ -50,6 +53,7 @@ from .linear_speed import installed, reason
 from .patching import kept_linears
 from .pipeline import Progress, covered, environment, package_version, quiet, walked
 from .planning import kv_cache_bytes, plan_cache
+from .prescribed_sparsity import prescribed
 from .recipe import Recipe
 from .sparsity_calibration import choose_sparsity
 
@@ -69,9 +73,9 @@ class Way:
     launches: bool = False
 
     @classmethod
-    def all(cls, recipes: Sequence[str], *, launches: bool = True) -> list[Way]:
-        """transformers' two, the one that compiles last, and one per recipe; with launches one more per recipe with a
-        compressed cache. ValueError for a recipe that there is not.
+    def all(cls, recipes: Sequence[str], *, launches: bool = True, static: bool = True) -> list[Way]:
+        """transformers' two, the one that compiles last and only with static, and one per recipe; with launches one
+        more per recipe with a compressed cache. ValueError for a recipe that there is not.
         """
         found = [Recipe.load(name) for name in dict.fromkeys(recipes)]
         taken = [recipe.name for recipe in found if recipe.name in ("dynamic", "static")]
@@ -82,7 +86,7 @@ class Way:
             ways.append(cls(recipe.name, recipe))
             if launches and recipe.kv_cache is not None:
                 ways.append(cls(f"{recipe.name}, launch by launch", recipe, launches=True))
-        return [*ways, cls("static", cache="static")]
+        return [*ways, cls("static", cache="static")] if static else ways
 
 
 @dataclass(frozen=True)
@@ -193,7 +197,7 @@ def put_in(model: Any, recipe: Recipe, device: torch.device) -> None:
     if recipe.attention is not None:
         attention = choose_policies(model, recipe.attention, tokens, device=device)
     if recipe.sparsity is not None:
-        sparsity = choose_sparsity(model, recipe.sparsity, tokens, device=device)
+        sparsity = choose_sparsity(model, prescribed(recipe.sparsity)[0], None, device=device)
     policies = combined(attention, sparsity)
     if recipe.kv_cache is not None:
         cache = choose_cache(model, recipe.kv_cache, tokens, device=device)
@@ -215,7 +219,7 @@ def release(device: torch.device) -> None:
 
 def row_of(model: Any, way: Way, shape: Shape, repeats: int, device: torch.device) -> dict[str, Any]:
     """One row: `measured`, or `absent` with the reason; `recipe`: the slots that ran; what a step has to read."""
-    slots = {"weights", "attention", "kv_cache"}
+    slots = {"weights", "attention", "kv_cache", "sparsity"}
     ran, method = None, None
     if way.recipe is not None:
         ran = uncalibrated(way.recipe).model_dump(mode="json", exclude_none=True, include=slots)
@@ -246,7 +250,10 @@ def measured(model: Any, way: Way, shape: Shape, repeats: int, device: torch.dev
     cached = way.recipe is not None and way.recipe.kv_cache is not None
     recorded = device.type == "cuda" and cached and not way.launches
     before = steps_of(model).replayed if recorded else 0
+    forget_visits(model)
     found = timed(model, way, shape, repeats, device)
+    if way.recipe is not None and way.recipe.sparsity is not None:
+        found["sparsity"] = visits(model, way.recipe.sparsity)
     if recorded:
         found["replayed_steps"] = steps_of(model).replayed - before
         if not found["replayed_steps"]:
@@ -279,6 +286,22 @@ def timed(model: Any, way: Way, shape: Shape, repeats: int, device: torch.device
         "compiled": is_compiled(model),
         **facts,
     }
+
+
+def forget_visits(model: Any) -> None:
+    """What sparse calls of another shape visited is counted no more."""
+    for layer in attached_layers(model).values():
+        layer.visited = layer.dense = 0.0
+
+
+def visits(model: Any, method: SparsityMethod) -> dict[str, Any]:
+    """How prompts were visited: patterns in words, None for those of the recipe; layers that have any, and the share of
+    tiles of those. Raises Absent if no call was sparse.
+    """
+    used = (attention_in_use(model) or {}).get("sparsity")
+    if used is None or used["density"] is None:
+        raise Absent(f"no prompt is as long as the {method.min_length:,} keys from which prefill is sparse")
+    return {"patterns": prescribed(method)[1], "layers": used["layers"], "density": round(used["density"], 5)}
 
 
 def with_floor(row: dict[str, Any], bandwidth: float | None) -> dict[str, Any]:

@@ -41,10 +41,13 @@ def generation_table(result: dict[str, Any]) -> str:
     """One table: rows are shapes and ways, columns times, ratios and memory."""
     head = ["sequences × prompt", "runs as", "first token, ms", "per token, ms (floor)", "× dynamic", "× static"]
     head += ["peak memory, GB", "cache, GB"]
+    sparse = any("sparsity" in row for row in result["rows"])
+    head += ["tiles of sparse layers", "first token × dynamic"] if sparse else []
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     for shape in dict.fromkeys(shape_of(row) for row in result["rows"]):
         for row in (row for row in result["rows"] if shape_of(row) == shape):
-            lines.append(f"| {' | '.join([shape_name(row), way_name(row), *cells(row, result['rows'])])} |")
+            found = cells(row, result["rows"]) + (first_token_cells(row, result["rows"]) if sparse else [])
+            lines.append(f"| {' | '.join([shape_name(row), way_name(row), *found])} |")
     return "\n".join([*lines, "", f"{' '.join([*meaning(result), *absences(result)])}{noted(result)}"])
 
 
@@ -63,6 +66,18 @@ def cells(row: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
     ]
 
 
+def first_token_cells(row: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
+    """The share of tiles that sparse layers visited, and how many times as fast a prompt is taken in as by
+    transformers' dynamic cache.
+    """
+    if "absent" in row:
+        return ["–", "–"]
+    peer = next((item for item in rows if item["way"] == "dynamic" and shape_of(item) == shape_of(row)), {})
+    used = row.get("sparsity")
+    ratio = f"{peer['first_token_ms'] / row['first_token_ms']:.2f}" if "first_token_ms" in peer else "–"
+    return ["–" if used is None else f"{used['density']:.1%} of {used['layers']} layers", ratio]
+
+
 def meaning(result: dict[str, Any]) -> list[str]:
     """Sentences on what was run, where, and what the floor is."""
     environment, bandwidth = result["environment"], result["bandwidth_gb_per_second"]
@@ -77,6 +92,8 @@ def meaning(result: dict[str, Any]) -> list[str]:
         sentences.append("Recipes' INT4 weights are rounded to nearest: the bytes and kernels of any method.")
     if any("attention" in recipe for recipe in slots):
         sentences.append("Arithmetics of attention are chosen on random tokens.")
+    patterns = {(row["way"], row["sparsity"]["patterns"]) for row in result["rows"] if "sparsity" in row}
+    sentences += [f"Patterns of {way} are {text}." for way, text in sorted(patterns) if text is not None]
     if bandwidth is not None:
         sentences.append(
             f"The floor reads the weights once and the cache at the prompt's length at {bandwidth / 1e3:.2f} TB/s, "

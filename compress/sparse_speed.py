@@ -9,12 +9,19 @@ the time of making that index as a model does (for `vertical_slash` with the sco
     error           kernel against the reference over the same index, on CHECK_LENGTH tokens                ≤ LIMITS
 
 Density 1 is our sparse kernel over all tiles.
+
+*Budgets* are numbers of keys and distances of vertical-slash heads, as published, in place of a density. How many tiles
+so many distances open depends on how they stand, so their drawing is fixed: the nearer half are the nearest ones, the
+others stand in runs of `RUN` at random, unaligned to tiles; keys stand at random. The patterns that MInference (arXiv
+2407.02490) publishes for Llama 3.1 8B are made of (1000, 6096), (30, 800), (100, 800), (500, 700) and (3500, 100),
+whatever the length of a prompt.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -39,6 +46,38 @@ CHECK_LENGTH = 1000
 PATTERNS = ("a_shape", "vertical_slash", "block")
 COLUMN_SHARE = 0.1
 """Of the tiles of a vertical-slash pattern, what goes to columns."""
+RUN = 64
+"""Neighbouring distances that stand together, of those that are not the nearest."""
+
+
+@dataclass(frozen=True)
+class Budgets:
+    """Keys and distances of vertical-slash heads; the heads take the pairs in turn."""
+
+    pairs: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def parse(cls, text: str) -> Budgets:
+        """``1000x6096``, or ``30x800+1000x6096`` where heads differ. ValueError for anything else."""
+        found = [re.fullmatch(r"\s*([1-9]\d*)x([1-9]\d*)\s*", item) for item in text.split("+")]
+        pairs = tuple((int(pair[1]), int(pair[2])) for pair in found if pair is not None)
+        if len(pairs) < len(found):
+            raise ValueError(f"budgets {text!r} are no keys x distances; use e.g. 1000x6096, or 30x800+1000x6096")
+        return cls(pairs)
+
+    @property
+    def name(self) -> str:
+        """As it is read."""
+        return "+".join(f"{vertical}x{slash}" for vertical, slash in self.pairs)
+
+    def of_heads(self, heads: int, factor: float) -> list[Pattern]:
+        """A pattern for every head. factor: less than 1 for a shorter prompt that is to have the same density."""
+        chosen = (self.pairs[head % len(self.pairs)] for head in range(heads))
+        return [VerticalSlash(max(round(v * factor), 1), max(round(s * factor), 1)) for v, s in chosen]
+
+
+Level = float | Budgets
+"""What a pattern visits: a density, or budgets."""
 
 
 def sparse_speed(
@@ -46,14 +85,14 @@ def sparse_speed(
     found: Sequence[Case],
     modes: Sequence[Mode],
     patterns: Sequence[str],
-    densities: Sequence[float],
+    levels: Sequence[Level],
     peers: Sequence[str],
     *,
     note: str = "",
     progress: Progress = quiet,
     keep: Callable[[dict[str, Any]], None] = lambda result: None,
 ) -> dict[str, Any]:
-    """Rows of every case × mode × pattern × density; JSON-able. keep: given the result after every case. ValueError for
+    """Rows of every case × mode × pattern × level; JSON-able. keep: given the result after every case. ValueError for
     anything but causal cases.
     """
     other = [case.mask for case in found if case.mask != "causal"]
@@ -63,22 +102,22 @@ def sparse_speed(
         )
     rows: list[dict[str, Any]] = []
     result: dict[str, Any] = {}
-    steps = len(modes) * len(patterns) * len(densities)
+    steps = len(modes) * len(patterns) * len(levels)
     for place, case in enumerate(found):
         problem = Problem.draw(case, machine.device)
         beside = {peer: timed(PEERS[peer], problem, machine) for peer in peers}
         for mode in modes:
             dense = timed(partial(kompakt_mode, mode), problem, machine)
             for pattern in patterns:
-                for density in densities:
+                for level in levels:
                     progress(
                         "timing sparse attention", place * steps + len(rows) % steps, len(found) * steps, case.name
                     )
                     small = Problem.draw(replace(case, length=CHECK_LENGTH), machine.device)
-                    row = {**asdict(case), "mode": mode, "pattern": pattern, "density": density}
-                    row |= checked(small, mode, pattern, density)
+                    row = {**asdict(case), "mode": mode, "pattern": pattern, **named(level)}
+                    row |= checked(small, mode, pattern, level, CHECK_LENGTH / case.length)
                     if row["correct"]:
-                        row |= time_row(problem, mode, pattern, density, dense, machine)
+                        row |= time_row(problem, mode, pattern, level, dense, machine)
                     rows.append({**row, "dense": dense, "peers": beside})
         result = {**heading(machine, peers, note), "bench": "sparse-attention", "rows": list(rows)}
         keep(result)
@@ -93,6 +132,28 @@ def timed(make: Callable[[Problem, Machine], Contender], problem: Problem, machi
         return {"microseconds": round(1e6 * machine.timer(contender.calls()), 3)}
     except Exception as error:  # whatever another library raises, it is absent and the row says why
         return {"absent": reason(error)}
+
+
+def named(level: Level) -> dict[str, Any]:
+    """How a row says its level."""
+    return {"budgets": level.name, "run": RUN} if isinstance(level, Budgets) else {"density": level}
+
+
+def drawn_lines(problem: Problem, heads: Sequence[Pattern]) -> tuple[Tensor, Tensor]:
+    """Scores of keys and distances, (batch, heads, keys), whose best are the lines of the module's budgets."""
+    tokens, device = problem.key.shape[2], problem.key.device
+    generator = torch.Generator(device).manual_seed(3)
+    vertical = torch.rand((len(heads), tokens), generator=generator, device=device)
+    slash = torch.zeros((len(heads), tokens), device=device)
+    for head, pattern in enumerate(heads):
+        assert isinstance(pattern, VerticalSlash)
+        near = min(pattern.slash // 2, tokens)
+        slots = torch.randperm((tokens - near) // RUN, generator=generator, device=device)
+        starts = near + slots[: -(-(pattern.slash - near) // RUN)] * RUN
+        slash[head, :near] = 1.0
+        slash[head, (starts[:, None] + torch.arange(RUN, device=device)).flatten()] = 0.5
+    shape = (problem.query.shape[0], -1, -1)
+    return vertical.expand(shape), slash.expand(shape)
 
 
 def drawn_scores(problem: Problem) -> tuple[Tensor, Tensor]:
@@ -132,20 +193,24 @@ def drawn_tiles(problem: Problem, density: float, extent: Extent) -> Tensor:
 
 
 def makers(
-    problem: Problem, name: str, density: float
+    problem: Problem, name: str, level: Level, factor: float = 1.0
 ) -> tuple[Callable[[], SparseIndex | StaticPattern], Callable[[], SparseIndex | StaticPattern]]:
-    """What makes the index, and what a model does for it, which estimates scores as well."""
+    """What makes the index, and what a model does for it, which estimates scores as well. factor: of budgets."""
     layout, query, key = problem.layout, problem.query, problem.key
     extent = Extent.of(layout.batch, layout.queries, layout.keys, None, query.device)
-    if name == "block" and density < 1:
-        chosen = drawn_tiles(problem, density, extent)
+    if name == "block" and not isinstance(level, Budgets) and level < 1:
+        chosen = drawn_tiles(problem, level, extent)
 
         def from_tiles() -> SparseIndex:
             return index_from_tiles(chosen, extent, causal=True)
 
         return from_tiles, from_tiles
-    vertical, slash = drawn_scores(problem)
-    heads = patterns_at(name, density, problem, slash)
+    if isinstance(level, Budgets):
+        heads = level.of_heads(query.shape[1], factor)
+        vertical, slash = drawn_lines(problem, heads)
+    else:
+        vertical, slash = drawn_scores(problem)
+        heads = patterns_at(name, level, problem, slash)
 
     def from_lines() -> SparseIndex | StaticPattern:
         found = None if isinstance(heads[0], Dense) else static_pattern(heads, query.device)
@@ -159,10 +224,12 @@ def makers(
     return from_lines, estimated
 
 
-def checked(problem: Problem, mode: Mode, name: str, density: float) -> dict[str, Any]:
-    """The kernel against the reference over the same index, everywhere; `reason` where there is no result."""
+def checked(problem: Problem, mode: Mode, name: str, level: Level, factor: float = 1.0) -> dict[str, Any]:
+    """The kernel against the reference over the same index, everywhere; `reason` where there is no result. factor: of
+    budgets.
+    """
     try:
-        index = makers(problem, name, density)[0]()
+        index = makers(problem, name, level, factor)[0]()
         query, key, value = problem.query, problem.key, problem.value
         out, _ = sparse_attention(query, key, value, index, mode=mode, check=True)
         call = Call(mode, True, None, query.shape[-1] ** -0.5, None)
@@ -174,12 +241,12 @@ def checked(problem: Problem, mode: Mode, name: str, density: float) -> dict[str
 
 
 def time_row(
-    problem: Problem, mode: Mode, name: str, density: float, dense: dict[str, Any], machine: Machine
+    problem: Problem, mode: Mode, name: str, level: Level, dense: dict[str, Any], machine: Machine
 ) -> dict[str, Any]:
     """Times in microseconds, and what was visited."""
     layout = problem.layout
     try:
-        make, estimate = makers(problem, name, density)
+        make, estimate = makers(problem, name, level)
         index = make()
         extent = Extent.of(layout.batch, layout.queries, layout.keys, None, problem.query.device)
         tiles, of = (float(number) for number in visited(index, extent))

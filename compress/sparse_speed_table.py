@@ -17,8 +17,13 @@ def check_sparse_speeds(result: dict[str, Any]) -> None:
         why = row.get("reason") or f"error {row['error']} on {CHECK_LENGTH} tokens"
         raise RuntimeError(
             f"{len(wrong)} of {len(result['rows'])} results are wrong and have no time; the first is {row['pattern']} "
-            f"at {row['density']:.0%}, {row['length']} tokens, {row['mode']} ({why})"
+            f"at {level_of(row)}, {row['length']} tokens, {row['mode']} ({why})"
         )
+
+
+def level_of(row: dict[str, Any]) -> str:
+    """``25%`` of the tiles, or ``1000x6096`` keys and distances."""
+    return row["budgets"] if "budgets" in row else f"{row['density']:.0%}"
 
 
 def sparse_table(result: dict[str, Any]) -> str:
@@ -28,7 +33,7 @@ def sparse_table(result: dict[str, Any]) -> str:
     lines = [f"| {' | '.join([*head, *(f'× {peer}' for peer in peers)])} |", "|" + "---|" * (len(head) + len(peers))]
     for row in result["rows"]:
         cells = [f"{row['length']:,}", f"{row['heads']}/{row['kv_heads']} × {row['head_dim']}", row["mode"]]
-        cells.append(f"{row['pattern']} {row['density']:.0%}")
+        cells.append(f"{row['pattern']} {level_of(row)}")
         if not row["correct"]:
             lines.append(f"| {' | '.join([*cells, 'wrong', *('' for _ in range(len(head) + len(peers) - 5))])} |")
             continue
@@ -41,6 +46,17 @@ def sparse_table(result: dict[str, Any]) -> str:
     lines += [
         "",
         "Ratios are of times with the index and the scores that lines are picked by; ideal is our dense kernel's time "
-        f"for as many tiles. Lines are drawn, not picked. {measured_on(result)}{noted(result)}",
+        f"for as many tiles. Lines are drawn, not picked. {drawn(result)}{measured_on(result)}{noted(result)}",
     ]
     return "\n".join(lines)
+
+
+def drawn(result: dict[str, Any]) -> str:
+    """How the lines of budgets stand; empty where there are none."""
+    runs = {row["run"] for row in result["rows"] if "budgets" in row}
+    if not runs:
+        return ""
+    return (
+        "Budgets are keys x distances, + where heads take them in turn: half of the distances the nearest ones, the "
+        f"others in runs of {runs.pop()} at random, keys at random. "
+    )

@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 LOG2E = tl.constexpr(1.4426950408889634)
 LOG2_448 = tl.constexpr(8.807354922057604)
 SCALED = tl.constexpr(TILE)
-BLOCK_N = tl.constexpr(64)
 LOWEST = tl.constexpr(-1.0e38)
 """Start of the running maximum; finite, so that a tile without a visible key leaves no NaN."""
 
@@ -45,11 +44,15 @@ LENGTHS = ["queries", "keys", "heads", "group", "tiles", "window"]
 """Arguments for whose values nothing is compiled anew: they change from call to call."""
 
 
+BF16_LAUNCH = (64, 64, 4, 2)
+
+
 @dataclass(frozen=True)
 class LaunchConfig:
     """Options of one launch."""
 
     block_m: int
+    block_n: int
     num_warps: int
     num_stages: int
 
@@ -58,8 +61,8 @@ def launch_config(mode: str, width: int) -> LaunchConfig:
     """width: padded head_dim. 64 queries and 4 warps leave room for two programs on a multiprocessor of Hopper, whose
     softmaxes and products overlap; INT4 queries have their mean taken in groups of 64."""
     if width > 128:
-        return LaunchConfig(64, 8, 2)
-    return LaunchConfig(64, 4, 3 if mode != "bf16" else 2)
+        return LaunchConfig(64, 64, 8, 2)
+    return LaunchConfig(*BF16_LAUNCH) if mode == "bf16" else LaunchConfig(64, 64, 4, 3)
 
 
 @triton.jit
@@ -127,15 +130,31 @@ def quantize_queries(q, scale, KIND: tl.constexpr, INTERPRET: tl.constexpr):
 
 
 @triton.jit
+def load_tile(ptr, stride, start, token, channel, k_start, k_stop, channels, ROWS: tl.constexpr, WHOLE: tl.constexpr):
+    """16-bit rows `start` … of keys or values, zeros where there is none. WHOLE: all are there, and all channels."""
+    # One address for the tile and offsets that do not change from tile to tile.
+    here = ptr + (tl.full((), 0, tl.int64) + start) * stride
+    offsets = tl.arange(0, ROWS)[:, None] * stride + channel[None, :]
+    if WHOLE:
+        found = tl.load(here + offsets)
+    else:
+        valid = (token >= k_start) & (token < k_stop)
+        found = tl.load(here + offsets, mask=valid[:, None] & (channel < channels)[None, :], other=0.0)
+    return found
+
+
+@triton.jit
 def scores(
     q, q_high, q_scale, t_low, t_high, key_base, key_scale_base, kt, start, token, k_start, k_stop, head_dim, factor,
-    KIND: tl.constexpr, WIDTH: tl.constexpr, INTERPRET: tl.constexpr,
+    KIND: tl.constexpr, WIDTH: tl.constexpr, WHOLE: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """Logits of a tile in units of log₂, softcap and the part that softmax does not see apart."""
+    """Logits of a tile and a unit of each row: their product is in units of log₂, softcap and the part that softmax
+    does not see apart.
+    """
+    unit = q_scale * factor
     if KIND is None:
-        channel = tl.arange(0, WIDTH)
-        k = load_16bit(key_base, kt, token, channel, (token >= k_start) & (token < k_stop), head_dim)
-        s = product(q, k.T, True, False, INTERPRET) * factor
+        k = load_tile(key_base, kt, start, token, tl.arange(0, WIDTH), k_start, k_stop, head_dim, token.shape[0], WHOLE)
+        s = product(q, k.T, True, False, INTERPRET)
     elif KIND == "int4":
         channel = tl.arange(0, WIDTH // 2)
         packed = tl.load(key_base + token.to(tl.int64)[:, None] * (WIDTH // 2) + channel[None, :])
@@ -147,28 +166,51 @@ def scores(
         )
         k_scale = tl.load(key_scale_base + token) * factor
         s = (s * q_scale[:, None] + mean[None, :]) * k_scale[None, :]
+        unit = tl.full(q_scale.shape, 1.0, tl.float32)
     else:
         channel = tl.arange(0, WIDTH)
         k = tl.load(key_base + token.to(tl.int64)[:, None] * WIDTH + channel[None, :])
-        k_scale = tl.load(key_scale_base + start // SCALED) * factor
-        s = product(q, k.T, False, KIND == "int8", INTERPRET) * (q_scale * k_scale)[:, None]
-    return s
+        s = product(q, k.T, False, KIND == "int8", INTERPRET)
+        unit *= tl.load(key_scale_base + start // SCALED)
+    return s, unit
+
+
+@triton.jit
+def capped(s, shift, softcap):
+    bound = softcap * LOG2E
+    x = (s + shift[:, None]) / bound
+    # tanh(x) = 1 − 2 / (exp(2x) + 1)
+    return bound * (1.0 - 2.0 / (tl.math.exp2(x * (2.0 * LOG2E)) + 1.0))
+
+
+@triton.jit
+def softmax_step(s, unit, m, total, FP8_VALUES: tl.constexpr):
+    """Probabilities of a tile, the factor of what is summed so far, maximum and sum. One multiply-add a logit."""
+    new_m = tl.maximum(m, tl.max(s, axis=1) * unit)
+    if FP8_VALUES:
+        p = tl.math.exp2(s * unit[:, None] - (new_m - LOG2_448)[:, None])
+    else:
+        p = tl.math.exp2(s * unit[:, None] - new_m[:, None])
+    alpha = tl.math.exp2(m - new_m)
+    return p, alpha, new_m, total * alpha + tl.sum(p, axis=1)
 
 
 @triton.jit
 def weigh(
     p, value_base, vt, start, token, k_start, k_stop, value_dim, rows,
-    FP8_VALUES: tl.constexpr, VALUE_WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, INTERPRET: tl.constexpr,
+    FP8_VALUES: tl.constexpr, VALUE_WIDTH: tl.constexpr, WHOLE: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """Probabilities times values of a tile, FP32."""
     channel = tl.arange(0, VALUE_WIDTH)
+    M: tl.constexpr = p.shape[0]
+    N: tl.constexpr = p.shape[1]
     if FP8_VALUES:
         v = tl.load(value_base + channel.to(tl.int64)[:, None] * rows + token[None, :])
         p8 = to_e4m3(p, INTERPRET)
-        p8 = p8.reshape(BLOCK_M, BLOCK_N // 16, 2, 4, 2).permute(0, 1, 3, 2, 4).reshape(BLOCK_M, BLOCK_N)
+        p8 = p8.reshape(M, N // 16, 2, 4, 2).permute(0, 1, 3, 2, 4).reshape(M, N)
         result = product(p8, v.T, False, False, INTERPRET)
     else:
-        v = load_16bit(value_base, vt, token, channel, (token >= k_start) & (token < k_stop), value_dim)
+        v = load_tile(value_base, vt, start, token, channel, k_start, k_stop, value_dim, N, WHOLE)
         result = product(p.to(v.dtype), v, True, False, INTERPRET)
     return result
 
@@ -180,7 +222,8 @@ def attention_kernel(
     queries, keys, rows, heads, group, head_dim, value_dim, tiles, window, scaling, softcap,
     KIND: tl.constexpr, FP8_VALUES: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
     SINKS: tl.constexpr, SEGMENTS: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
-    Q_LEVELS: tl.constexpr, MIN: tl.constexpr, BLOCK_M: tl.constexpr, INTERPRET: tl.constexpr,
+    Q_LEVELS: tl.constexpr, MIN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WHOLE: tl.constexpr,
+    INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles · heads · segments,), tiles with most keys first."""
     tile = tiles - 1 - tl.program_id(0) % tiles
@@ -263,15 +306,13 @@ def attention_kernel(
                 lo, hi = whole_end, end
             for start in range(lo, hi, BLOCK_N):
                 token = start + tl.arange(0, BLOCK_N)
-                s = scores(
+                s, row_unit = scores(
                     q, q_high, q_scale, t_low, t_high, key_base, key_scale_base, kt, start, token, k_start, k_stop,
-                    head_dim, factor, KIND, WIDTH, INTERPRET,
+                    head_dim, factor, KIND, WIDTH, WHOLE and run == 1, INTERPRET,
                 )  # fmt: skip
                 if SOFTCAP:
-                    bound = softcap * LOG2E
-                    x = (s + shift[:, None]) / bound
-                    # tanh(x) = 1 − 2 / (exp(2x) + 1)
-                    s = bound * (1.0 - 2.0 / (tl.math.exp2(x * (2.0 * LOG2E)) + 1.0))
+                    s = capped(s * row_unit[:, None], shift, softcap)
+                    row_unit = tl.full((BLOCK_M,), 1.0, tl.float32)
                 if run != 1:
                     seen = (token >= k_start)[None, :] & (token < k_stop)[None, :]
                     if CAUSAL:
@@ -280,22 +321,15 @@ def attention_kernel(
                         seen = seen & (token[None, :] > position[:, None] - window)
                         seen = seen & (token[None, :] < position[:, None] + window)
                     s = tl.where(seen, s, float("-inf"))
-                new_m = tl.maximum(m, tl.max(s, axis=1))
-                if FP8_VALUES:
-                    p = tl.math.exp2(s - (new_m - LOG2_448)[:, None])
-                else:
-                    p = tl.math.exp2(s - new_m[:, None])
-                alpha = tl.math.exp2(m - new_m)
-                total = total * alpha + tl.sum(p, axis=1)
+                p, alpha, m, total = softmax_step(s, row_unit, m, total, FP8_VALUES)
                 if FP8_VALUES:
                     next_unit = tl.load(value_scale_ptr + plane * (rows // SCALED) + start // SCALED)
                     alpha *= unit / next_unit
                     unit = next_unit
                 acc = acc * alpha[:, None] + weigh(
                     p, value_base, vt, start, token, k_start, k_stop, value_dim, rows, FP8_VALUES, VALUE_WIDTH,
-                    BLOCK_M, INTERPRET,
+                    WHOLE and run == 1, INTERPRET,
                 )  # fmt: skip
-                m = new_m
         channel = tl.arange(0, VALUE_WIDTH)
         if FP8_VALUES:
             values = plane * value_dim + channel
@@ -360,6 +394,7 @@ def attention_triton(
         KIND=kind, FP8_VALUES=fp8_values, CAUSAL=call.causal, WINDOW=call.window is not None,
         SOFTCAP=call.softcap is not None, SINKS=sinks is not None, SEGMENTS=segments is not None, WIDTH=width,
         VALUE_WIDTH=padded_width(value_dim), Q_LEVELS=LEVELS[kind or "int8"], MIN=MIN_SCALE, BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n, WHOLE=head_dim == width and value_dim == padded_width(value_dim),
         # A multiply-add is one instruction; a later Triton leaves that to be asked for.
         INTERPRET=interpret, enable_fp_fusion=True, num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip

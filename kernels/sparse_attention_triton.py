@@ -18,12 +18,14 @@ from .attention_triton import (
     LOG2_448,
     LOG2E,
     LOWEST,
+    capped,
     launch_config,
     load_16bit,
     outputs,
     product,
     quantize_queries,
     scores,
+    softmax_step,
     weigh,
 )
 from .segments import Segments
@@ -37,34 +39,26 @@ LENGTHS = ["queries", "keys", "rows", "heads", "group", "tiles", "listed_heads"]
 
 
 @triton.jit
-def capped(s, shift, softcap):
-    bound = softcap * LOG2E
-    x = (s + shift[:, None]) / bound
-    # tanh(x) = 1 − 2 / (exp(2x) + 1)
-    return bound * (1.0 - 2.0 / (tl.math.exp2(x * (2.0 * LOG2E)) + 1.0))
-
-
-@triton.jit
 def column_scores(
     q, q_high, q_scale, t_low, t_high, key_base, key_scale_base, kt, token, valid, head_dim, factor,
     KIND: tl.constexpr, WIDTH: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """`scores` of keys that stand anywhere: every one brings the scale of its own tile."""
+    unit = q_scale * factor
     if KIND == "int8" or KIND == "fp8":
         channel = tl.arange(0, WIDTH)
         k = tl.load(key_base + token.to(tl.int64)[:, None] * WIDTH + channel[None, :])
-        k_scale = tl.load(key_scale_base + token // SCALED) * factor
-        s = product(q, k.T, False, KIND == "int8", INTERPRET) * q_scale[:, None] * k_scale[None, :]
+        s = product(q, k.T, False, KIND == "int8", INTERPRET) * tl.load(key_scale_base + token // SCALED)[None, :]
     elif KIND == "int4":
-        s = scores(
+        s, unit = scores(
             q, q_high, q_scale, t_low, t_high, key_base, key_scale_base, kt, 0, token, 0, 0, head_dim, factor, KIND,
-            WIDTH, INTERPRET,
+            WIDTH, False, INTERPRET,
         )  # fmt: skip
     else:
         channel = tl.arange(0, WIDTH)
         k = load_16bit(key_base, kt, token, channel, valid, head_dim)
-        s = product(q, k.T, True, False, INTERPRET) * factor
-    return s
+        s = product(q, k.T, True, False, INTERPRET)
+    return s, unit
 
 
 @triton.jit
@@ -108,7 +102,7 @@ def sparse_attention_kernel(
     queries, keys, rows, heads, group, head_dim, value_dim, tiles, listed_heads, scaling, softcap,
     KIND: tl.constexpr, FP8_VALUES: tl.constexpr, CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr,
     SINKS: tl.constexpr, SEGMENTS: tl.constexpr, STATIC: tl.constexpr, WIDTH: tl.constexpr,
-    VALUE_WIDTH: tl.constexpr, Q_LEVELS: tl.constexpr, MIN: tl.constexpr, INTERPRET: tl.constexpr,
+    VALUE_WIDTH: tl.constexpr, Q_LEVELS: tl.constexpr, MIN: tl.constexpr, WHOLE: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """Grid (rows of the index · heads that share one,). rows: padded keys."""
     share = heads // listed_heads
@@ -203,15 +197,24 @@ def sparse_attention_kernel(
                 lo, hi = begin, whole_stop
             else:
                 lo, hi = whole_stop, stop
+            following = 0
+            if not STATIC:
+                # One tile ahead of the keys that are read ahead. A load that is not always there would have the
+                # assembler wait for every product; an empty run looks at a number that is.
+                following = tl.load(tl.where(lo < hi, tiles_ptr + lo, whole_ptr + row)) * BLOCK
             for entry in range(lo, hi, BLOCK if STATIC else 1):
-                start = entry if STATIC else tl.load(tiles_ptr + entry) * BLOCK
+                start = entry
+                if not STATIC:
+                    start = following
+                    following = tl.load(tiles_ptr + tl.minimum(entry + 1, hi - 1)) * BLOCK
                 token = start + tl.arange(0, BLOCK)
-                s = scores(
+                s, row_unit = scores(
                     q, q_high, q_scale, t_low, t_high, key_base, key_scale_base, kt, start, token, k_start, k_stop,
-                    head_dim, factor, KIND, WIDTH, INTERPRET,
+                    head_dim, factor, KIND, WIDTH, WHOLE and run == (2 if STATIC else 0), INTERPRET,
                 )  # fmt: skip
                 if SOFTCAP:
-                    s = capped(s, shift, softcap)
+                    s = capped(s * row_unit[:, None], shift, softcap)
+                    row_unit = tl.full((BLOCK,), 1.0, tl.float32)
                 if run != (2 if STATIC else 0):
                     seen = (token >= k_start)[None, :] & (token < k_stop)[None, :]
                     if CAUSAL:
@@ -223,22 +226,15 @@ def sparse_attention_kernel(
                         near = near | (position >= k_stop - tail)[:, None]
                         seen = seen & (near | (token < k_start + sink)[None, :])
                     s = tl.where(seen, s, float("-inf"))
-                new_m = tl.maximum(m, tl.max(s, axis=1))
-                if FP8_VALUES:
-                    p = tl.math.exp2(s - (new_m - LOG2_448)[:, None])
-                else:
-                    p = tl.math.exp2(s - new_m[:, None])
-                alpha = tl.math.exp2(m - new_m)
-                total = total * alpha + tl.sum(p, axis=1)
+                p, alpha, m, total = softmax_step(s, row_unit, m, total, FP8_VALUES)
                 if FP8_VALUES:
                     next_unit = tl.load(value_scale_ptr + plane * (rows // SCALED) + start // SCALED)
                     alpha *= unit / next_unit
                     unit = next_unit
                 acc = acc * alpha[:, None] + weigh(
                     p, value_base, vt, start, token, k_start, k_stop, value_dim, rows, FP8_VALUES, VALUE_WIDTH,
-                    BLOCK, INTERPRET,
+                    WHOLE and run == (2 if STATIC else 0), INTERPRET,
                 )  # fmt: skip
-                m = new_m
         channel = tl.arange(0, VALUE_WIDTH)
         if FP8_VALUES:
             # True values from here on; those of columns are in 16 bit and have kept their mean.
@@ -250,26 +246,20 @@ def sparse_attention_kernel(
                 place = entry + tl.arange(0, BLOCK)
                 valid = place < column_stop
                 token = tl.load(columns_ptr + place, mask=valid, other=0)
-                s = column_scores(
+                s, row_unit = column_scores(
                     q, q_high, q_scale, t_low, t_high, key_base, key_scale_base, kt, token, valid, head_dim, factor,
                     KIND, WIDTH, INTERPRET,
                 )  # fmt: skip
                 if SOFTCAP:
-                    s = capped(s, shift, softcap)
+                    s = capped(s * row_unit[:, None], shift, softcap)
+                    row_unit = tl.full((BLOCK,), 1.0, tl.float32)
                 seen = (valid & (token >= k_start) & (token < k_stop))[None, :]
                 if CAUSAL:
                     seen = seen & (token[None, :] <= position[:, None])
                 s = tl.where(seen, s, float("-inf"))
-                new_m = tl.maximum(m, tl.max(s, axis=1))
-                if FP8_VALUES:
-                    p = tl.math.exp2(s - (new_m - LOG2_448)[:, None])
-                else:
-                    p = tl.math.exp2(s - new_m[:, None])
-                alpha = tl.math.exp2(m - new_m)
-                total = total * alpha + tl.sum(p, axis=1)
+                p, alpha, m, total = softmax_step(s, row_unit, m, total, FP8_VALUES)
                 v = load_16bit(values_base, vt, token, channel, valid, value_dim)
                 acc = acc * alpha[:, None] + product(p.to(v.dtype), v, True, False, INTERPRET)
-                m = new_m
         true_m = m
         if not SOFTCAP:
             true_m = m + shift
@@ -330,6 +320,7 @@ def sparse_attention_triton(
         KIND=kind, FP8_VALUES=fp8_values, CAUSAL=call.causal, SOFTCAP=call.softcap is not None,
         SINKS=sinks is not None, SEGMENTS=segments is not None, STATIC=not listed, WIDTH=width,
         VALUE_WIDTH=value_width, Q_LEVELS=LEVELS[kind or "int8"], MIN=MIN_SCALE,
+        WHOLE=head_dim == width and value_dim == value_width,
         # A multiply-add is one instruction; a later Triton leaves that to be asked for.
         INTERPRET=interpret, enable_fp_fusion=True, num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip

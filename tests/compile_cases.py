@@ -129,6 +129,14 @@ def stack_bytes(compiled: Any) -> int:
     return int(found)
 
 
+def serialized(compiled: Any) -> bool:
+    """Whether Hopper waits for every matrix product before the next one, which the assembler does to a whole kernel
+    where it cannot tell who else writes a sum.
+    """
+    code = machine_code(compiled)
+    return code.count("WARPGROUP.DEPBAR") >= len(re.findall(r"\b[HQI]GMMA\.", code)) > 0
+
+
 def undefined_operands(compiled: Any) -> list[str]:
     """Instructions of Hopper that read what no instruction wrote. The assembler of CUDA 12.8 makes two kinds: addresses
     of matrix operands in rows of 32 bytes from uniform registers, and e4m3 codes that are stored as well as read back

@@ -131,14 +131,15 @@ MUTATIONS = {
     ),
     "FP8 key scale": ("key_scale_base + start // SCALED", "key_scale_base", "fp8_fp8, window"),
     "FP8 window": ("token[None, :] > position[:, None] - window", "token[None, :] >= 0", "fp8_fp8, window"),
-    "FP8 query scale": ("(q_scale * k_scale)[:, None]", "(0 * q_scale + 0.01 * k_scale)[:, None]", "fp8_fp8, window"),
+    "FP8 query scale": ("unit = q_scale * factor", "unit = 0 * q_scale + 0.01 * factor", "fp8_fp8, window"),
     "mean of INT4 queries": ("+ mean[None, :]) * k_scale", ") * k_scale", "int4_fp8, grouped 9/3"),
     "halves of INT4": ("high = (packed >> 4)", "high = (packed >> 3)", "int4_fp8, grouped 9/3"),
     "masked values": (
-        "(token >= k_start) & (token < k_stop), value_dim",
-        "(token >= 0) & (token < k_stop), value_dim",
+        "valid = (token >= k_start) & (token < k_stop)",
+        "valid = (token >= 0) & (token < k_stop)",
         "bf16, padding",
     ),
+    "address of a tile": ("int64) + start) * stride", "int64) + start * 0) * stride", "bf16, grouped 9/3"),
 }
 
 

@@ -20,8 +20,10 @@ from kompakt.compress.hf_cache_hooks import cache_maker
 from kompakt.compress.hf_capture import everywhere, steps_of
 from kompakt.compress.hf_generation import CONFIGS, ModelSource, cache_facts, generate_timed, step_weight_bytes
 from kompakt.compress.linear import CompressedLinear, storage
+from kompakt.compress.prescribed_sparsity import prescribed
 from kompakt.compress.recipe import Recipe
 from kompakt.quant.rtn import RTN
+from kompakt.sparsify.method import SparsityMethod
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
@@ -117,6 +119,37 @@ def test_steps_of_whole_recipes_can_be_recorded(source, name):
     with everywhere(model):
         generate_timed(model, tokens, 6, None)
     assert steps_of(model).plain == 5
+
+
+def test_sparse_prefill_is_prescribed_and_what_it_visited_is_counted(source):
+    """By hand: rows of tiles 0 to 4 visit their own tile, the one before, and the first; the last row everything."""
+    triangle = Recipe.load("sparse-triangle", {"sparsity.min_length": 128, "sparsity.window": 64, "sparsity.tail": 1})
+    picked = Recipe.load("sparse-minference", {"sparsity.min_length": 128})
+    named = Recipe.load("sparse-triangle", {"sparsity.min_length": 128, "sparsity.first_layer": 0})
+    ways = [Way("dynamic", cache="dynamic"), *(Way(*pair) for pair in zip("abc", (triangle, picked, named)))]
+    shapes = shapes_of([(1, 300), (1, 100)], 2, source)
+    result = bench.generation_bench(source, CPU, shapes, ways, bandwidth=None, repeats=1)
+    rows = {(row["way"], row["context"]): row for row in result["rows"]}
+    assert rows["a", 300]["sparsity"]["layers"] == 1 and rows["a", 300]["sparsity"]["density"] == round(14 / 15, 5)
+    assert rows["b", 300]["sparsity"]["layers"] == 2 and "1000 keys and 200" in rows["b", 300]["sparsity"]["patterns"]
+    assert rows["c", 300]["sparsity"] == {"patterns": None, "layers": 2, "density": 1.0}
+    assert "no prompt is as long as the 128 keys" in rows["a", 100]["absent"] and "sparsity" not in rows["dynamic", 300]
+    assert rows["a", 300]["recipe"]["sparsity"]["window"] == 64
+    table = generation_table(json.loads(json.dumps(result)))
+    assert "| 93.3% of 1 layers |" in table and "first token × dynamic" in table
+    assert "Patterns of a are prescribed, not searched: the later half" in table and "Patterns of c" not in table
+
+
+def test_a_search_that_nothing_stands_in_for():
+    class Other(SparsityMethod):
+        pass
+
+    with pytest.raises(ValueError, match="nothing stands in for a search by Other"):
+        prescribed(Other())
+
+
+def test_static_cache_can_be_left_out():
+    assert [way.name for way in Way.all(["sparse-triangle"], static=False)] == ["dynamic", "sparse-triangle"]
 
 
 def test_only_int4_methods_are_replaced():

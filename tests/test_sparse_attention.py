@@ -227,6 +227,7 @@ MUTATIONS = {
     "group ignored": ("kv_head = head // group", "kv_head = head * 0", "bf16, grouped 9/3"),
     "head of the index": ("head = listed_head * share +", "head = listed_head * 0 +", "bf16, grouped 9/3"),
     "first key of a segment": ("(token >= k_start)[None, :] &", "(token >= 0)[None, :] &", "bf16, padding"),
+    "tile read ahead": ("tl.minimum(entry + 1, hi - 1)", "entry", "bf16, one query"),
     "edges unmasked": ("run != (2 if STATIC else 0)", "run < 0", "bf16, grouped 9/3"),
     "causality of columns": (
         "if CAUSAL:\n                    seen = seen & (token[None, :] <= position[:, None])\n                s =",

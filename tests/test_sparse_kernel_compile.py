@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from compile_cases import GFX942, SM80, SM89, SM90, compile_launch, fits, meta, short_id, stack_bytes
+from compile_cases import GFX942, SM80, SM89, SM90, compile_launch, fits, meta, serialized, short_id, stack_bytes
 from kernel_cases import BF16
 
 from kompakt.kernels import line_scores_triton, sparse_attention_triton, sparse_index_triton
@@ -66,6 +66,7 @@ def test_sparse_attention(target, mode, head_dim, static):
         ptx = compiled.asm["ptx"]
         assert "wgmma.mma_async" in ptx
         assert (".e4m3.e4m3" in ptx) == ("fp8" in mode) and (".s32.s8.s8" in ptx) == ("int" in mode)
+        assert not serialized(compiled)
         # Lists of heads of 128 in FP8 spill about 700 bytes a thread.
         assert stack_bytes(compiled) <= 16
 

@@ -17,10 +17,10 @@ from kompakt.compress import sparse_speed
 from kompakt.compress.attention_cases import Case
 from kompakt.compress.attention_contenders import Problem
 from kompakt.compress.device_speed import Ceilings, Machine
-from kompakt.compress.sparse_speed import PATTERNS, checked, makers
+from kompakt.compress.sparse_speed import PATTERNS, RUN, Budgets, checked, makers
 from kompakt.compress.sparse_speed import sparse_speed as measure
 from kompakt.compress.sparse_speed_table import check_sparse_speeds, sparse_table
-from kompakt.kernels.sparse_index import Extent
+from kompakt.kernels.sparse_index import TILE, Extent, SparseIndex
 from kompakt.sparsify.online import visited
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -38,6 +38,29 @@ def test_patterns_have_their_density(pattern, density):
     # A window is whole tiles; the last tile of columns of each of 32 rows is partly filled; a map is random.
     assert abs(float(tiles / dense) - density) < 0.07
     assert checked(Problem.draw(replace(CASE, length=300), CPU), "bf16", pattern, density)["correct"]
+
+
+def test_budgets_open_the_tiles_of_their_lines():
+    """By hand: a distance touches two diagonals of tiles, the nearest ones ⌈(near + 63) / 64⌉ together, a run of 64
+    that is not aligned three; keys are no tiles.
+    """
+    problem, budgets = Problem.draw(CASE, CPU), Budgets.parse("20x400+1x1")
+    slashes = [pattern.as_dict()["slash"] for pattern in budgets.of_heads(3, 1.0)]
+    assert budgets.name == "20x400+1x1" and slashes == [400, 1, 400]
+    index = makers(problem, "vertical_slash", budgets)[0]()
+    assert isinstance(index, SparseIndex)
+    last = index.tile_ptr.diff().view(4, 32)[:, -1].tolist()
+    near, runs = -(-(200 + 63) // TILE), -(-200 // RUN)
+    # Runs may touch.
+    assert near + runs <= last[0] <= near + 3 * runs and last[1] <= 2
+    assert checked(Problem.draw(replace(CASE, length=300), CPU), "bf16", "vertical_slash", budgets, 300 / 2048)[
+        "correct"
+    ]
+    with mock.patch.object(sparse_speed, "eager_seconds", lambda make: make() and 5e-4):
+        result = measure(MACHINE, [CASE], ["bf16"], ["vertical_slash"], [0.5, budgets], [])
+    table = sparse_table(json.loads(json.dumps(result)))
+    assert "| vertical_slash 50% |" in table and "| vertical_slash 20x400+1x1 |" in table and "runs of 64" in table
+    assert result["rows"][1]["executed_density"] < 1 and "density" not in result["rows"][1]
 
 
 def test_rows_and_their_table():
@@ -62,7 +85,10 @@ def test_rows_and_their_table():
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["attention", "--pattern", "block"], "--pattern and --density belong together"),
+        (["attention", "--pattern", "block"], "--pattern and --density (or --budgets) belong together"),
+        (["attention", "--budgets", "1x1"], "--pattern and --density (or --budgets) belong together"),
+        (["attention", "--pattern", "block", "--budgets", "1x1"], "--budgets are of --pattern vertical_slash alone"),
+        (["attention", "--pattern", "vertical_slash", "--budgets", "0x1"], "budgets '0x1' are no keys x distances"),
         (["attention", "--pattern", "star", "--density", "0.5"], "unknown pattern 'star'"),
         (["attention", "--pattern", "block", "--density", "2"], "--density 2 is not a list of shares"),
         (["sparsity", "./x", "--levels", "0.25"], "x does not exist"),
