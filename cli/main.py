@@ -121,18 +121,15 @@ def compress(
 
 
 def settings(items: list[str] | None) -> dict[str, Any]:
-    """``KEY=VALUE`` items as overrides; values are read as YAML."""
-    import yaml
+    """``KEY=VALUE`` items as overrides; values are read as in a recipe."""
+    from ..compress.recipe import yaml_value
 
     found = {}
     for item in items or []:
         key, equals, value = item.partition("=")
         if not equals or not key:
             raise typer.BadParameter(f"--set {item} is not KEY=VALUE, e.g. --set weights.group_size=64")
-        try:
-            found[key] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            found[key] = value
+        found[key] = yaml_value(value)
     return found
 
 

@@ -9,7 +9,7 @@ import re
 from dataclasses import fields
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, get_args, get_type_hints
 
 import yaml
 from pydantic import (
@@ -36,6 +36,7 @@ from .calibration import CalibrationOptions
 
 RECIPE_VERSION = 1
 YAML_BYTES = 2**20
+BOOL = "tag:yaml.org,2002:bool"
 SHOWN = 200
 """Characters of a wrong value that a message repeats."""
 METHODS = {
@@ -234,12 +235,30 @@ def read_yaml(path: Path) -> dict:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without anchors: a few lines of them unfold to gigabytes as soon as they are written out."""
+    """YAML without anchors, a few lines of which unfold to gigabytes as soon as they are written out; and true and
+    false are the only words for truth values, as in YAML 1.2, so that off and on are what an option calls them.
+    """
+
+    yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {
+        first: [(tag, pattern) for tag, pattern in known if tag != BOOL]
+        for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError("aliases are not read in a recipe")
         return super().compose_node(parent, index)
+
+
+_Loader.add_implicit_resolver(BOOL, re.compile("(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+
+
+def yaml_value(text: str) -> Any:
+    """A value as a recipe file would hold it; the text itself if it is no YAML."""
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError:
+        return text
 
 
 def _mapping(text: str, label: str | Path) -> dict:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from kompakt.compress.recipe import Recipe, recipe_names
+from kompakt.compress.recipe import Recipe, recipe_names, yaml_value
 from kompakt.quant.gptq import GPTQ
 from kompakt.quant.rtn import RTN
+from kompakt.sparsify.kv_prune import KVPrune
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -170,3 +171,29 @@ def test_mistakes_in_a_file_name_the_file(content, says, tmp_path):
 def test_an_override_of_something_that_is_no_mapping_is_refused():
     with pytest.raises(ValueError, match=r"name\.first cannot be set: name is not a mapping"):
         Recipe.load("w4a16-rtn", {"name.first": 1})
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("off", "off"),
+        ("on", "on"),
+        ("no", "no"),
+        ("true", True),
+        ("False", False),
+        ("falsely", "falsely"),
+        ("1", 1),
+        ("[", "["),
+    ],
+)
+def test_truth_values_are_true_and_false_alone(text, value):
+    assert yaml_value(text) == value and type(yaml_value(text)) is type(value)
+
+
+def test_options_that_are_called_off_are_read_and_written(tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text("version: 1\nkv_cache: {method: kv_prune, search: off, key_scores: magnitude}\n")
+    recipe = Recipe.load(file)
+    assert isinstance(recipe.kv_cache, KVPrune) and recipe.kv_cache.search == "off"
+    file.write_text(recipe.to_yaml())
+    assert Recipe.load(file).kv_cache == recipe.kv_cache
