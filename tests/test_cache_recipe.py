@@ -111,14 +111,14 @@ def test_what_is_written(name, made, base):
         "protocol": "chunks",
         "chunk": 128,
         "positions": 800,
-        "reading_codes": 2 * 272,
+        "reading_codes": 2 * 144,
         "bits_per_element": bits,
     }
     card = (directory / "README.md").read_text("utf-8")
     assert "`generate()` keeps past keys and values compressed" in card
     assert "the first 4 tokens and at least the last 16 stay dense" in card
     assert f"Coded tokens take {bits:.3f} bits per element" in card
-    assert "544 of 800 positions had coded tokens to read" in card
+    assert "288 of 800 positions had coded tokens to read" in card
     assert ("Keys lose a mean, are divided by factors and rotated" in card) == (name not in METHOD)
     assert ("Codes are numbers of centroids, 256 for each sub-vector" in card) == (METHOD.get(name) == "kv_pq")
 
@@ -126,7 +126,7 @@ def test_what_is_written(name, made, base):
 def test_evaluation_reads_codes(made, base, text):
     options = EvaluationOptions(text=str(text), window=400, windows=2)
     found = evaluate(made["kv-int4"].output, against=base, options=options, speed=False)
-    assert found["kv_cache"]["reading_codes"] == 544
+    assert found["kv_cache"]["reading_codes"] == 288
     assert found["comparison"] == made["kv-int4"].evaluation["comparison"]
     assert found["comparison"]["kl"] > 0
     alone = evaluate(base, options=options, speed=False)
@@ -298,9 +298,9 @@ def test_command_line(base, text, tmp_path, capsys):
     said = words()
     assert "cache kv_int4, sink tokens 4, recent tokens 128, key transform auto" in said
     assert "kv_int4 in 4 layers; the first 4 tokens and at least the last 128 stay dense" in said
-    assert "272 of 400 positions had coded tokens to read" in said
+    assert "144 of 400 positions had coded tokens to read" in said
     assert main(["evaluate", out, "--window", "400", "--windows", "1", "--no-speed"]) == 0
-    assert "Text went through the compressed cache 128 tokens at a time; 272 of 400 positions" in words()
+    assert "Text went through the compressed cache 128 tokens at a time; 144 of 400 positions" in words()
     assert main(["list"]) == 0
     assert "kv_cache method" in words()
     assert main(["compress", str(base), "-r", "kv-fp8", "-o", out + "2", "--strict", "--device", "cpu"]) == 2

@@ -110,7 +110,7 @@ def test_a_prompt_without_codes_is_a_dense_cache(base):
     model = patched(load_base(base).float(), KVFP8(recent_tokens=400))
     assert compare(model, dense, WINDOWS, prompt=PROMPT).kl < 1e-8
     exposed = patched(load_base(base).float(), KVFP8(recent_tokens=16))
-    assert compare(exposed, dense, WINDOWS, prompt=PROMPT).kl > 1e-6
+    assert compare(exposed, dense, WINDOWS, prompt=PROMPT).kl > 5e-8
 
 
 def test_evaluate_by_either_protocol(base, directory, text):
