@@ -407,6 +407,7 @@ def renderer(result: dict[str, Any]) -> Callable[[dict[str, Any]], str]:
     from ..compress.sparse_speed_table import sparse_table
     from ..compress.sparsity_sweep import sparsity_table
     from ..compress.sweep import markdown_table
+    from ..compress.video_speed_table import video_table
 
     known = {
         "linear": speed_table,
@@ -417,6 +418,7 @@ def renderer(result: dict[str, Any]) -> Callable[[dict[str, Any]], str]:
         "generate": generation_table,
         "sparse-attention": sparse_table,
         "sparsity": sparsity_table,
+        "video": video_table,
     }
     if result.get("bench") in known:
         return known[result["bench"]]
