@@ -9,7 +9,7 @@ import typer
 
 from . import options as o
 from .bench import AttentionPeers, Note, calibration_options, save, some
-from .bench_decoding import bench
+from .bench_decoding import Config, Model, Recipes, bench
 from .session import Session
 
 Videos = Annotated[str, typer.Option(help="Frames x tokens of a frame, comma-separated.", metavar="NxN,NxN")]
@@ -46,6 +46,40 @@ def video(
         result = video_speed(machine, found, peers, note=note, progress=bar, keep=keep)
     session.show(result, lambda content: [video_table(content)], as_json)
     check_video_speeds(result)
+
+
+@bench.command("search-time")
+def search_time(
+    context: typer.Context,
+    model: Model = None,
+    config: Config = None,
+    recipes: Recipes = "sparse-minference,sparse-triangle",
+    samples: Annotated[int, typer.Option(help="Documents; a search looks at 3.", min=1)] = 3,
+    length: Annotated[int, typer.Option(help="Tokens of a document.", min=2)] = 4096,
+    note: Note = "",
+    output: o.OutputFile = None,
+    as_json: o.Json = False,
+) -> None:
+    """How long a search for sparse patterns takes, on random tokens and with --config on random weights."""
+    from ..compress.generation_bench import place
+    from ..compress.hf_generation import ModelSource
+    from ..compress.search_time import search_time as measure
+    from ..compress.search_time import search_time_table, searches
+    from .progress import Bar
+
+    session: Session = context.obj
+    chosen = searches([item.strip() for item in recipes.split(",") if item.strip()])
+
+    def keep(result: dict[str, Any]) -> None:
+        if output is not None:
+            save(result, output)
+
+    with session.working(), Bar(session.stderr, "making the model") as bar:
+        source = ModelSource.of(model, config)
+        result = measure(*(source, place(), chosen), samples=samples, length=length, note=note, progress=bar, keep=keep)
+    session.show(result, lambda content: [search_time_table(content)], as_json)
+    if any("absent" in row for row in result["rows"]):
+        raise RuntimeError("a search failed and has no time; the table says why")
 
 
 @bench.command()
