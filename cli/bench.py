@@ -403,10 +403,12 @@ def renderer(result: dict[str, Any]) -> Callable[[dict[str, Any]], str]:
     from ..compress.decode_speed_table import decode_table
     from ..compress.generation_bench_table import generation_table
     from ..compress.linear_speed_table import speed_table
+    from ..compress.search_time import search_time_table
     from ..compress.sensitivity import part_table
     from ..compress.sparse_speed_table import sparse_table
     from ..compress.sparsity_sweep import sparsity_table
     from ..compress.sweep import markdown_table
+    from ..compress.video_speed_table import video_table
 
     known = {
         "linear": speed_table,
@@ -415,8 +417,10 @@ def renderer(result: dict[str, Any]) -> Callable[[dict[str, Any]], str]:
         "cache": cache_table,
         "decode": decode_table,
         "generate": generation_table,
+        "search-time": search_time_table,
         "sparse-attention": sparse_table,
         "sparsity": sparsity_table,
+        "video": video_table,
     }
     if result.get("bench") in known:
         return known[result["bench"]]

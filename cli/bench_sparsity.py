@@ -8,9 +8,78 @@ from typing import Annotated, Any
 import typer
 
 from . import options as o
-from .bench import Note, calibration_options, save, some
-from .bench_decoding import bench
+from .bench import AttentionPeers, Note, calibration_options, save, some
+from .bench_decoding import Config, Model, Recipes, bench
 from .session import Session
+
+Videos = Annotated[str, typer.Option(help="Frames x tokens of a frame, comma-separated.", metavar="NxN,NxN")]
+
+
+@bench.command()
+def video(
+    context: typer.Context,
+    videos: Videos = "33x3600,21x1560",
+    heads: Annotated[int, typer.Option(help="Heads of a layer.", min=1)] = 24,
+    head_dim: Annotated[int, typer.Option(help="Channels of a head.", min=2)] = 128,
+    against: AttentionPeers = "cudnn",
+    note: Note = "",
+    output: o.OutputFile = None,
+    as_json: o.Json = False,
+) -> None:
+    """Sparse-vDiT on made-up videos on this CUDA device: time of the search, and of what it chose beside dense."""
+    from ..compress.attention_contenders import PEERS
+    from ..compress.device_speed import Machine
+    from ..compress.linear_speed import parse_names
+    from ..compress.video_speed import Video, video_speed
+    from ..compress.video_speed_table import check_video_speeds, video_table
+    from .progress import Bar
+
+    session: Session = context.obj
+    found, peers = Video.all(videos, heads, head_dim), parse_names(against, list(PEERS), "peer")
+
+    def keep(result: dict[str, Any]) -> None:
+        if output is not None:
+            save(result, output)
+
+    with session.working(), Bar(session.stderr, "measuring the ceilings") as bar:
+        machine = Machine.cuda(())
+        result = video_speed(machine, found, peers, note=note, progress=bar, keep=keep)
+    session.show(result, lambda content: [video_table(content)], as_json)
+    check_video_speeds(result)
+
+
+@bench.command("search-time")
+def search_time(
+    context: typer.Context,
+    model: Model = None,
+    config: Config = None,
+    recipes: Recipes = "sparse-minference,sparse-triangle",
+    samples: Annotated[int, typer.Option(help="Documents; a search looks at 3.", min=1)] = 3,
+    length: Annotated[int, typer.Option(help="Tokens of a document.", min=2)] = 4096,
+    note: Note = "",
+    output: o.OutputFile = None,
+    as_json: o.Json = False,
+) -> None:
+    """How long a search for sparse patterns takes, on random tokens and with --config on random weights."""
+    from ..compress.generation_bench import place
+    from ..compress.hf_generation import ModelSource
+    from ..compress.search_time import search_time as measure
+    from ..compress.search_time import search_time_table, searches
+    from .progress import Bar
+
+    session: Session = context.obj
+    chosen = searches([item.strip() for item in recipes.split(",") if item.strip()])
+
+    def keep(result: dict[str, Any]) -> None:
+        if output is not None:
+            save(result, output)
+
+    with session.working(), Bar(session.stderr, "making the model") as bar:
+        source = ModelSource.of(model, config)
+        result = measure(*(source, place(), chosen), samples=samples, length=length, note=note, progress=bar, keep=keep)
+    session.show(result, lambda content: [search_time_table(content)], as_json)
+    if any("absent" in row for row in result["rows"]):
+        raise RuntimeError("a search failed and has no time; the table says why")
 
 
 @bench.command()

@@ -156,12 +156,15 @@ def generation_bench(
     return result
 
 
+def place() -> torch.device:
+    """The CUDA device, else the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
 def place_and_bandwidth() -> tuple[torch.device, float | None]:
-    """The CUDA device and the bytes per second that it moves, measured; else the CPU, whose bandwidth is not."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu"), None
-    device = torch.device("cuda", torch.cuda.current_device())
-    return device, 1e9 * max(measure_bandwidth(graph_time, device))
+    """`place`, and the bytes per second that a CUDA device moves, measured."""
+    device = place()
+    return device, None if device.type == "cpu" else 1e9 * max(measure_bandwidth(graph_time, device))
 
 
 def check_recipes(source: ModelSource, ways: Sequence[Way]) -> None:

@@ -293,10 +293,14 @@ def head_lines(
 
 def _padded(sets: Sequence[range | list[int]], device: torch.device) -> Tensor:
     """(sets, most entries) int64, filled up with `NOTHING`."""
-    longest = max((len(item) for item in sets), default=0)
-    rows = [torch.tensor([*item], dtype=torch.long) for item in sets]
-    padded = [torch.nn.functional.pad(row, (0, longest - len(row)), value=NOTHING) for row in rows]
-    return torch.stack(padded).to(device)
+    padded = torch.full((len(sets), max((len(item) for item in sets), default=0)), NOTHING)
+    for row, item in zip(padded, sets, strict=True):
+        if isinstance(item, range):
+            # Ranges hold up to a prompt's tokens, of every candidate of a search: made at once, not number by number.
+            row[: len(item)] = torch.arange(item.start, item.stop, item.step)
+        else:
+            row[: len(item)] = torch.tensor(item, dtype=torch.long)
+    return padded.to(device)
 
 
 def block_map(query: Tensor, key: Tensor, tiles: Sequence[int], extent: Extent, *, causal: bool) -> Tensor:
