@@ -299,7 +299,7 @@ def sparse_attention_triton(
     coded, coded_values = quantize_keys_values(key, value, kind, fp8_values, bounds, interpret=interpret)
     out, lse = outputs(query, value_dim, filled=segments is not None)
     width, value_width = padded_width(head_dim), padded_width(value_dim)
-    config = launch_config(call.mode, max(width, value_width))
+    config = launch_config(call.mode, max(width, value_width), query.device, listed=True)
     listed = isinstance(index, SparseIndex)
     listed_heads = index.extent[1] if listed else index.table.shape[0]
     tiles = -(-queries // INDEX_TILE)
