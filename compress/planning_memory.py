@@ -16,7 +16,7 @@ the CUDA context, fragmentation.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -159,6 +159,7 @@ class MemoryModel:
         method = self.recipe.weights
         assert method is not None
         one_pass, graph = self.activations(layer, tokens), GRAPH_COPIES * self.activations(layer, tokens, False)
+        graph += self.converted(linears, tokens)
         weights = sum(linear.weight.numel() for linear in linears)
         matrices = [FLOAT32 * linear.in_features**2 * method.needs_data for linear in linears]
         yield 0, one_pass + weights
@@ -201,19 +202,18 @@ class MemoryModel:
         size = tokens * (self.model.dtype.itemsize * _width(layer) + NORM_COPIES * FLOAT32 * self.hidden_size)
         if self.device.type == "cpu":
             size += 2 * FLOAT32 * tokens * max((linear.in_features for linear in linears), default=0)
-            size += max((self.converted(linear.weight.shape, tokens) for linear in linears), default=0)
         if compressed:
             # Kernels expand weights for many tokens, to FP8 or half of them to 16 bit.
             largest = max((linear.weight.numel() for linear in linears), default=0)
-            size += largest * (self.expanded_bytes if self.reference else 1)
+            size += max(largest * (self.expanded_bytes if self.reference else 1), self.converted(linears, tokens))
         return size
 
-    def converted(self, shape: Sequence[int], tokens: int) -> int:
-        """Rows of a weight (out, in) in float32, and of its product with so many tokens, on a CPU that needs them."""
+    def converted(self, linears: list[nn.Linear], tokens: int) -> int:
+        """Rows of the largest weight in float32, and of its product, on a slow CPU (`dense_linear`)."""
         if self.device.type != "cpu" or not multiplies_slowly(self.model.dtype):
             return 0
-        weight, product = shape[0] * shape[1], shape[0] * tokens
-        return FLOAT32 * (min(weight, CONVERTED_ELEMENTS) + min(product, CONVERTED_ELEMENTS))
+        sizes = [(linear.weight.numel(), tokens * linear.out_features) for linear in linears]
+        return FLOAT32 * max((sum(min(size, CONVERTED_ELEMENTS) for size in pair) for pair in sizes), default=0)
 
     @property
     def expanded_bytes(self) -> int:
