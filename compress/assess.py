@@ -17,6 +17,7 @@ from .artifact import SIDECAR, read_cache, read_policies, read_sidecar, sha256, 
 from .base_results import BaseResults, base_facts, results_folder
 from .cache_evaluation import CHUNK, cache_in_use, check_fed, count_anew
 from .calibration import builtin_text
+from .cpu_arithmetic import float32_linears, multiplied_in_float32
 from .evaluation import compare, generation_speed, input_device, perplexity, text_windows, windows_per_pass
 from .evaluation_generation import (
     GenerationOptions,
@@ -133,21 +134,24 @@ def evaluate(
         check_fed(subject, base, prompt=False)
     asked.check(subject, base)
     result["bytes"] = {"model": weight_bytes(path), "base": None if base_path is None else weight_bytes(base_path)}
-    if windows is not None:
-        result |= measure_text(subject, base, windows, options, progress)
-    kept = None
-    if base_path is not None and kept_base and any((choices, last_word, tasks, retrieval)):
-        kept = BaseResults(results_folder(), base_facts(base_path, base, path, tokenizer, device_map))
-    recall = (lambda question, find: find()) if kept is None else kept.recall
-    for name, file in (("choices", choices), ("last_word", last_word)):
-        if file is not None:
-            how = {"limit": limit, "dense_prompt": bool(options.prompt)}
-            result[name] = _measure_task(name, Path(file), subject, base, tokenizer, how, recall, progress)
-    if tasks is not None:
-        result["harness"] = _measure_harness(tasks, subject, base, tokenizer, recall, progress)
-    result |= asked.measure(subject, base, tokenizer, progress, recall)
-    if kept is not None and kept.used:
-        result["kept_base"] = {"results": len(kept.used), "oldest": min(kept.used)}
+    if slow := multiplied_in_float32(subject, base):
+        result["multiplied_in_float32"] = slow
+    with float32_linears():
+        if windows is not None:
+            result |= measure_text(subject, base, windows, options, progress)
+        kept = None
+        if base_path is not None and kept_base and any((choices, last_word, tasks, retrieval)):
+            kept = BaseResults(results_folder(), base_facts(base_path, base, path, tokenizer, device_map))
+        recall = (lambda question, find: find()) if kept is None else kept.recall
+        for name, file in (("choices", choices), ("last_word", last_word)):
+            if file is not None:
+                how = {"limit": limit, "dense_prompt": bool(options.prompt)}
+                result[name] = _measure_task(name, Path(file), subject, base, tokenizer, how, recall, progress)
+        if tasks is not None:
+            result["harness"] = _measure_harness(tasks, subject, base, tokenizer, recall, progress)
+        result |= asked.measure(subject, base, tokenizer, progress, recall)
+        if kept is not None and kept.used:
+            result["kept_base"] = {"results": len(kept.used), "oldest": min(kept.used)}
     if speed:
         result["speed"] = {"model": generation_speed(subject, tokenizer).as_dict()}
         if base is not None:

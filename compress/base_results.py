@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from .artifact import sha256
+from .cpu_arithmetic import slow_dtypes
 from .hf import COMPANIONS
 
 log = logging.getLogger(__name__)
@@ -103,6 +104,7 @@ def base_facts(path: Path, model: Any, tokenizer_path: Path, tokenizer: Any, pla
         "placement": repr(placement),
         "dtypes": sorted({str(parameter.dtype) for parameter in model.parameters()}),
         "attention": repr(getattr(model.config, "_attn_implementation", None)),
+        "multiplied_in_float32": slow_dtypes(),
         "threads": torch.get_num_threads(),
         "precision": [
             torch.get_float32_matmul_precision(),

@@ -18,6 +18,7 @@ from typing import Any
 from .assess import Asked, measure_text
 from .cache_evaluation import NO_PROMPT
 from .calibration import CalibrationOptions
+from .cpu_arithmetic import float32_linears
 from .kv_evict import KVEvict
 from .patching import patch
 from .pipeline import Progress, quiet
@@ -31,6 +32,7 @@ CONDITIONS = ("kompakt", "environment", "model", "text", "calibration", "retriev
 """What must be equal for the rows of two runs to stand in one table."""
 
 
+@float32_linears()
 def cache_sweep(
     model: str | Path,
     *,

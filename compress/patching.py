@@ -13,6 +13,7 @@ from torch import nn
 from ..quant.method import AttentionPolicy, CachePolicy
 from .artifact import SIDECAR, read_cache, read_policies, read_sidecar
 from .coverage import Coverage
+from .cpu_arithmetic import float32_linears
 from .hf import load_tokenizer, load_written, read_written_config, resolve_model
 from .hf_attention import is_attached
 from .hf_cache_hooks import run_as_before, run_by
@@ -126,6 +127,7 @@ def patch(
         raise
 
 
+@float32_linears()
 def _patch_from_recipe(
     model: Any, recipe: Recipe, tokenizer: Any, device: str | None, undo: Undo, progress: Progress
 ) -> Patch:

@@ -36,6 +36,7 @@ from .cache_evaluation import check_prompt
 from .calibration import CalibrationSet, calibration_tokens
 from .card import write_card
 from .coverage import Coverage, cover, resolve_group_size
+from .cpu_arithmetic import float32_linears, slow_dtypes
 from .evaluation import text_windows
 from .fingerprint import take_fingerprint
 from .hf import load_base, load_tokenizer, resolve_model, save_weights, transformers_version
@@ -143,6 +144,7 @@ def compress(
         return CompressionResult.from_dict(processes.first_of(found.as_dict()))
 
 
+@float32_linears()
 def compressed(
     processes: Processes,
     model: str | Path,
@@ -474,11 +476,13 @@ def describe_calibration(calibration: CalibrationSet) -> dict[str, Any]:
 def environment(device: torch.device) -> dict[str, str]:
     """Versions and device, for the record."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    slow = slow_dtypes() if device.type == "cpu" else []
     return {
         "torch": torch.__version__,
         "transformers": transformers_version(),
         "python": platform.python_version(),
         "device": name,
+        **({"multiplied_in_float32": ", ".join(slow)} if slow else {}),
     }
 
 

@@ -24,7 +24,9 @@ import torch
 from torch import nn
 
 from ..kernels.attention import REFERENCE_ROWS
-from ..quant.grid import SEARCH_ELEMENTS, SHRINK_STEPS
+from ..kernels.dense_linear import CHUNK_ELEMENTS as CONVERTED_ELEMENTS
+from ..kernels.dense_linear import multiplies_slowly
+from ..quant.grid import CPU_SEARCH_ELEMENTS, SEARCH_ELEMENTS, SHRINK_STEPS
 from ..quant.solver import FACTOR_BLOCK
 from .attention_calibration import SEQUENCES
 from .evaluation import CHUNK_ELEMENTS, windows_per_pass
@@ -35,11 +37,11 @@ from .walk import _home
 FLOAT32 = 4
 # float32 copies of one Linear that is rounded: itself, and its quotient by the scales; absolute values too in FP8.
 ROUNDED_COPIES = {"int4": 2, "fp8": 4}
-# float32 tensors of what a search of scales tries at once: codes and errors; of one trial when it is refined; and for
-# each group, scales and errors with their temporaries.
-TRIED_COPIES, REFIT_COPIES, SCALE_COPIES = 2, 3, 4
-# Bytes per weight that a reference expands it to: float32, twice where scales are applied to it, and 16 bit.
-EXPANDED_BYTES, FP8_EXPANDED_BYTES = 10, 4
+# float32 tensors of what a search of scales tries at once: codes, which become errors; of one trial when it is refined;
+# and for each group, scales and errors with their temporaries.
+TRIED_COPIES, REFIT_COPIES, SCALE_COPIES = 1, 3, 4
+# Bytes per weight that a reference expands it to: float32 and, of it, 16 bit.
+EXPANDED_BYTES, FP8_EXPANDED_BYTES = 6, 4
 # float32 strips of a matrix of second moments while it is factored: a panel, its update and the solution.
 FACTOR_STRIPS = 3
 # A pass that is differentiated keeps the outputs of all Linears, what other operations read, and then the gradients.
@@ -157,6 +159,7 @@ class MemoryModel:
         method = self.recipe.weights
         assert method is not None
         one_pass, graph = self.activations(layer, tokens), GRAPH_COPIES * self.activations(layer, tokens, False)
+        graph += self.converted(linears, tokens)
         weights = sum(linear.weight.numel() for linear in linears)
         matrices = [FLOAT32 * linear.in_features**2 * method.needs_data for linear in linears]
         yield 0, one_pass + weights
@@ -184,8 +187,9 @@ class MemoryModel:
         assert method is not None
         if method.storage != "int4":
             return 0
-        rows = min(linear.weight.numel(), SEARCH_ELEMENTS)
-        tried = rows * min(SHRINK_STEPS, max(1, SEARCH_ELEMENTS // rows))
+        limit = CPU_SEARCH_ELEMENTS if self.device.type == "cpu" else SEARCH_ELEMENTS
+        rows = min(linear.weight.numel(), limit)
+        tried = rows * min(SHRINK_STEPS, max(1, limit // rows))
         scales = tried * method.scheme().groups(linear.in_features) // linear.in_features
         return max(TRIED_COPIES * tried + SCALE_COPIES * scales, REFIT_COPIES * rows)
 
@@ -201,8 +205,15 @@ class MemoryModel:
         if compressed:
             # Kernels expand weights for many tokens, to FP8 or half of them to 16 bit.
             largest = max((linear.weight.numel() for linear in linears), default=0)
-            size += largest * (self.expanded_bytes if self.reference else 1)
+            size += max(largest * (self.expanded_bytes if self.reference else 1), self.converted(linears, tokens))
         return size
+
+    def converted(self, linears: list[nn.Linear], tokens: int) -> int:
+        """Rows of the largest weight in float32, and of its product, on a slow CPU (`dense_linear`)."""
+        if self.device.type != "cpu" or not multiplies_slowly(self.model.dtype):
+            return 0
+        sizes = [(linear.weight.numel(), tokens * linear.out_features) for linear in linears]
+        return FLOAT32 * max((sum(min(size, CONVERTED_ELEMENTS) for size in pair) for pair in sizes), default=0)
 
     @property
     def expanded_bytes(self) -> int:

@@ -30,6 +30,7 @@ from .assess import default_device_map, measure_text, read_text
 from .base_results import BaseResults, base_facts, content_digest, results_folder
 from .calibration import calibration_tokens
 from .coverage import cover
+from .cpu_arithmetic import float32_linears
 from .evaluation import text_windows
 from .hf import load_base, load_tokenizer, resolve_model
 from .hf_decoder import decoder_layers, refuse_experts
@@ -251,6 +252,7 @@ class Search:
         return row
 
 
+@float32_linears()
 def search(
     model: str | Path,
     *,

@@ -18,6 +18,7 @@ from typing import Any
 from torch import nn
 
 from .calibration import CalibrationOptions
+from .cpu_arithmetic import float32_linears
 from .hf_decoder import decoder_layers
 from .patching import patch
 from .pipeline import Progress, quiet
@@ -37,6 +38,7 @@ class Part:
     chosen: Callable[[nn.Module, str], bool]
 
 
+@float32_linears()
 def sensitivity(
     model: str | Path,
     weights: dict[str, Any],

@@ -28,6 +28,7 @@ from ..sparsify.search import LEVELS, Profile
 from ..sparsify.triangle import Triangle
 from .assess import Asked
 from .calibration import CalibrationOptions, calibration_tokens
+from .cpu_arithmetic import float32_linears
 from .evaluation import ratio_mean, scoring_mode, token_nll
 from .evaluation_retrieval import Answer, answer_cases, difference, summary
 from .hf_attention import at_least, attention_in_use
@@ -42,6 +43,7 @@ from .sweep import Bench, noted
 QUARTERS = 4
 
 
+@float32_linears()
 def sparsity_sweep(
     model: str | Path,
     *,

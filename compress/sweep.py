@@ -20,6 +20,7 @@ import torch
 
 from .assess import default_device_map, describe_text, measure_text, read_text
 from .calibration import CalibrationOptions
+from .cpu_arithmetic import float32_linears
 from .evaluation import text_windows
 from .hf import load_base, load_tokenizer, resolve_model
 from .linear import keep_group_scales_exact, storage
@@ -34,6 +35,7 @@ CONDITIONS = ("kompakt", "environment", "model", "text", "calibration")
 """What must be equal for the rows of two runs to stand in one table."""
 
 
+@float32_linears()
 def sweep(
     model: str | Path,
     *,

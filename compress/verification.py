@@ -19,6 +19,7 @@ import torch
 from ..quant.method import AttentionPolicy, CachePolicy
 from .artifact import SIDECAR, SIDECAR_TENSORS, read_cache, read_policies, read_sidecar, sha256
 from .assess import default_device_map
+from .cpu_arithmetic import float32_linears
 from .fingerprint import check_fingerprint, compare_fingerprint
 from .hf import PICKLES, load_written, meta_model, read_written_config
 from .hf_cache import layer_kinds
@@ -268,6 +269,7 @@ def check_policies(subject: Subject) -> str:
     return ", ".join(parts) or "none"
 
 
+@float32_linears()
 def check_logits(subject: Subject) -> str:
     """Loads the model and runs it."""
     recorded = subject.sidecar.get("fingerprint")

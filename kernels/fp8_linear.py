@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .activations import FLOAT_DTYPES, launching_on, log_fallback, quantize_fp8, quantize_fp8_ref
+from .dense_linear import dense_linear
 from .int4_linear import check_linear_operands, linear_backend
 
 SCALED_MM_MULTIPLE = 16
@@ -46,7 +47,7 @@ def fp8_w8a16_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tens
     """
     check_fp8_linear(x, weight, weight_scale, bias)
     dequantized = (weight.float() * weight_scale.float()).to(x.dtype)
-    return torch.nn.functional.linear(x, dequantized, None if bias is None else bias.to(x.dtype))
+    return dense_linear(x, dequantized, None if bias is None else bias.to(x.dtype))
 
 
 def fp8_ref(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -32,6 +32,7 @@ from .activations import (
     log_fallback,
     triton_refusal,
 )
+from .dense_linear import dense_linear
 from .int4_expand import expand_16bit
 from .packing import packed_width, unpack_int4
 
@@ -117,8 +118,8 @@ def dequantize_int4(weight_packed: Tensor, weight_scale: Tensor, in_features: in
     """
     check_int4_weight(weight_packed, weight_scale, in_features)
     out_features, groups = weight_scale.shape
-    codes = unpack_int4(weight_packed, in_features).view(out_features, groups, in_features // groups)
-    return (codes.float() * weight_scale.float().unsqueeze(-1)).to(dtype).view(out_features, in_features)
+    weight = unpack_int4(weight_packed, in_features).float().view(out_features, groups, in_features // groups)
+    return weight.mul_(weight_scale.float().unsqueeze(-1)).to(dtype).view(out_features, in_features)
 
 
 def w4a16_linear(x: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -143,7 +144,7 @@ def w4a16_linear(x: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: T
 def w4a16_ref(x: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor | None = None) -> Tensor:
     """Torch specification of :func:`w4a16_linear`, any device."""
     weight = dequantize_int4(weight_packed, weight_scale, x.shape[-1], x.dtype)
-    return torch.nn.functional.linear(x.contiguous(), weight, None if bias is None else bias.to(x.dtype))
+    return dense_linear(x.contiguous(), weight, None if bias is None else bias.to(x.dtype))
 
 
 def run_w4a16(

@@ -19,7 +19,9 @@ QMIN, QMAX = -8, 7
 E4M3_MAX = 448.0
 SHRINK_STEPS = 20
 REFITS = 2
-SEARCH_ELEMENTS = 2**22
+SEARCH_ELEMENTS, CPU_SEARCH_ELEMENTS = 2**22, 2**18
+"""Of a tensor that is searched at once. A CPU is fastest while they stay in its caches: searching a 1536×576 weight
+takes a core 81 ms with 2²², 56 ms with 2¹⁸ and 72 ms with 2¹⁷."""
 SHRINK_MIN, SHRINK_MAX = 0.62, 1.08
 
 Snap = Callable[[torch.Tensor], torch.Tensor]
@@ -54,7 +56,8 @@ def round_codes(groups: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
 
 def _weighted_error(groups: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, importance: torch.Tensor):
-    return (codes * scale.unsqueeze(-1)).sub_(groups).square_().mul_(importance).sum(-1)
+    """codes: overwritten."""
+    return codes.mul_(scale.unsqueeze(-1)).sub_(groups).square_().mul_(importance).sum(-1)
 
 
 def rounded_scale(scale: torch.Tensor, snap: Snap) -> torch.Tensor:
@@ -72,8 +75,12 @@ def search_scale(
     any other curvature; the same for every index of the first dimension. Returns (…,) float32 values already rounded by
     `snap`. Large tensors are searched some rows at a time.
     """
-    rows = max(1, SEARCH_ELEMENTS // groups[0].numel())
+    rows = max(1, _search_elements(groups) // groups[0].numel())
     return torch.cat([_search_rows(part, importance, snap, steps) for part in groups.split(rows)])
+
+
+def _search_elements(groups: torch.Tensor) -> int:
+    return SEARCH_ELEMENTS if groups.is_cuda else CPU_SEARCH_ELEMENTS
 
 
 def _search_rows(groups: torch.Tensor, importance: torch.Tensor, snap: Snap, steps: int) -> torch.Tensor:
@@ -82,7 +89,7 @@ def _search_rows(groups: torch.Tensor, importance: torch.Tensor, snap: Snap, ste
     best_error = _weighted_error(groups, round_codes(groups, best), best, importance)
     ratios = torch.linspace(SHRINK_MIN, SHRINK_MAX, steps, device=groups.device).view(-1, *[1] * start.ndim)
     # Small tensors try many ratios at once, so that a GPU is not kept waiting for launches.
-    for part in ratios.split(max(1, SEARCH_ELEMENTS // groups.numel())):
+    for part in ratios.split(max(1, _search_elements(groups) // groups.numel())):
         scales = rounded_scale(start * part, snap)
         errors = _weighted_error(groups, round_codes(groups, scales), scales, importance)
         error, index = errors.min(0)

@@ -114,7 +114,14 @@ def change_kompakt(base, files, monkeypatch):
     monkeypatch.setattr(base_results, "sources_digest", lambda: "0" * 64)
 
 
-@pytest.mark.parametrize("change", [change_weights, change_rows, change_threads, change_versions, change_kompakt])
+def change_arithmetic(base, files, monkeypatch):
+    monkeypatch.setattr(base_results, "slow_dtypes", lambda: ["another"])
+
+
+CHANGES = [change_weights, change_rows, change_threads, change_versions, change_kompakt, change_arithmetic]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_whatever_changes_the_number_is_asked_again(base, other, files, asked, monkeypatch, change):
     run(other, base, files, last_word=None, retrieval=None)
     base = change(base, files, monkeypatch) or base

@@ -58,7 +58,7 @@ def test_walk_holds_every_matrix_of_moments_once(method, monkeypatch):
     """All else that this layer needs takes less than half of down_proj's matrix; a second one would take all of it."""
     monkeypatch.setattr(solver, "FACTOR_BLOCK", 64)
     monkeypatch.setattr(solver, "COPIED_ELEMENTS", 2**14)
-    monkeypatch.setattr(grid, "SEARCH_ELEMENTS", 2**14)
+    monkeypatch.setattr(grid, "CPU_SEARCH_ELEMENTS", 2**14)
     config = LlamaConfig(
         vocab_size=64, hidden_size=64, intermediate_size=2048, num_hidden_layers=2, num_attention_heads=2
     )
