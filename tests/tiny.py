@@ -4,6 +4,7 @@ pipeline.
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import torch
@@ -43,7 +44,6 @@ def tiny_directory(directory: Path, *, steps: int = 60, dtype: torch.dtype = tor
     """Writes a Llama of 4 layers (hidden 64 unless given), trained for `steps` on the Python reference, as a
     directory.
     """
-    tokenizer = tiny_tokenizer()
     settings = {
         "vocab_size": VOCAB,
         "hidden_size": 64,
@@ -56,8 +56,24 @@ def tiny_directory(directory: Path, *, steps: int = 60, dtype: torch.dtype = tor
         "bos_token_id": 0,
         "eos_token_id": 1,
     }
+    settings |= config
+    # How far positions reach changes no weight.
+    same = tuple((name, value) for name, value in settings.items() if name != "max_position_embeddings")
+    weights, generator = trained(steps, same)
+    model = LlamaForCausalLM(LlamaConfig(**settings))
+    model.load_state_dict(weights)
+    torch.set_rng_state(generator)
+    model.to(dtype).save_pretrained(directory)
+    tiny_tokenizer().save_pretrained(directory)
+    return directory
+
+
+@functools.cache
+def trained(steps: int, settings: tuple[tuple[str, object], ...]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Weights after `steps`, and the state of the random generator; once in a process, for whoever asks."""
+    tokenizer = tiny_tokenizer()
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**{**settings, **config}))
+    model = LlamaForCausalLM(LlamaConfig(**dict(settings)))
     ids = torch.tensor(tokenizer(builtin_text("calibration")[:60_000])["input_ids"])
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     for _ in range(steps):
@@ -66,9 +82,7 @@ def tiny_directory(directory: Path, *, steps: int = 60, dtype: torch.dtype = tor
         model(batch, labels=batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    model.to(dtype).save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    return directory
+    return model.state_dict(), torch.get_rng_state()
 
 
 def write_text(file: Path) -> Path:
