@@ -458,7 +458,7 @@ def test_beams_and_further_turns_stay_within_the_budget():
 
 
 def test_what_cannot_be_kept_to_is_named():
-    with pytest.raises(ValueError, match="decode_budget is 400; 260 tokens are dense .* give 516 or more"):
+    with pytest.raises(ValueError, match=r"decode_budget is 400; 260 tokens are dense .* give 516 or more"):
         KVEvict(ratio=2.0, decode_budget=400)
     for more in ({"ratio": 2.0, "budget": "global", "scores": "kvzip"}, {"budget": "threshold", "threshold": 0.1}):
         with pytest.raises(ValueError, match=f"budget {more['budget']} has none for a layer: take budget adakv"):
