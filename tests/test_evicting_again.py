@@ -495,3 +495,25 @@ def test_unpatching_takes_every_hook_away():
     run_as_before(patched(model, UNIFORM))
     assert not model.model._forward_pre_hooks and not model.model._forward_pre_hooks_with_kwargs
     assert not model.model._forward_hooks
+
+
+def test_queries_of_tokens_that_were_taken_back_are_not_asked(monkeypatch):
+    """They have taken the places of earlier ones in the ring; those behind them are what they were."""
+    method = KVEvict(sink_tokens=2, recent_tokens=0, window=100, ratio=2.0, decode_budget=560)
+    store, asked = EvictingStore(method), []
+    score = evicting_again.again_scores
+
+    def again_scores(last: Any, *others: Any) -> Any:
+        asked.append(last)
+        return score(last, *others)
+
+    monkeypatch.setattr(evicting_again, "again_scores", again_scores)
+    query = torch.randn(1, 6, 390, 8)
+    for start, stop in ((0, 300), (300, 383), (383, 390)):
+        key = torch.randn(1, 2, stop - start, 8)
+        store.append(key, key)
+        store.observe(query[:, :, start:stop], SCALING, None)
+    store.crop(3)
+    store.append(key, key)
+    (last,) = asked
+    assert last.columns.tolist() == list(range(290, 387)) and torch.equal(last.query, query[:, :, 290:387])
