@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.decode_attention import MAX_ROWS, CompressedKV
-from ..kernels.kv_append import Appendable, append_token
+from ..kernels.kv_append import GONE, Appendable, append_token
 from ..kernels.kv_pages import PAGE, Page, Pages, write_tokens
 from ..quant.method import KVCacheMethod
 from .page_pool import PagePool, PageViews, Slot
@@ -213,15 +213,20 @@ class TokenStore:
 
     def follow(self, lengths: Tensor) -> None:
         """From now on single tokens are appended with the lengths on the device, (kv_append.LENGTHS,) int32 with zeros
-        behind the first two, while `repeatable` is set, so that a captured launch can do it again; `advance` is then
-        the host's part. Ends with whatever else changes the tokens. The table of pages gets room to stay where it is.
+        but for what is set here, while `repeatable` is set, so that a captured launch can do it again; `advance` is
+        then the host's part. Ends with whatever else changes the tokens. The table of pages gets room to stay where it
+        is.
         """
         lengths[:2] = sent([self.tokens, self.coded], lengths.device)
+        lengths[GONE] = self.gone
         self.following = lengths
         self.make_room()
         if self.addresses is None or len(self.addresses) * PAGE < self.tokens + ROOM:
             self.addresses = None
             self.table()
+
+    def settle(self) -> None:
+        """What is left to do before the next tokens come; outside of what is recorded."""
 
     def make_room(self) -> None:
         """Storage for the page that is coded next."""

@@ -257,9 +257,11 @@ def cache_sentence(content: dict[str, Any] | None, measured: dict[str, Any] | No
     if "scores" in content:
         sizes = {"ratio": "{}× fewer", "tokens": "{} tokens per head", "threshold": "scores from {} on"}
         size = next(form.format(content[name]) for name, form in sizes.items() if content[name] is not None)
+        most = content.get("decode_budget")
+        later = "later tokens all stay" if most is None else f"generated ones too, {most:,} tokens per head in all"
         text += (
             f" Of the other tokens of a first prompt every KV head keeps its own, chosen by {content['scores']}, "
-            f"budget {content['budget']} ({size}); later tokens all stay."
+            f"budget {content['budget']} ({size}); {later}."
         )
     if any(content["layers"].values()):
         text += f" {kv_cache_methods()[content['method']].calibrated}"

@@ -6,7 +6,8 @@ then every head's own tokens are packed (`kernels.kv_kept`) and the rest is gone
     columns       0 … E − 1: of each head what it kept, sinks dense | E … tokens − 1: all of them, as in any store
                   E = tokens of the prompt − recent_tokens
 
-A shorter prompt is stored whole. What each row may keep depends on its own length, padding not counted.
+A shorter prompt is stored whole. What each row may keep depends on its own length, padding not counted. With a
+`decode_budget` this happens again and again to all tokens but the recent ones (`evicting_again.py`), and E grows.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ from torch import Tensor
 
 from ..kernels.activations import log_fallback
 from ..kernels.decode_attention import CompressedKV
+from ..kernels.kv_append import GONE
 from ..kernels.kv_codec import PAGE
 from ..kernels.kv_kept import KeptTokens
 from ..sparsify.kv_evict import Seen, expected, kept_columns, page_counts, reread, snapkv
 from .cache import Sizes, TokenStore
+from .evicting_again import QueryRing, evict_again
 from .kv_evict import KVEvict
 
 
@@ -39,6 +42,10 @@ class SecondReading:
 class EvictingStore(TokenStore):
     """One layer's tokens, of which a prompt's are evicted. pending: keys and values of a prompt that waits for its
     scores. scores: (batch, num_kv_heads, columns) of a second reading so far. reading: the part that is read now.
+
+    With a `decode_budget`, queries: the last ones. seen_from: those of columns from it on are there. observed: tokens
+    there were when the last came. place: (1,) int64 on the device, where in the ring a recorded step puts its query.
+    blind: why the last call showed none.
     """
 
     method: KVEvict
@@ -55,6 +62,10 @@ class EvictingStore(TokenStore):
         self.kept: KeptTokens | None = None
         self.scores: Tensor | None = None
         self.reading: SecondReading | None = None
+        self.queries: QueryRing | None = None
+        self.place: Tensor | None = None
+        self.seen_from = self.observed = 0
+        self.blind = "its attention was never seen"
 
     @torch.no_grad()
     def append(self, key: Tensor, value: Tensor) -> None:
@@ -65,6 +76,8 @@ class EvictingStore(TokenStore):
                 "that was patched with its recipe"
             )
         count = key.shape[2] if key.dim() == 4 else 0
+        if self.tokens and not key.is_meta:
+            self.settle()
         if self.tokens == 0 and count > 1:
             if count >= self.method.shortest_prompt:
                 self.check(key, value)
@@ -78,6 +91,93 @@ class EvictingStore(TokenStore):
                 log_fallback("eviction", reason, "a cache of all tokens")
         super().append(key, value)
 
+    def allocate(self, key: Tensor, value: Tensor) -> None:
+        """See `TokenStore.allocate`."""
+        super().allocate(key, value)
+        self.limit_pages()
+
+    def limit_pages(self) -> None:
+        """No storage ahead of need for pages that are packed before they would come."""
+        if self.method.decode_budget is not None:
+            assert self.key is not None and self.pool is not None
+            heads = self.key.shape[1]
+            packed = 0 if self.kept is None else max(self.kept.row_pages)
+            self.pool.most = (heads * self.method.decode_pages - packed) // heads + 1
+
+    @property
+    def remembers(self) -> bool:
+        """Whether queries are wanted."""
+        return self.method.decode_budget is not None
+
+    @property
+    def ring_length(self) -> int:
+        """Queries that are remembered: no more than come between two evictions and after what they leave out."""
+        return min(self.method.window, self.method.recent_tokens + PAGE)
+
+    @torch.no_grad()
+    def observe(self, query: Tensor, scaling: float, softcap: float | None) -> None:
+        """Queries of the last tokens, (batch, num_heads, queries, head_dim), post-RoPE."""
+        if not self.remembers:
+            return
+        if self.queries is None or self.queries.ring.shape[0] != query.shape[0]:
+            shape = (*query.shape[:2], self.ring_length, query.shape[3])
+            self.queries = QueryRing(query.new_zeros(shape), scaling, softcap)
+            self.seen_from = self.tokens - query.shape[2]
+        if self.repeatable and self.following is not None and self.place is not None:
+            self.queries.ring.index_copy_(2, self.place, query)
+        else:
+            self.queries.put(query.detach(), self.tokens)
+        if self.observed < self.tokens - query.shape[2]:
+            self.seen_from = self.tokens - query.shape[2]
+        self.observed = self.tokens
+
+    def overlook(self, reason: str) -> None:
+        """A call whose queries cannot be remembered."""
+        self.blind = reason
+
+    def advance(self) -> None:
+        """See `TokenStore.advance`; its query is put into the ring on the device."""
+        super().advance()
+        self.observed = max(self.observed, self.tokens)
+
+    def settle(self) -> None:
+        """Evicts again if there is more than the budget allows. ValueError if no query tells from what."""
+        if not self.is_full:
+            return
+        if self.observed < self.tokens:
+            self.seen_from = self.tokens
+        count = min(self.ring_length, self.tokens - max(self.seen_from, self.gone))
+        if self.queries is None or count < 1:
+            raise ValueError(
+                f"more than decode_budget's {self.method.decode_budget} tokens are held, and the last queries, which "
+                f"tell what goes, are not known: {self.blind}; a cache that evicts needs a model that was patched with "
+                "its recipe"
+            )
+        evict_again(self, self.queries, count)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether pages, kept and of columns, are more than the budget has room for."""
+        if self.method.decode_budget is None or self.coded == self.gone or self.key is None:
+            return False
+        heads = self.key.shape[1]
+        pages = -(-self.coded // PAGE) - self.gone // PAGE
+        kept = 0 if self.kept is None else max(self.kept.row_pages)
+        return kept + heads * pages > heads * self.method.decode_pages
+
+    def replace_pages(self, kept: KeptTokens) -> None:
+        """What heads have kept of all coded columns, in place of these and of what they had kept before."""
+        assert self.pool is not None
+        following = self.following if kept is self.kept else None
+        self.kept, self.gone, self.following = kept, self.coded, following
+        self.remove_pages(list(self.slots))
+        self.pool.release()
+        self.limit_pages()
+        if following is not None:
+            # Launches that were recorded find the same storage.
+            following[GONE] = self.gone
+        self.version += 1
+
     def look(self, query: Tensor, key: Tensor, *, scaling: float, softcap: float | None, starts: list[int]) -> None:
         """What attention is about to compute. query: (batch, num_heads, queries, head_dim), key: (batch, num_kv_heads,
         keys, head_dim). starts: first column of each row, as the mask says. ValueError if that is not the store's.
@@ -87,6 +187,7 @@ class EvictingStore(TokenStore):
         if self.reading is not None:
             self.read_again(query, key, scaling, softcap)
             return
+        self.observe(query, scaling, softcap)
         if self.starts is not None and self.starts != starts:
             raise ValueError(
                 f"the mask's rows begin at {starts}, and the cache was made for rows from {self.starts} on"
@@ -124,6 +225,8 @@ class EvictingStore(TokenStore):
             room = self.method.room(length, heads, self.method.dense_tokens)
             if length < self.method.shortest_prompt:
                 room = heads * -(-length // PAGE)
+            if room is not None and self.method.decode_budget is not None:
+                room = min(room, heads * self.method.decode_pages)
             rooms.append(None if room is None else layers * room)
         return rooms
 
@@ -164,6 +267,7 @@ class EvictingStore(TokenStore):
         self.tokens = 0
         self.keep_sinks(key, value)
         self.kept = KeptTokens.pack(key, value, columns, counts, self.codec)
+        self.limit_pages()
         self.tokens, self.coded, self.gone = tokens, boundary, boundary
         assert self.key is not None and self.value is not None
         for place, source in self.places(boundary, tokens):
@@ -195,7 +299,12 @@ class EvictingStore(TokenStore):
             )
         if self.pending is not None and count:
             raise ValueError("tokens cannot be taken from a prompt that waits to be evicted from")
+        former = self.tokens
         super().crop(count)
+        if count:
+            # Queries of the tokens that go have taken the places of earlier ones.
+            self.seen_from = max(self.seen_from, former - self.ring_length)
+            self.observed = min(self.observed, self.tokens)
 
     def map_rows(self, change: Callable[[Tensor], Tensor], rows: list[int]) -> None:
         """See `TokenStore.map_rows`."""
@@ -203,7 +312,11 @@ class EvictingStore(TokenStore):
             self.pending = (change(self.pending[0]), change(self.pending[1]))
         if self.kept is not None:
             self.kept = self.kept.rows(rows)
+        if self.queries is not None:
+            self.queries = replace(self.queries, ring=change(self.queries.ring))
         super().map_rows(change, rows)
+        if self.key is not None:
+            self.limit_pages()
 
     @property
     def batch(self) -> int | None:
@@ -216,10 +329,11 @@ class EvictingStore(TokenStore):
         return super().page_elements + (0 if self.kept is None else self.kept.elements)
 
     def nbytes(self) -> Sizes:
-        """See `TokenStore.nbytes`; a prompt that waits is dense."""
+        """See `TokenStore.nbytes`; a prompt that waits is dense, and queries are."""
         codes, parameters = (0, 0) if self.kept is None else self.kept.nbytes()
         waiting = sum(tensor.nbytes for tensor in self.pending or ())
-        return super().nbytes() + Sizes(codes, parameters, waiting)
+        queries = 0 if self.queries is None else self.queries.ring.nbytes
+        return super().nbytes() + Sizes(codes, parameters, waiting + queries)
 
     @property
     def dense_bytes(self) -> int:
@@ -231,7 +345,7 @@ class EvictingStore(TokenStore):
 
     @property
     def kept_share(self) -> float | None:
-        """Share of the prompt's tokens that is there, mean over rows and heads; None where nothing was evicted."""
+        """Share of the tokens up to the last eviction that is there, mean over rows and heads; None before any."""
         if self.kept is None or self.starts is None:
             return None
         shares = []

@@ -26,8 +26,8 @@ from ..kernels.attention import MODES, Mode
 from ..quant.method import AttentionInputs, AttentionPolicy
 from ..sparsify.method import SparsityPolicy
 from ..sparsify.online import MIN_QUERIES
-from .evicting import EvictingStore
 from .hf_cache import AWAITING, CachedTensor
+from .hf_eviction import show_prompt, show_queries
 from .hf_masks import Layout, MaskInfo, check_kept_mask, keep_arguments, keep_every_mask
 from .layer_policies import sparsity_in
 from .runtime import attend, attend_cached, attend_sparse, needs_gradient, refusal, sparse_refusal
@@ -113,7 +113,7 @@ def attention_forward(
     layer: LayerAttention | None = vars(module).get(ATTRIBUTE)
     if (store := getattr(key, AWAITING, None)) is not None:
         call = (query, key, value, attention_mask, scaling, dropout)
-        untraced(show_prompt)(store, module, call, kwargs)
+        untraced(show_prompt)(store, call, untraced(call_options)(module, *call, kwargs), kwargs.get("softcap"))
         out = untraced(run_second_reading)(module, call, kwargs) if store.reading is not None else None
         if out is not None:
             return out, None
@@ -135,33 +135,6 @@ def attention_forward(
             layer.ran["dense"] += 1
     mask = attention_mask.build(former, query.device) if isinstance(attention_mask, MaskInfo) else attention_mask
     return former_function(former, module)(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)
-
-
-@torch.no_grad()
-def show_prompt(
-    store: EvictingStore,
-    module: nn.Module,
-    call: tuple[Tensor, Tensor, Tensor, Any, float | None, float],
-    kwargs: Mapping[str, Any],
-) -> None:
-    """Lets a store that waits for a prompt's scores look at a call. ValueError if it cannot be scored."""
-    query, key, value, mask, scaling, dropout = call
-    if store.reading is not None:
-        scaling = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-        store.look(query, key, scaling=scaling, softcap=kwargs.get("softcap"), starts=[])
-        return
-    found = call_options(module, query, key, value, mask, scaling, dropout, kwargs)
-    reason = found if isinstance(found, str) else None
-    if not isinstance(found, str):
-        layout, options = found
-        starts = mask.key_starts(layout)
-        if isinstance(starts, str) or not layout.causal or options["window"] is not None:
-            reason = starts if isinstance(starts, str) else "its mask is not causal attention to all tokens"
-        else:
-            rows = [0] * query.shape[0] if starts is None else starts.tolist()
-            store.look(query, key, scaling=options["scaling"], softcap=options["softcap"], starts=rows)
-    if reason is not None:
-        raise ValueError(f"the prompt cannot be scored for eviction: {reason}")
 
 
 def run_second_reading(
@@ -232,6 +205,7 @@ def run_cached(
     query, key, _, mask, _, _ = call
     assert isinstance(key, CachedTensor)
     found = call_options(module, *call, kwargs)
+    show_queries(key.visible.store, query, found)
     if not isinstance(found, str) and isinstance(mask, MaskInfo):
         layout, options = found
         starts = mask.key_starts(layout)

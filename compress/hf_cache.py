@@ -4,8 +4,8 @@
 on it gives back two `CachedTensor`: our attention reads the codes behind them, and anything else that touches them sees
 the dequantized keys or values as an ordinary tensor.
 
-Where a recipe evicts, keys of a prompt that is to be scored go to the attention function with the store that waits for
-its queries (`AWAITING`), and cannot be dequantized afterwards.
+Where a recipe evicts, keys of a prompt that is to be scored go to the attention function with the store that wants to
+see its queries (`AWAITING`), and cannot be dequantized afterwards.
 
 The cache has the layers that `DynamicCache` would have for the same config. Those of plain and of sliding-window
 attention are compressed where a policy names them; the others (linear attention, shared keys, …) stay as they are.
@@ -36,7 +36,7 @@ CACHE = NAMES[0] if NAMES[0] in CausalLMOutputWithPast.__dataclass_fields__ else
 ATTENTION = (DynamicLayer, DynamicSlidingWindowLayer)
 """Layers of a cache that hold keys and values and nothing else."""
 AWAITING = "kompakt_store"
-"""Attribute of keys that go into an attention function: the store that waits to see it."""
+"""Attribute of keys that go into an attention function: the store that wants to see it."""
 STAYS = "a compressed cache stays on its device; pass cache_implementation='offloaded' for transformers' own offloading"
 
 
@@ -204,11 +204,12 @@ class EvictingLayer(CompressedLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """See `CompressedLayer.update`. What a second reading of the prompt brings is not stored."""
+        first = self.store.tokens == 0
         if self.store.reading is not None:
             found = self.store.beside(key_states, value_states)
         else:
             found = super().update(key_states, value_states)
-        if self.store.pending is not None:
+        if self.store.pending is not None or (first and self.store.remembers):
             setattr(found[0], AWAITING, self.store)
         return found
 

@@ -23,7 +23,7 @@ from ..quant.method import AttentionPolicy, CachePolicy, KVCacheMethod
 from .hf_attention import LayerAttention, attach, attention_modules, check_attention, detach, layer_kind, query_heads
 from .hf_cache import CACHE, NAMES, CompressedCache, CompressedLayer
 from .hf_capture import record_steps, run_steps_as_before
-from .hf_eviction import end_prompt
+from .hf_eviction import begin_pass, end_prompt
 from .kv_evict import KVEvict
 from .layer_policies import sparsity_in
 
@@ -99,6 +99,8 @@ def run_by(model: Any, attention: Mapping[str, AttentionPolicy], cache: CachePol
     base.register_forward_pre_hook(give_cache, with_kwargs=True)
     if isinstance(cache.method, KVEvict):
         base.register_forward_hook(end_prompt, with_kwargs=True)
+        if cache.method.decode_budget is not None:
+            base.register_forward_pre_hook(begin_pass, with_kwargs=True)
     record_steps(model)
 
 
@@ -127,7 +129,7 @@ def run_as_before(model: Any) -> None:
     for item in (model, base):
         vars(item).pop(ATTRIBUTE, None)
         vars(item).pop(PREPARE, None)
-    for key in [key for key, hook in base._forward_pre_hooks.items() if hook is give_cache]:
+    for key in [key for key, hook in base._forward_pre_hooks.items() if hook in (give_cache, begin_pass)]:
         del base._forward_pre_hooks[key]
         base._forward_pre_hooks_with_kwargs.pop(key, None)
     for key in [key for key, hook in base._forward_hooks.items() if hook is end_prompt]:

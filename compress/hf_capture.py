@@ -33,6 +33,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from ..kernels.activations import log_fallback
 from ..kernels.kv_append import LENGTHS
 from .cache import TokenStore
+from .evicting import EvictingStore
 from .hf_cache import CACHE, CompressedCache, CompressedLayer
 from .hf_fused import fused_on
 
@@ -232,6 +233,7 @@ class Steps:
         self.known = weakref.ref(cache)
         self.ids, self.positions = torch.empty_like(ids), torch.empty_like(ids)
         self.lengths = torch.zeros((len(cache.layers), LENGTHS), dtype=torch.int32, device=ids.device)
+        self.place = torch.zeros(1, dtype=torch.int64, device=ids.device)
 
     def next_positions(self, store: TokenStore, inputs: dict[str, Any]) -> Tensor:
         """Position of the token in its row, (batch, 1) or (1, 1)."""
@@ -240,7 +242,15 @@ class Steps:
         return (store.tokens - torch.tensor(store.starts, device=self.ids.device))[:, None]
 
     def agree(self, stores: list[TokenStore]) -> None:
-        """Every store counts on the device, and what was recorded is of the storage that is there."""
+        """Every store counts on the device, and what was recorded is of the storage that is there. What evicts while
+        generating does so here: it moves storage as long as pages of heads become more, and afterwards none.
+        """
+        for store in stores:
+            store.settle()
+            if isinstance(store, EvictingStore) and store.remembers:
+                store.place = self.place
+                if store is stores[0]:
+                    self.place.fill_(store.tokens % store.ring_length)
         if any(store.following is None for store in stores):
             # Other calls came between, and with them perhaps other weights.
             self.forget()

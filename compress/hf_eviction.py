@@ -1,9 +1,12 @@
-"""A prompt's eviction in a patched model: what happens behind the pass that a prompt went in with.
+"""Eviction in a patched model: what a cache is shown of attention, and what happens before and behind a pass.
 
 Scores that the prompt's own attention gives (`snapkv`, `expected`) have been found by then, layer by layer. For `kvzip`
 the model reads the prompt again behind itself, a part at a time, every part at the positions that follow the prompt's
 last; nothing of that is stored, each layer keeps the scores of its keys (`evicting.py`). Both are part of the forward
 pass that the prompt went in with, and of the time to the first token.
+
+Caches with a `decode_budget` are shown every query, and evict again before the pass that would exceed it, since masks
+are made for what is there when it begins.
 
 Rows of a left-padded batch read their own parts: what is kept of a row does not depend on those beside it.
 """
@@ -17,14 +20,70 @@ import torch
 from torch import Tensor
 
 from ..sparsify.kv_evict import OVERLAP
+from .cache import TokenStore
 from .evicting import EvictingStore, SecondReading, evict_together
 from .hf_cache import CACHE, NAMES, CompressedCache
+from .hf_masks import Layout
+
+
+@torch.no_grad()
+def show_prompt(
+    store: EvictingStore,
+    call: tuple[Tensor, Tensor, Tensor, Any, float | None, float],
+    found: tuple[Layout, dict[str, Any]] | str,
+    softcap: float | None,
+) -> None:
+    """Lets a store that waits for a prompt's scores look at a call. found: of `hf_attention.call_options`. ValueError
+    if it cannot be scored.
+    """
+    query, key, _, mask, scaling, _ = call
+    if store.pending is None:
+        show_queries(store, query, found)
+        return
+    if store.reading is not None:
+        scaling = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+        store.look(query, key, scaling=scaling, softcap=softcap, starts=[])
+        return
+    reason = found if isinstance(found, str) else None
+    if not isinstance(found, str):
+        layout, options = found
+        starts = mask.key_starts(layout)
+        if isinstance(starts, str) or not layout.causal or options["window"] is not None:
+            reason = starts if isinstance(starts, str) else "its mask is not causal attention to all tokens"
+        else:
+            rows = [0] * query.shape[0] if starts is None else starts.tolist()
+            store.look(query, key, scaling=options["scaling"], softcap=options["softcap"], starts=rows)
+    if reason is not None:
+        raise ValueError(f"the prompt cannot be scored for eviction: {reason}")
+
+
+def show_queries(store: TokenStore, query: Tensor, found: tuple[Layout, dict[str, Any]] | str) -> None:
+    """Lets a store that evicts while generating look at queries. found: of `hf_attention.call_options`."""
+    if not isinstance(store, EvictingStore):
+        return
+    if isinstance(found, str):
+        store.overlook(found)
+    else:
+        store.observe(query, found[1]["scaling"], found[1]["softcap"])
+
+
+def begin_pass(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook of the base model: a cache that holds more than its budget evicts. ValueError if it cannot."""
+    cache = given_cache(base, args, kwargs)[0]
+    if isinstance(cache, CompressedCache):
+        for store in cache.evicting_layers:
+            store.settle()
+
+
+def given_cache(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The cache of a call, None if there is none, and all of its arguments by name."""
+    given = {**dict(zip(inspect.signature(type(base).forward).parameters, (base, *args))), **kwargs}
+    return next((given[name] for name in NAMES if given.get(name) is not None), None), given
 
 
 def end_prompt(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
     """Forward hook of the base model: evicts from a prompt that waits for it. ValueError if it cannot."""
-    given = {**dict(zip(inspect.signature(type(base).forward).parameters, (base, *args))), **kwargs}
-    cache = next((given[name] for name in NAMES if given.get(name) is not None), None)
+    cache, given = given_cache(base, args, kwargs)
     if not isinstance(cache, CompressedCache):
         return
     stores = [store for store in cache.evicting_layers if store.pending is not None]

@@ -3,8 +3,9 @@
 Once, at the end of the first prompt that goes into a cache, keys are scored and the best of every head are kept
 (`sparsify.kv_evict`), in pages of its own, coded as `codec` says; the others are gone, and their memory with them. The
 first `sink_tokens` and the last `recent_tokens` of a prompt always stay, dense. Tokens that come later, generated or of
-further turns, all stay, and go the ordinary way of the cache. The prompt itself is attended to exactly: eviction does
-to it what coding does, nothing.
+further turns, go the ordinary way of the cache; all of them stay, or with a `decode_budget` the best of them and of
+what is left of the prompt (`evicting_again.py`). The prompt itself is attended to exactly: eviction does to it what
+coding does, nothing.
 
 Time to the first token includes the scoring: of `snapkv` and `expected` the attention of a few queries, of `kvzip` a
 second pass over the prompt, during which the whole dense prompt is in memory.
@@ -37,6 +38,23 @@ class KVEvict(KVCacheMethod, Eviction):
     calibrated: ClassVar[str] = KVINT4.calibrated
 
     codes: Literal["none", "fp8", "int4"] = "none"
+
+    def __post_init__(self) -> None:
+        """ValueError for what does not go together, and for a `decode_budget` without room for a page that is kept."""
+        super().__post_init__()
+        least = self.dense_tokens + 2 * PAGE
+        if self.decode_budget is not None and self.decode_budget < least:
+            raise ValueError(
+                f"decode_budget is {self.decode_budget}; {self.dense_tokens} tokens are dense (sink_tokens, "
+                f"recent_tokens and a page of {PAGE}), a page comes and one is kept: give {least} or more, or fewer "
+                "recent_tokens"
+            )
+
+    @property
+    def decode_pages(self) -> int:
+        """Pages that a head keeps in the mean while generating, one that comes not counted."""
+        assert self.decode_budget is not None
+        return (self.decode_budget - self.dense_tokens) // PAGE - 1
 
     @property
     def coded(self) -> KVCacheMethod | None:

@@ -39,13 +39,16 @@ class PageViews(Mapping[int, Page]):
 
 
 class PagePool:
-    """Pages of `batch` rows and `heads` KV heads."""
+    """Pages of `batch` rows and `heads` KV heads. most: no more are allocated ahead of need than come to so many; None
+    for no limit.
+    """
 
     def __init__(self, layout: Layout, batch: int, heads: int, device: torch.device):
         self.layout, self.device = layout, device
         self.shape = (batch, heads, layout.record_bytes)
         self.blocks: list[Tensor] = []
         self.free: list[Slot] = []
+        self.most: int | None = None
 
     @property
     def capacity(self) -> int:
@@ -56,7 +59,10 @@ class PagePool:
         """Makes sure that so many pages can be taken without allocating."""
         missing = count - len(self.free)
         if missing > 0:
-            size = max(missing, self.capacity // 8)
+            ahead = self.capacity // 8
+            if self.most is not None:
+                ahead = min(ahead, self.most - self.capacity)
+            size = max(missing, ahead)
             self.blocks.append(torch.empty((size, *self.shape), dtype=torch.uint8, device=self.device))
             # Taken from the end of the list, in the order of addresses.
             self.free[:0] = [(len(self.blocks) - 1, index) for index in reversed(range(size))]
@@ -69,6 +75,12 @@ class PagePool:
     def give_back(self, slot: Slot) -> None:
         """Makes a page available again."""
         self.free.append(slot)
+
+    def release(self) -> None:
+        """Gives all storage up, if there is more of it than one page. No page is in use."""
+        assert len(self.free) == self.capacity
+        if self.capacity > 1:
+            self.blocks, self.free = [], []
 
     def page(self, slot: Slot) -> Page:
         """Views of a page, (batch, heads, …)."""

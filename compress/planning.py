@@ -304,6 +304,8 @@ def plan_cache(model: Any, method: KVCacheMethod, contexts: Sequence[int]) -> Ca
                 store = TokenStore(free, statics=statics, window=window)
             empty = torch.empty((1, heads, tokens, head_dim), dtype=model.dtype, device="meta")
             store.append(empty, empty)
+            if isinstance(store, EvictingStore):
+                store.observe(empty[:, :1].expand(-1, config.num_attention_heads, -1, -1), 1.0, None)
             total += count * store.nbytes().total
         sizes[tokens] = total + others * 2 * heads * head_dim * tokens * model.dtype.itemsize
     codebooks = sum(tensor.nbytes for tensor in statics.values())

@@ -50,8 +50,9 @@ class CompressedKV:
     (batch, num_kv_heads, length, head_dim), with each of these columns at its place modulo length; None if not all are
     there. sink_key, sink_value: (batch, num_kv_heads, sink_tokens, head_dim). sink_starts: (batch,) int64, the column
     of each row's first sink token. lengths: of `kv_append.LENGTHS`; where given, a kernel takes tokens and coded from
-    it, and first from its window, so that the launch is that of any later token too. kept: what every head has kept of
-    the columns before first, of which sinks are looked at too; None where nothing was evicted.
+    it, and first from its window or, with kept, from there, so that the launch is that of any later token too. kept:
+    what every head has kept of the columns before first, of which sinks are looked at too; None where nothing was
+    evicted.
     """
 
     pages: Pages

@@ -109,6 +109,8 @@ def decode_kernel(
         tokens, coded = tl.load(length_ptr), tl.load(length_ptr + 1)
         if WINDOW:
             first = tl.maximum(tokens - QUERIES - window + 1, 0)
+        if KEPT:
+            first = tl.load(length_ptr + 3)
     lowest = first
     if STARTS:
         lowest = tl.maximum(lowest, tl.load(start_ptr + batch).to(tl.int32))

@@ -20,7 +20,10 @@ from .activations import launching_on
 from .kv_pages import PAGE, Pages, launched, write_tokens
 
 LENGTHS = 4
-"""Numbers of a cache's lengths, int32: columns in all, columns in pages, programs that are done, and one to spare."""
+"""Numbers of a cache's lengths, int32: columns in all, columns in pages, programs that are done, columns that
+were evicted from."""
+GONE = 3
+"""Place of the last of them, which only what evicts changes."""
 
 
 @dataclass(frozen=True)

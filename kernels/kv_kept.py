@@ -5,19 +5,20 @@
     row r, head h:   lengths[r, h] tokens, in the pages table[r, h, 0], table[r, h, 1], …      a page is one record
 
 Columns play no part: a token's position is in its key, and all kept tokens come before whatever reads them. So a query
-sees every one of its head's, and lengths are all the mask there is. Pages are never written to after they are packed;
-rows that are copies of one another share theirs.
+sees every one of its head's, and lengths are all the mask there is. Pages are not written to after they are packed,
+but as a whole, when other tokens take their place (`kv_repacked.py`); rows that are copies of one another share theirs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from .kv_codec import PAGE, Codec, Layout
+from .kv_codec import PAGE, Codec, Coded, Layout
 
 AT_ONCE = 16
 """Pages of every head that are coded at a time, which bounds the float32 copies."""
@@ -80,7 +81,16 @@ class KeptTokens:
         key: (batch, num_kv_heads, tokens, head_dim), value likewise. columns: (batch, num_kv_heads, n) int64, which
         tokens each head keeps, the first of them as many as `counts` says.
         """
-        layout, rows, first = codec.layout(key.shape[3], value.shape[3]), [], 0
+        kept = cls.blank(codec.layout(key.shape[3], value.shape[3]), codec, counts, key.device)
+        if key.device.type != "meta":
+            for number in range(0, kept.pages, AT_ONCE):
+                kept.write(number, key, value, columns[:, :, number * PAGE : (number + AT_ONCE) * PAGE])
+        return kept
+
+    @classmethod
+    def blank(cls, layout: Layout, codec: Codec, counts: list[list[int]], device: torch.device) -> KeptTokens:
+        """With pages of any content for so many tokens, by row and head."""
+        rows, first = [], 0
         for row in counts:
             heads = []
             for count in row:
@@ -88,12 +98,8 @@ class KeptTokens:
                 heads.append(tuple(range(first, first + pages)))
                 first += pages
             rows.append(tuple(heads))
-        records = torch.empty((first, layout.record_bytes), dtype=torch.uint8, device=key.device)
-        kept = cls.of(layout, codec, records, tuple(rows), tuple(map(tuple, counts)))
-        if key.device.type != "meta":
-            for number in range(0, kept.pages, AT_ONCE):
-                kept.write(number, key, value, columns[:, :, number * PAGE : (number + AT_ONCE) * PAGE])
-        return kept
+        records = torch.empty((first, layout.record_bytes), dtype=torch.uint8, device=device)
+        return cls.of(layout, codec, records, tuple(rows), tuple(map(tuple, counts)))
 
     @classmethod
     def of(
@@ -122,7 +128,7 @@ class KeptTokens:
 
     def write(self, number: int, key: Tensor, value: Tensor, columns: Tensor) -> None:
         """Fills pages of every head from that number on. columns: (batch, num_kv_heads, at most a page each)."""
-        batch, heads, count = columns.shape
+        count = columns.shape[2]
         pages = -(-count // PAGE)
         columns = torch.nn.functional.pad(columns, (0, pages * PAGE - count))
         first = number * PAGE + torch.arange(pages, device=columns.device) * PAGE
@@ -134,9 +140,14 @@ class KeptTokens:
             chosen = x.gather(2, columns[..., None].expand(*columns.shape, x.shape[3]))
             chosen = chosen.unflatten(2, (pages, PAGE)).transpose(1, 2)
             tokens.append(torch.where(valid[..., None], chosen, 0.0))
-        filled = columns.new_zeros((batch, pages, heads, self.layout.record_bytes), dtype=torch.uint8)
-        keys, values = self.codec.encode_keys(tokens[0]), self.codec.encode_values(tokens[1])
+        self.put(number, self.codec.encode_keys(tokens[0]), self.codec.encode_values(tokens[1]))
+
+    def put(self, number: int, keys: Coded, values: Coded) -> None:
+        """Fills pages of every head from that number on with codes, (batch, pages, num_kv_heads, PAGE, n)."""
+        batch, pages, heads = keys[0].shape[:3]
+        filled = self.records.new_zeros((batch, pages, heads, self.layout.record_bytes))
         self.layout.page(filled).write(slice(0, PAGE), keys, values)
+        first = (number + torch.arange(pages, device=self.lengths.device)) * PAGE
         there = (first < self.lengths[..., None]).transpose(1, 2)
         records = self.table[:, :, number : number + pages].transpose(1, 2) // self.layout.record_bytes
         self.records[records[there]] = filled[there]
@@ -153,6 +164,13 @@ class KeptTokens:
         keys, values = self.layout.page(self.records[self.record(number)]).read()
         return self.codec.decode_keys(keys), self.codec.decode_values(values), self.valid(number)
 
+    def coded(self, first: int, last: int) -> tuple[Coded, Coded]:
+        """Codes of keys and values in every head's pages [first, last), (batch, num_kv_heads, tokens, …)."""
+        records = self.records[self.table[:, :, first:last] // self.layout.record_bytes]
+        keys, values = self.layout.page(records).read()
+        found = [part.flatten(2, 3) for part in (*keys, *values)]
+        return (found[0], found[1]), (found[2], found[3])
+
     def record(self, number: int) -> Tensor:
         """(batch, num_kv_heads) int64: the record of every head's page of that number."""
         return self.table[:, :, number] // self.layout.record_bytes
@@ -163,6 +181,11 @@ class KeptTokens:
             heads = [len(head) for row in self.numbers for head in row]
             self.shared[programs] = Runs.of(heads, programs, self.records.device)
         return self.shared[programs]
+
+    @cached_property
+    def row_pages(self) -> tuple[int, ...]:
+        """Pages of all heads of each row."""
+        return tuple(sum(len(head) for head in row) for row in self.numbers)
 
     @property
     def pages(self) -> int:

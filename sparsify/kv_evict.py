@@ -28,7 +28,7 @@ there is filled:
     threshold   every token whose score is at least `threshold`, filled up to whole pages
 
 Scores come from the queries of a window or of a part, a block at a time: no full map exists. Ties go to the earlier
-column.
+column. What a cache holds while it generates is scored and shared out likewise (`kv_evict_again.py`).
 """
 
 from __future__ import annotations
@@ -52,6 +52,8 @@ LOGITS = 1 << 25
 """Logits that exist at a time in a second reading, of all heads of a row: little beside a long prompt, and enough for a
 device to be busy with each launch."""
 USED_BY = {"window": ("snapkv", "expected"), "kernel_size": ("snapkv",), "chunk": ("kvzip",)}
+WHILE_GENERATING = ("window", "kernel_size")
+"""Options of scores that `kvzip` has for what is evicted while generating, which it evicts as `snapkv` does."""
 DEFAULTS = {"window": 64, "kernel_size": 5, "chunk": 2048}
 
 
@@ -60,7 +62,9 @@ class Eviction:
     """What is kept of a prompt. scores, budget: see the module. ratio: storage is allocated for so many times fewer
     tokens than the prompt has. tokens: or for so many per head, in the mean. threshold: of the budget of that name,
     which has neither. window: the last queries that are looked at. kernel_size: of the pooling, odd. floor: of adakv
-    and global. chunk: tokens of a second reading at a time.
+    and global. chunk: tokens of a second reading at a time. decode_budget: tokens per KV head that there is ever
+    storage for, in the mean over the heads of a layer, generated ones and the dense ones included: more make it evict
+    again. None for no limit.
 
     ValueError for what does not go together.
     """
@@ -74,6 +78,7 @@ class Eviction:
     kernel_size: Annotated[int, Field(ge=1)] = DEFAULTS["kernel_size"]
     chunk: Annotated[int, Field(ge=PAGE)] = DEFAULTS["chunk"]
     floor: Annotated[float, Field(ge=0, le=1)] = 0.2
+    decode_budget: Annotated[int, Field(ge=1)] | None = None
 
     def __post_init__(self) -> None:
         sizes = {name: getattr(self, name) for name in ("ratio", "tokens", "threshold")}
@@ -91,8 +96,19 @@ class Eviction:
             )
         if self.kernel_size % 2 == 0:
             raise ValueError(f"kernel_size is {self.kernel_size}; it must be odd, so that a token is in the middle")
+        if self.decode_budget is not None and self.budget not in ("uniform", "adakv"):
+            raise ValueError(
+                f"decode_budget evicts layer by layer, in a number of tokens, and budget {self.budget} has none for a "
+                "layer: take budget adakv or uniform"
+            )
+        if self.decode_budget is not None and (self.tokens or 0) > self.decode_budget:
+            raise ValueError(
+                f"tokens is {self.tokens} and decode_budget {self.decode_budget}; what a prompt keeps must not be more "
+                "than what is kept while generating"
+            )
+        again = WHILE_GENERATING if self.decode_budget is not None and self.scores == "kvzip" else ()
         for name, users in USED_BY.items():
-            if getattr(self, name) != DEFAULTS[name] and self.scores not in users:
+            if getattr(self, name) != DEFAULTS[name] and self.scores not in users and name not in again:
                 raise ValueError(f"{name} is for scores {' or '.join(users)}; scores is {self.scores}")
 
     @property
@@ -144,8 +160,12 @@ class Seen:
 
     def logits(self, query: Tensor, key: Tensor) -> Tensor:
         """Of queries (…, queries, head_dim) and keys (…, keys, head_dim), fp32."""
-        logits = query @ key.float().mT * self.scaling
-        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+        return capped(query @ key.float().mT * self.scaling, self.softcap)
+
+
+def capped(logits: Tensor, softcap: float | None) -> Tensor:
+    """Logits within a bound, if there is one."""
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
 def snapkv(seen: Seen, candidates: int, *, window: int, kernel_size: int) -> Tensor:
@@ -208,15 +228,18 @@ def reread(seen: Seen, own: Tensor, part: tuple[int, int], count: int) -> Tensor
     return found
 
 
-def page_counts(scores: Tensor, room: int | None, eviction: Eviction) -> list[int]:
-    """Pages of every head of one row. scores: (heads, candidates), of one layer or of all. room: as `Eviction.room`."""
+def page_counts(scores: Tensor, room: int | None, eviction: Eviction, there: list[int] | None = None) -> list[int]:
+    """Pages of every head of one row. scores: (heads, candidates), of one layer or of all. room: as `Eviction.room`.
+    there: candidates of each head, which come first; −inf behind them. None for all.
+    """
     heads, candidates = scores.shape
-    most = -(-candidates // PAGE)
+    there = [candidates] * heads if there is None else there
+    most = [-(-count // PAGE) for count in there]
     if room is None:
         assert eviction.threshold is not None
         return [-(-count // PAGE) for count in (scores >= eviction.threshold).sum(dim=1).tolist()]
-    if room >= heads * most:
-        return [most] * heads
+    if room >= sum(most):
+        return most
     shares = [room / heads] * heads
     if eviction.budget != "uniform":
         least = min(int(eviction.floor * room / heads * PAGE), candidates)
@@ -229,30 +252,36 @@ def page_counts(scores: Tensor, room: int | None, eviction: Eviction) -> list[in
     return whole_pages(shares, room, most)
 
 
-def whole_pages(shares: list[float], room: int, most: int) -> list[int]:
-    """Shares in whole numbers that come to `room`: rounded down, then one more each for the largest remainders."""
-    counts = [min(int(share), most) for share in shares]
+def whole_pages(shares: list[float], room: int, most: list[int]) -> list[int]:
+    """Shares in whole numbers that come to `room`: rounded down, then one more each for the largest remainders. most:
+    of each head; they come to `room` or more.
+    """
+    counts = [min(int(share), limit) for share, limit in zip(shares, most, strict=True)]
     order = sorted(range(len(shares)), key=lambda head: (counts[head] - shares[head], head))
     while (left := room - sum(counts)) > 0:
-        for head in [head for head in order if counts[head] < most][:left]:
+        for head in [head for head in order if counts[head] < most[head]][:left]:
             counts[head] += 1
     return counts
 
 
-def kept_columns(scores: Tensor, first: list[int], pages: list[list[int]]) -> tuple[Tensor, list[list[int]]]:
+def kept_columns(
+    scores: Tensor, first: list[int], pages: list[list[int]], ends: list[list[int]] | None = None
+) -> tuple[Tensor, list[list[int]]]:
     """Columns that every head keeps, in order, (batch, heads, most) int64, and how many they are.
 
     scores: (batch, heads, candidates). first: the first column of each row that may be evicted; those before it are
-    not among the columns. pages: row → head → pages.
+    not among the columns. pages: row → head → pages. ends: row → head → candidates; None for all.
     """
     candidates = scores.shape[2]
+    ends = [[candidates] * len(row) for row in pages] if ends is None else ends
     counts = [
-        [min(count * PAGE, max(candidates - start, 0)) for count in row]
-        for row, start in zip(pages, first, strict=True)
+        [min(count * PAGE, max(end - start, 0)) for count, end in zip(row, row_ends, strict=True)]
+        for row, row_ends, start in zip(pages, ends, first, strict=True)
     ]
     columns = torch.arange(candidates, device=scores.device)
-    before = columns < torch.tensor(first, device=scores.device)[:, None]
-    order = scores.masked_fill(before[:, None], -torch.inf).argsort(dim=2, descending=True, stable=True)
+    outside = columns < torch.tensor(first, device=scores.device)[:, None, None]
+    outside = outside | (columns >= torch.tensor(ends, device=scores.device)[..., None])
+    order = scores.masked_fill(outside, -torch.inf).argsort(dim=2, descending=True, stable=True)
     most = max((count for row in counts for count in row), default=0)
     order = order[..., :most]
     beyond = torch.arange(most, device=scores.device) >= torch.tensor(counts, device=scores.device)[..., None]

@@ -145,11 +145,11 @@ def check_wave(name: str, programs: int) -> None:
 
 
 def check_lengths(name: str, device: str = "cpu") -> None:
-    """With the lengths on the device the launch is told none but the first column, and gives the same."""
+    """With the lengths on the device the launch is told none, and gives the same."""
     query, kv, call, sinks, starts = CASES[name].make(device)
-    lengths = torch.tensor([kv.tokens, kv.coded, 0, 0], dtype=torch.int32, device=device)
+    lengths = torch.tensor([kv.tokens, kv.coded, 0, kv.first], dtype=torch.int32, device=device)
     wanted = run_decode(query, kv, call, sinks, starts, interpret=device == "cpu")
-    blind = replace(kv, tokens=kv.first + query.shape[2], coded=0, lengths=lengths)
+    blind = replace(kv, tokens=query.shape[2], coded=0, first=0, lengths=lengths)
     with poisoned():
         found = run_decode(query, blind, call, sinks, starts, interpret=device == "cpu")
     for got, expected in zip(found, wanted, strict=True):
@@ -274,7 +274,7 @@ def test_launch_is_captured():
     skip_below(FP8_CAPABILITY)
     query, kv, call, sinks, starts = CASES["everything"].make("cuda")
     assert decode_refusal(query, kv) is None
-    lengths = torch.tensor([kv.tokens, kv.coded, 0, 0], dtype=torch.int32, device="cuda")
+    lengths = torch.tensor([kv.tokens, kv.coded, 0, kv.first], dtype=torch.int32, device="cuda")
     blind = replace(kv, lengths=lengths)
     expected = run_decode(query, blind, call, sinks, starts)
     graph = torch.cuda.CUDAGraph()

@@ -48,6 +48,7 @@ def made(base, overrides, tmp_path_factory):
     folder = tmp_path_factory.mktemp("made")
     found = {name: compress(base, name, folder / name, overrides=overrides) for name in RECIPES}
     asked = {"kv_cache": {"method": "kv_evict", "scores": "snapkv", "ratio": 3, "recent_tokens": 16}}
+    asked["kv_cache"]["decode_budget"] = 660
     decoding = {"evaluation.cache_protocol": "decode", **overrides}
     found["snapkv"] = compress(base, asked, folder / "snapkv", overrides=decoding)
     return found
@@ -92,7 +93,8 @@ def test_what_is_written_says_how_it_was_measured(name, made):
     share = 0.2 if name == "kv-evict2x-int4" else 1 / 3
     assert 0.1 < eviction["allocated"] <= share * 1.01 and 0.1 < eviction["kept"] <= 1 / 3
     card = (directory / "README.md").read_text("utf-8")
-    assert "every KV head keeps its own, chosen by" in card and "later tokens all stay" in card
+    later = "generated ones too, 660 tokens per head in all" if name == "snapkv" else "later tokens all stay"
+    assert "every KV head keeps its own, chosen by" in card and later in card
     assert "of 1 of 1 prompts" in card and "of a dense cache's bytes, all that is allocated counted" in card
 
 
@@ -108,6 +110,13 @@ def test_plan_counts_what_is_allocated(base):
                 # A table has room for the head that has most, which only a prompt tells.
                 assert abs(found.bytes[tokens] - cache.nbytes().total) <= tables + 4 * 2 * 8 * 8
     assert found.bytes[1200] < plan(base, "kv-int4", contexts=(1200,)).compressed_cache.bytes[1200]
+    bounded = {"kv_cache": {"method": "kv_evict", "ratio": 2, "recent_tokens": 16, "decode_budget": 660}}
+    found = plan(base, bounded, contexts=(1200,)).compressed_cache
+    model = AutoModelForCausalLM.from_pretrained(base, dtype="auto").requires_grad_(False)
+    with patch(model, Recipe.load(bounded)) as patched, torch.no_grad():
+        cache = patched(TOKENS[:, :1200])[CACHE]
+        assert found is not None and all(store.queries is not None for store in cache.evicting_layers)
+        assert abs(found.bytes[1200] - cache.nbytes().total) <= 4 * (2 * 8 * 8 + 3 * 8 * 8)
     unknown = {"kv_cache": {"method": "kv_evict", "budget": "threshold", "threshold": 0.1}}
     whole = plan(base, unknown, contexts=(1200,)).compressed_cache
     assert whole is not None and whole.bytes[1200] > 1200 * 4 * 2 * 32 * 2

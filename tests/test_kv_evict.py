@@ -140,9 +140,9 @@ def test_budgets_fill_what_there_is_room_for():
 
 
 def test_whole_pages_come_to_the_room():
-    assert whole_pages([0.5, 0.5, 2.0], 3, 9) == [1, 0, 2]
-    assert whole_pages([0.1, 3.9], 4, 9) == [0, 4]
-    assert whole_pages([0.0, 6.0], 6, 4) == [2, 4]
+    assert whole_pages([0.5, 0.5, 2.0], 3, [9] * 3) == [1, 0, 2]
+    assert whole_pages([0.1, 3.9], 4, [9, 9]) == [0, 4]
+    assert whole_pages([0.0, 6.0], 6, [4, 4]) == [2, 4]
 
 
 def test_kept_columns_are_the_best_of_each_head_in_order():
