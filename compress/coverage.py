@@ -74,8 +74,9 @@ def cover(model: nn.Module, layer_names: list[str], method: WeightMethod | None)
         for parameter in own:
             owners.setdefault(id(parameter), name)
         status, reason = "kept", ""
-        if method is not None and any(f"{name}.".startswith(f"{outer}.") for outer in experts):
-            reason = "mixture of experts, which no method quantizes yet"
+        mixture = next((outer for outer in experts if f"{name}.".startswith(f"{outer}.")), None)
+        if method is not None and mixture is not None and matches(mixture, method.ignore):
+            reason = "ignored by the recipe"
         elif is_router(name, experts):
             reason = "router of a mixture of experts"
         elif isinstance(module, nn.Linear):

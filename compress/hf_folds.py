@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..quant.block import Block, Fold
+from .experts import Expert
 
 log = logging.getLogger(__name__)
 
@@ -108,12 +109,22 @@ def _row_folds(block: Block) -> list[Fold]:
                 expand = _value_channels(linears[1].in_features, kv_size, head_dim)
                 rows = torch.arange(linears[0].out_features - kv_size, linears[0].out_features)
                 folds.append(Fold(prefix + source, prefix + source, (prefix + target,), kv_size, expand, rows))
-        for source, target in UP_PAIRS + FUSED_UP_PAIRS:
+        for source, target in up_pairs(module):
             if linears := pair(source, target):
                 size = linears[1].in_features
                 rows = torch.arange(linears[0].out_features - size, linears[0].out_features)
                 folds.append(Fold(prefix + source, prefix + source, (prefix + target,), size, torch.arange(size), rows))
     return folds
+
+
+def up_pairs(module: nn.Module) -> tuple[tuple[str, str], ...]:
+    """Names of Linears of a module that may be its up and down projection. Of an expert they are known, and whether a
+    scale can be moved between them is too: trying the layer says nothing where the expert gets no token.
+    """
+    if not isinstance(module, Expert):
+        return UP_PAIRS + FUSED_UP_PAIRS
+    _, up, down = module.names
+    return ((up, down),) if module.gate.linear_in_up else ()
 
 
 def _value_channels(in_features: int, kv_size: int, head_dim: int) -> torch.Tensor:

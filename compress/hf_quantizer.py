@@ -18,6 +18,9 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..quant.method import WeightScheme, matches
+from .coverage import experts_of
+from .experts import separate_experts_of
+from .hf_experts import separate_experts, unpacked_beside_experts, without_fusing
 from .linear import CompressedLinear
 from .shared_input import share_inputs, unshare_inputs
 
@@ -148,10 +151,12 @@ def describe_group(group: Group) -> dict[str, Any]:
 
 
 def swap_linears(model: nn.Module, config: KompaktConfig) -> None:
-    """Puts an empty `CompressedLinear` on the meta device in the place of every Linear that the config does not ignore.
+    """Puts an empty `CompressedLinear` on the meta device in the place of every Linear that the config does not ignore,
+    those of experts included, which are taken apart unless they are ignored.
 
     ValueError for a Linear that its groups do not divide, and for a name that is no Linear.
     """
+    separate_experts(model, [name for name in experts_of(model) if not matches(name, config.ignore)])
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     for group in config.groups:
         if unknown := [name for name in group.targets if group.targets != EVERY and name not in linears]:
@@ -172,6 +177,7 @@ class KompaktQuantizer(HfQuantizer):
     """Puts `CompressedLinear` where the checkpoint holds packed weights; transformers' loader then fills them."""
 
     requires_calibration = True
+    separate = False
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Nothing is needed beyond torch."""
@@ -179,7 +185,12 @@ class KompaktQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         config: Any = self.quantization_config
         swap_linears(model, config)
+        self.separate = bool(separate_experts_of(model))
         return model
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
+        """How transformers reads the files: without fusing experts where they are taken apart."""
+        return without_fusing(weight_conversions) if self.separate else weight_conversions
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         share_inputs(model)
@@ -219,9 +230,11 @@ def groups_of(model: nn.Module, scheme: WeightScheme) -> list[Group]:
 
 def mark_quantized(model: Any, scheme: WeightScheme, kept: list[str]) -> None:
     """Tells transformers that `model` holds packed weights, so that `save_pretrained` writes the right config, and lets
-    their Linears share quantized inputs. scheme: said where no Linear is packed.
+    their Linears share quantized inputs. scheme: said where no Linear is packed. kept: Linears that are not packed;
+    routers and mixtures of experts that are not are found here.
     """
-    config = KompaktConfig(groups_of(model, scheme), kept)
+    ignored = list(dict.fromkeys([*kept, *unpacked_beside_experts(model)]))
+    config = KompaktConfig(groups_of(model, scheme), ignored)
     model.config.quantization_config = config
     model.hf_quantizer = KompaktQuantizer(config, pre_quantized=True)
     model.is_quantized = True
