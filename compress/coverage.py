@@ -14,7 +14,7 @@ from ..quant.method import WeightMethod, matches
 
 AUTO_SIZES = (128, 64, 32)
 ROUTERS = ("gate", "router", "shared_expert_gate")
-"""Last parts of the names of modules that route tokens to the experts beside them."""
+"""Names of modules that route tokens to the experts beside them."""
 
 
 @dataclass(frozen=True)
@@ -118,9 +118,9 @@ def experts_of(model: nn.Module) -> list[str]:
 
 
 def is_router(name: str, experts: Iterable[str]) -> bool:
-    """Whether a module sends tokens to the experts beside it. experts: names of all mixtures."""
-    parent, _, last = name.rpartition(".")
-    return last in ROUTERS and any(outer.rpartition(".")[0] == parent for outer in experts)
+    """Whether a module is what sends tokens to the experts beside it, or a part of that. experts: names of mixtures."""
+    beside = (name.removeprefix(f"{outer.rpartition('.')[0]}.") for outer in experts)
+    return any(inner != name and inner.partition(".")[0] in ROUTERS for inner in beside)
 
 
 def resolve_group_size(method: WeightMethod, lines: list[Coverage]) -> WeightMethod:

@@ -38,9 +38,8 @@ def prepare_experts(block: Block, processes: Processes) -> None:
         needed = max(linear.in_features for linear in mixtures[name].modules() if isinstance(linear, nn.Linear))
         few[name] = frozenset(index for index, count in enumerate(tokens) if count < needed)
         block.notes.setdefault(NOTE, {})[name] = {"tokens": tokens, "needed": needed}
-    block.rarely_run = frozenset(
-        linear for linear in block.linears for name in few for index in few[name] if linear.startswith(f"{name}.{index}.")
-    )
+    rare = tuple(f"{name}.{index}." for name in few for index in few[name])
+    block.rarely_run = frozenset(linear for linear in block.linears if linear.startswith(rare))
 
     @contextmanager
     def on_every_token() -> Iterator[None]:

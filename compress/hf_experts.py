@@ -83,6 +83,11 @@ def stored_names(model: Any, name: str) -> tuple[str, str, str]:
     return pair[0], pair[1], down[0]
 
 
+def stored_fused(model: Any, name: str) -> bool:
+    """Whether checkpoints hold the experts of the mixture `name` in one tensor, which is what other readers want."""
+    return not _sources(model, f"{name}.down_proj", [MergeModulelist])
+
+
 def _sources(model: Any, target: str, operations: list[type]) -> list[str]:
     """Last names of the Linears that transformers fuses into `target`; none if it is stored as it is."""
     for converter in get_model_conversion_mapping(model):

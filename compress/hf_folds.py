@@ -27,16 +27,18 @@ TOLERANCE = 0.05
 
 def find_folds(block: Block) -> list[Fold]:
     """Folds of the block that leave its output as it is, in the order the layer runs."""
-    folds = [*_norm_folds(block), *_row_folds(block)]
+    return _that_hold(block, [*_norm_folds(block), *_row_folds(block)])
+
+
+def _that_hold(block: Block, folds: list[Fold]) -> list[Fold]:
+    """Those that leave the output as it is, found by halves: a layer of experts has hundreds."""
     if not folds or _holds(block, folds):
         return folds
-    kept = []
-    for fold in folds:
-        if _holds(block, [fold]):
-            kept.append(fold)
-        else:
-            log.warning("%s: folding %s changes the layer's output; it is left out", block.name, fold.name)
-    return kept
+    if len(folds) > 1:
+        middle = len(folds) // 2
+        return [*_that_hold(block, folds[:middle]), *_that_hold(block, folds[middle:])]
+    log.warning("%s: folding %s changes the layer's output; it is left out", block.name, folds[0].name)
+    return []
 
 
 def _norm_folds(block: Block) -> list[Fold]:
@@ -153,7 +155,9 @@ def _holds(block: Block, folds: list[Fold]) -> bool:
     for fold in folds:
         trial.fold(fold, torch.exp2(torch.randint(-2, 3, (fold.size,), generator=generator).float()))
     replacements = {}
-    for name, linear in block.linears.items():
+    for name in dict.fromkeys(name for fold in folds for name in (fold.source, *fold.consumers)):
+        if (linear := block.linears.get(name)) is None:
+            continue
         replacement = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
         replacement.weight = nn.Parameter(trial.weight(name).to(linear.weight.dtype), requires_grad=False)
         bias = trial.bias(name)

@@ -20,7 +20,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..quant.method import WeightScheme, matches
 from .coverage import experts_of
 from .experts import separate_experts_of
-from .hf_experts import separate_experts, unpacked_beside_experts, without_fusing
+from .hf_experts import separate_experts, stored_fused, unpacked_beside_experts, without_fusing
 from .linear import CompressedLinear
 from .shared_input import share_inputs, unshare_inputs
 
@@ -31,6 +31,10 @@ MODULE = re.compile(r"\w+(\.\w+)+")
 FP8_INPUTS = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "token", "dynamic": True}
 
 
+ONLY_KOMPAKT = "only_kompakt_reads"
+"""A key of groups that compressed-tensors does not know, so that it refuses what it would otherwise read without its
+experts, leaving them random: those that checkpoints of the architecture hold fused.
+"""
 EVERY = ("Linear",)
 """Targets of a group that holds every Linear which is not ignored."""
 
@@ -52,17 +56,22 @@ class Group:
 
 class KompaktConfig(QuantizationConfigMixin):
     """How Linears are stored, and which are kept. `to_dict` writes the compressed-tensors form,
-    `from_compressed_tensors` reads it. groups: one for `EVERY` Linear, or several that name theirs.
+    `from_compressed_tensors` reads it. groups: one for `EVERY` Linear, or several that name theirs. only_kompakt: what
+    no other reader finds in the files, empty if they find all.
     """
 
-    def __init__(self, groups: list[Any], ignore: list[str], **_: Any):
+    def __init__(self, groups: list[Any], ignore: list[str], only_kompakt: str = "", **_: Any):
         self.quant_method: Any = QUANT_METHOD
         self.groups = [Group.of(group) for group in groups]
-        self.ignore = ignore
+        self.ignore, self.only_kompakt = ignore, only_kompakt
 
     def in_memory(self) -> dict[str, Any]:
         """What stands in a loaded config while transformers looks for the quantizer."""
-        return {"quant_method": QUANT_METHOD, "groups": [asdict(group) for group in self.groups], "ignore": self.ignore}
+        groups = [asdict(group) for group in self.groups]
+        return {
+            "quant_method": QUANT_METHOD,
+            **{"groups": groups, "ignore": self.ignore, "only_kompakt": self.only_kompakt},
+        }
 
     def scheme_of(self, name: str) -> WeightScheme:
         """How a Linear that is not ignored is stored, by its full name. ValueError if that is not said."""
@@ -73,7 +82,11 @@ class KompaktConfig(QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         """`quantization_config` of config.json, compressed-tensors."""
-        return compressed_tensors_config(self.groups, self.ignore)
+        content = compressed_tensors_config(self.groups, self.ignore)
+        if self.only_kompakt:
+            for group in content["config_groups"].values():
+                group[ONLY_KOMPAKT] = self.only_kompakt
+        return content
 
     def to_diff_dict(self) -> dict[str, Any]:
         """The same as `to_dict`: everything is written."""
@@ -91,7 +104,8 @@ class KompaktConfig(QuantizationConfigMixin):
             raise ValueError("quantization_config has an ignore that is no list of names")
         if any(name.startswith("re:") for name in ignore):
             raise ValueError("quantization_config ignores by patterns; kompakt writes the names of Linears")
-        return cls(found, list(ignore))
+        only = next((group[ONLY_KOMPAKT] for group in groups.values() if ONLY_KOMPAKT in group), "")
+        return cls(found, list(ignore), only if isinstance(only, str) else "")
 
 
 def read_group(group: Any, *, alone: bool) -> Group:
@@ -234,7 +248,8 @@ def mark_quantized(model: Any, scheme: WeightScheme, kept: list[str]) -> None:
     routers and mixtures of experts that are not are found here.
     """
     ignored = list(dict.fromkeys([*kept, *unpacked_beside_experts(model)]))
-    config = KompaktConfig(groups_of(model, scheme), ignored)
+    only = "experts, one by one" if any(stored_fused(model, name) for name in separate_experts_of(model)) else ""
+    config = KompaktConfig(groups_of(model, scheme), ignored, only)
     model.config.quantization_config = config
     model.hf_quantizer = KompaktQuantizer(config, pre_quantized=True)
     model.is_quantized = True

@@ -64,7 +64,7 @@ def learn_rounding(
 
 
 def summed_gradients(block: Block, indices: list[int], parameters: list[nn.Parameter]) -> list[torch.Tensor]:
-    """Gradients of the summed losses of some batches, one batch's graph at a time; zero for an expert without tokens."""
+    """Gradients of the summed losses of some batches, one batch's graph at a time; 0 for experts without tokens."""
     total = batch_gradients(block, indices[0], parameters)
     for index in indices[1:]:
         for kept, gradient in zip(total, batch_gradients(block, index, parameters), strict=True):
