@@ -19,6 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+ONLY_KOMPAKT = "only_kompakt_reads"
+"""A key of groups in `quantization_config` that compressed-tensors does not know, and so refuses. It stands where
+experts that checkpoints of the architecture hold fused are stored one by one: others would leave them random.
+"""
+
 
 @dataclass(frozen=True)
 class Gate:
@@ -49,9 +54,9 @@ class Expert(nn.Module):
 class SeparateExperts(nn.Module):
     """Experts "0", "1", …, called as transformers calls its own.
 
-    routed: (experts,) int64, tokens that went to each, counted while it is set. unrouted: experts that also run on the
-    tokens that do not go to them, while it is set: that adds nothing to the output, and gives their Linears the inputs
-    and gradients that an average routing weight would have given.
+    routed: (experts,) int64, tokens that went to each, with a weight that is not 0, counted while it is set.
+    unrouted: experts that, while it is set, also run on the tokens that do not go to them: that adds nothing to the
+    output, and gives their Linears the inputs and gradients that an average routing weight would have given.
     """
 
     def __init__(self, experts: list[Expert]):
@@ -65,21 +70,20 @@ class SeparateExperts(nn.Module):
         """hidden_states: (tokens, hidden). top_k_index, top_k_weights: (tokens, experts per token)."""
         chosen, experts = top_k_index.reshape(-1), list(self.children())
         counts = torch.bincount(chosen, minlength=len(experts))
-        if self.routed is not None:
-            self.routed += counts.to(self.routed.device)
         places = chosen.argsort(stable=True).split(counts.tolist())
         weights = top_k_weights.reshape(-1, 1)
+        if self.routed is not None:
+            self.routed += torch.bincount(chosen[weights.flatten() != 0], minlength=len(experts)).to(self.routed.device)
         output = torch.zeros_like(hidden_states, dtype=torch.float32)
         for index, (expert, mine) in enumerate(zip(experts, places, strict=True)):
             tokens = mine // top_k_index.shape[-1]
             if len(mine):
                 product = expert(hidden_states[tokens]) * weights[mine]
-                output = output.index_add(0, tokens, product.float())
-            if index in self.unrouted and len(tokens) < len(hidden_states):
+                output.index_add_(0, tokens, product.float())
+            if index in self.unrouted:
                 others = torch.ones(len(hidden_states), dtype=torch.bool, device=tokens.device)
-                others[tokens] = False
-                product = expert(hidden_states.detach()[others].requires_grad_()) * weights.detach().mean()
-                output = output.index_add(0, others.nonzero().flatten(), _Silent.apply(product.float()))
+                others[tokens[weights[mine, 0] != 0]] = False
+                _show(expert, hidden_states.detach(), others.nonzero().flatten(), weights.detach().mean(), output)
         return output.to(hidden_states.dtype)
 
     @contextmanager
@@ -99,6 +103,13 @@ class SeparateExperts(nn.Module):
             yield
         finally:
             self.unrouted = frozenset()
+
+
+def _show(expert: nn.Module, hidden: Tensor, tokens: Tensor, weight: Tensor, output: Tensor) -> None:
+    """Runs an expert on some tokens as if they went there with a weight, and adds nothing to the output."""
+    if len(tokens):
+        product = expert(hidden[tokens].requires_grad_()) * weight
+        output.index_add_(0, tokens, _Silent.apply(product.float()))
 
 
 class _Silent(torch.autograd.Function):

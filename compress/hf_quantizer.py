@@ -19,7 +19,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..quant.method import WeightScheme, matches
 from .coverage import experts_of
-from .experts import separate_experts_of
+from .experts import ONLY_KOMPAKT, separate_experts_of
 from .hf_experts import separate_experts, stored_fused, unpacked_beside_experts, without_fusing
 from .linear import CompressedLinear
 from .shared_input import share_inputs, unshare_inputs
@@ -31,10 +31,6 @@ MODULE = re.compile(r"\w+(\.\w+)+")
 FP8_INPUTS = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "token", "dynamic": True}
 
 
-ONLY_KOMPAKT = "only_kompakt_reads"
-"""A key of groups that compressed-tensors does not know, so that it refuses what it would otherwise read without its
-experts, leaving them random: those that checkpoints of the architecture hold fused.
-"""
 EVERY = ("Linear",)
 """Targets of a group that holds every Linear which is not ignored."""
 
