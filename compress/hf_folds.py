@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..quant.block import Block, Fold
+from .coverage import experts_of
 from .experts import Expert
 
 log = logging.getLogger(__name__)
@@ -42,7 +43,7 @@ def _that_hold(block: Block, folds: list[Fold]) -> list[Fold]:
 
 
 def _norm_folds(block: Block) -> list[Fold]:
-    """One fold for each norm whose output is read by covered Linears only."""
+    """One fold for each norm whose output is read by covered Linears only, and not by the router of a mixture."""
     outputs: list[tuple[str, torch.Tensor]] = []
     readers: dict[str, list[str]] = {}
     probes: dict[str, torch.Tensor] = {}
@@ -76,8 +77,10 @@ def _norm_folds(block: Block) -> list[Fold]:
         for handle in handles:
             handle.remove()
     folds = []
+    # A router may read a view of what the Linears beside it read.
+    routed = tuple(name.removesuffix("experts") for name in experts_of(block.module))
     for norm, consumers in readers.items():
-        if all(name in block.linears for name in consumers):
+        if all(name in block.linears and not name.startswith(routed) for name in consumers):
             size = block.module.get_submodule(norm).weight.numel()  # pyright: ignore[reportCallIssue]
             offset = _gain_offset(block.module.get_submodule(norm), probes[norm])
             folds.append(Fold(norm, norm, tuple(consumers), size, torch.arange(size), offset=offset))

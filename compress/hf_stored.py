@@ -2,9 +2,9 @@
 
 `config.json` decides how many modules there are and how large; the files decide how many bytes there can be. Modules
 are built on the meta device, and their tensors must have the shapes that the headers say. A tensor that is in no file
-under its module's name (some families are stored under other names, which transformers translates) has no shape to be
-compared; all tensors together may take twice the bytes of the files, which is what float32 in memory takes of bf16 on
-disk. Whether all of them were found, `hf._from_pretrained` asks transformers afterwards.
+under its module's name, not even after transformers' renamings (some are fused of others), has no shape to be compared;
+all tensors together may take twice the bytes of the files, which is what float32 in memory takes of bf16 on disk.
+Whether all of them were found, `hf._from_pretrained` asks transformers afterwards.
 """
 
 from __future__ import annotations

@@ -190,6 +190,21 @@ def test_experts_are_kept_bit_for_bit_beside_quantized_linears(family, made, tmp
     assert plan(base, "w4a16-gptq", overrides=chosen).as_dict()["coverage"]
 
 
+@pytest.mark.parametrize("family", ["gpt_oss", "qwen3_moe"])
+def test_stock_transformers_reads_kept_experts_or_refuses(family, made, tmp_path):
+    pytest.importorskip("compressed_tensors")
+    chosen = {"weights.ignore": ["experts"], "evaluation.windows": 0}
+    compress(made(family), "w4a16-rtn", tmp_path / "out", overrides=chosen)
+    try:
+        stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    except RuntimeError as error:  # 5.24 wants experts packed where they are stored one by one
+        assert family == "qwen3_moe" and "conversion of the weights" in str(error)
+        return
+    batch = tokens_with_padding()
+    with torch.no_grad():
+        assert torch.equal(stock(**batch).logits, load(tmp_path / "out")(**batch).logits)
+
+
 @pytest.mark.parametrize(("family", "pattern"), [("mixtral", r"re:.*layers\.0\.mlp\.experts$"), ("gpt_oss", "up_proj")])
 def test_some_of_the_experts_may_be_kept(family, pattern, made, tmp_path):
     chosen = {"weights.ignore": [pattern], "evaluation.windows": 0}
