@@ -78,7 +78,7 @@ def _norm_folds(block: Block) -> list[Fold]:
             handle.remove()
     folds = []
     # A router may read a view of what the Linears beside it read.
-    routed = tuple(name.removesuffix("experts") for name in experts_of(block.module))
+    routed = tuple(f"{name.rpartition('.')[0]}." for name in experts_of(block.module))
     for norm, consumers in readers.items():
         if all(name in block.linears and not name.startswith(routed) for name in consumers):
             size = block.module.get_submodule(norm).weight.numel()  # pyright: ignore[reportCallIssue]

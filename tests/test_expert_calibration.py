@@ -135,6 +135,38 @@ def test_scales_move_inside_an_expert_only_where_its_gate_allows(base, tmp_path)
     assert not any("experts" in fold.name for fold in find_folds(first_block(base)))
 
 
+class SharedBeside(nn.Module):
+    """A layer whose router reads a view of what a shared expert reads, with little effect on the output."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.mlp = nn.RMSNorm(32), nn.Module()
+        self.mlp.experts, self.mlp.shared_expert = nn.ModuleList([nn.Linear(32, 32)]), nn.Linear(32, 32)
+        self.mlp.router = nn.Linear(32, 4)
+
+    def forward(self, hidden):
+        x = self.norm(hidden)
+        return hidden + self.mlp.shared_expert(x) + 1e-4 * self.mlp.router(x.view(-1, 32)).sum()
+
+
+def test_a_norm_that_a_router_reads_is_left_alone():
+    layer, scheme = SharedBeside(), WeightScheme("int4", 32, "none")
+    block = Block(
+        name="layer",
+        module=layer,
+        linears={"mlp.shared_expert": layer.mlp.shared_expert},
+        folds=[],
+        inputs=[torch.randn(1, 6, 32)],
+        arguments=[((), {})],
+        schemes={"mlp.shared_expert": scheme},
+        scale_dtype=torch.float32,
+        device=torch.device("cpu"),
+    )
+    assert find_folds(block) == []
+    del layer.mlp.experts
+    assert [fold.source for fold in find_folds(block)] == ["norm"]
+
+
 def test_an_expert_without_tokens_is_rounded_by_the_moments_of_all(base, tmp_path):
     errors = {}
     for recipe in ("w4a16-rtn", "w4a16-gptq"):
