@@ -61,6 +61,8 @@ def word(value: Any) -> str:
 
 def compression(report: dict[str, Any]) -> Shown:
     """The result of `compress`."""
+    from ..compress.expert_calibration import expert_sentence
+
     sizes, evaluation = report["sizes"], report["evaluation"]
     result = table("", "", "base", "compressed", "")
     smaller = f"{sizes['base_bytes'] / sizes['compressed_bytes']:.2f} × smaller"
@@ -71,6 +73,7 @@ def compression(report: dict[str, Any]) -> Shown:
     shown: Shown = []
     if report["calibration"] is not None:
         shown.append(calibration_line(report["calibration"]))
+        shown += filter(None, [expert_sentence(report["layers"])])
     if evaluation is not None:
         shown.append(text_line(evaluation["text"]))
     shown += [result, "", coverage_table(report["coverage"]), ""]

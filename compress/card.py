@@ -16,6 +16,8 @@ from ..quant.method import AttentionPolicy
 from ..sparsify.method import SparsityPolicy
 from .artifact import read_policies
 from .cache_methods import kv_cache_methods
+from .expert_calibration import expert_sentence
+from .experts import ONLY_KOMPAKT
 from .layer_policies import arithmetic_of, sparsity_of
 from .recipe import Recipe
 
@@ -51,6 +53,7 @@ stride {{ evaluation.text.stride }}
 {% if report.calibration %}
 {%- set calibration = report.calibration %}
 Calibrated on {{ calibration.samples }} × {{ calibration.length }} tokens of {{ calibration.source }}.
+{%- if experts %} {{ experts }}.{% endif %}
 {% endif %}
 {%- if report.layers %}
 {%- set worst = report.layers|sort(attribute="error")|last %}
@@ -67,7 +70,9 @@ With kompakt, {{ use }}:
 from kompakt.compress import load
 model = load("PATH")
 ```
-{% if scheme -%}
+{% if alone -%}
+No other reader: the experts of this model are stored one by one, where others want them fused.
+{%- elif scheme -%}
 Stock transformers with the package `compressed-tensors` installed loads the same directory with
 `AutoModelForCausalLM.from_pretrained` (weights are expanded to floats on first use
 {%- if attention %}, attention is dense{% endif %}{% if cache %}, its cache is that of transformers{% endif %}).
@@ -129,6 +134,8 @@ def write_card(
         recipe=recipe,
         scheme=None if recipe.weights is None else recipe.weights.describe(),
         use=in_use(recipe),
+        alone=ONLY_KOMPAKT in (staging / "config.json").read_text("utf-8"),
+        experts=expert_sentence(report["layers"]),
         attention=attention_rows(arithmetic_of(policies)),
         judged=judged_sentence(arithmetic_of(policies)),
         sparsity=sparsity_sentence(sparsity_of(policies)),

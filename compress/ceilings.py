@@ -136,28 +136,36 @@ def rate_of(device: DeviceCeilings, rate: str) -> float:
 
 
 def works(
-    model: Any, recipe: Recipe, quantized: set[str], sizes: tuple[int, int], caches: tuple[Mapping[int, int], ...]
+    model: Any,
+    recipe: Recipe,
+    quantized: Mapping[str, int],
+    sizes: tuple[int, int],
+    caches: tuple[Mapping[int, int], ...],
 ) -> dict[str, Work]:
-    """The work of the base model and of the compressed one. model: without storage. quantized: names of its packed
-    Linears. sizes, caches: of both.
+    """The work of the base model and of the compressed one. model: without storage. quantized: bytes of its packed
+    weights, by Linear. sizes, caches: of both.
     """
     config = model.config.get_text_config()
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     attention = 4 * config.num_attention_heads * head_dim
     windows = tuple(attention_windows(config))
     head, table = model.get_output_embeddings(), model.get_input_embeddings().weight
-    idle, expert_weights, alone = idle_experts(model)
-    unread = idle + (0 if head is not None and head.weight is table else table.nbytes)
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    total = 2 * expert_weights + sum(2 * linears[name].weight.numel() for name in linears if name not in alone)
+    table_bytes = 0 if head is not None and head.weight is table else table.nbytes
+    shares, linears = expert_shares(model), {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            linears[name] = 2 * share_of(name, shares) * module.weight.numel()
+    fused = [(share, parameter) for name, share in shares.items() for parameter in _fused(model.get_submodule(name))]
+    total = int(sum(linears.values()) + sum(2 * share * parameter.numel() for share, parameter in fused))
     fp8_inputs = recipe.weights is not None and recipe.weights.activations == "fp8"
-    packed = sum(2 * linears[name].weight.numel() for name in quantized) if fp8_inputs else 0
+    packed = int(sum(linears[name] for name in quantized)) if fp8_inputs else 0
+    idle = idle_bytes(model, shares, {})
     head_flops = 0 if head is None else 2 * head.weight.numel()
     rate = "fp8" if recipe.attention is not None and recipe.attention.modes else "bf16"
-    base = Work(sizes[0] - unread, {"bf16": total}, head_flops, windows, attention, "bf16", caches[0])
+    base = Work(sizes[0] - idle - table_bytes, {"bf16": total}, head_flops, windows, attention, "bf16", caches[0])
     compressed = replace(
         base,
-        weight_bytes=sizes[1] - unread,
+        weight_bytes=sizes[1] - idle_bytes(model, shares, quantized) - table_bytes,
         flops={"bf16": total - packed, "fp8": packed},
         attention_rate=rate,
         cache=caches[1],
@@ -167,22 +175,39 @@ def works(
     return {"base": base, "compressed": compressed}
 
 
-def idle_experts(model: Any) -> tuple[int, int, set[str]]:
-    """Bytes of experts that one token does not go to, weights of those that it goes to, and names of Linears among
-    all of them.
-    """
-    config, bytes_, weights, alone = model.config.get_text_config(), 0, 0, set()
+def expert_shares(model: Any) -> dict[str, Fraction]:
+    """How many of its experts a token goes to, of all, for each mixture."""
+    return {name: expert_share(model, model.get_submodule(name)) for name in experts_of(model)}
+
+
+def expert_share(model: Any, mixture: nn.Module) -> Fraction:
+    """How many of the experts of one mixture a token goes to, of all."""
     # A config that does not say how many sends a token to one at least.
+    config = model.config.get_text_config()
     chosen = next((count for key in PER_TOKEN if (count := getattr(config, key, None))), 1)
-    for name in experts_of(model):
-        module = model.get_submodule(name)
-        own = list(module.parameters())
-        count = max((len(parameter) for parameter in own if parameter.ndim == 3), default=len(list(module.children())))
-        share = Fraction(min(chosen, count), max(count, 1))
-        bytes_ += int((1 - share) * sum(parameter.nbytes for parameter in own))
-        weights += int(share * sum(parameter.numel() for parameter in own if parameter.ndim > 1))
-        alone |= {child for child, _ in module.named_modules(prefix=name)}
-    return bytes_, weights, alone
+    count = max(map(len, _fused(mixture)), default=len(list(mixture.children())))
+    return Fraction(min(chosen, count), max(count, 1))
+
+
+def _fused(mixture: nn.Module) -> list[nn.Parameter]:
+    """Weights of all experts in one tensor."""
+    return [parameter for parameter in mixture.parameters() if parameter.ndim == 3]
+
+
+def share_of(name: str, shares: Mapping[str, Fraction]) -> Fraction:
+    """How much of a module one token needs. shares: of the mixtures."""
+    return next((share for outer, share in shares.items() if name.startswith(f"{outer}.")), Fraction(1))
+
+
+def idle_bytes(model: Any, shares: Mapping[str, Fraction], packed: Mapping[str, int]) -> int:
+    """Bytes of experts that one token does not go to. packed: bytes of weights that are, by Linear."""
+    idle = Fraction(0)
+    for name, share in shares.items():
+        held = sum(parameter.nbytes for parameter in model.get_submodule(name).parameters())
+        for linear in (linear for linear in packed if linear.startswith(f"{name}.")):
+            held += packed[linear] - model.get_parameter(f"{linear}.weight").nbytes
+        idle += (1 - share) * held
+    return int(idle)
 
 
 def speed_ceilings(
@@ -200,13 +225,17 @@ def speed_ceilings(
     return {"device": asdict(device), "rows": rows}
 
 
-def engines(recipe: Recipe) -> list[dict[str, str]]:
-    """What runs the directory, and how much of the recipe there."""
+def engines(recipe: Recipe, fused_experts: bool = False) -> list[dict[str, str]]:
+    """What runs the directory, and how much of the recipe there. fused_experts: others want experts in one tensor, and
+    these are quantized one by one.
+    """
     rows = [{"engine": "kompakt.compress.load, in transformers", "runs": "all of the recipe"}]
     others = [slot for slot in ("attention", "kv_cache", "sparsity") if getattr(recipe, slot) is not None]
     without = f"; {', '.join(others)} as in the base model" if others else ""
     if recipe.weights is None:
         return [*rows, {"engine": "transformers, vLLM", "runs": f"the base model{without}"}]
+    if fused_experts:
+        return [*rows, {"engine": "transformers, vLLM", "runs": "not: they want the experts of this model fused"}]
     schemes = [recipe.weights.scheme(), *(item.scheme(recipe.weights.activations) for item in recipe.weights.overrides)]
     rows.append(
         {"engine": "transformers with compressed-tensors", "runs": f"weights, expanded to floats on first use{without}"}

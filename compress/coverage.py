@@ -14,7 +14,7 @@ from ..quant.method import WeightMethod, matches
 
 AUTO_SIZES = (128, 64, 32)
 ROUTERS = ("gate", "router", "shared_expert_gate")
-"""Last parts of the names of modules that route tokens to the experts beside them."""
+"""Names of modules that route tokens to the experts beside them."""
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,9 @@ def cover(model: nn.Module, layer_names: list[str], method: WeightMethod | None)
         for parameter in own:
             owners.setdefault(id(parameter), name)
         status, reason = "kept", ""
-        if method is not None and any(f"{name}.".startswith(f"{outer}.") for outer in experts):
-            reason = "mixture of experts, which no method quantizes yet"
+        mixture = next((outer for outer in experts if f"{name}.".startswith(f"{outer}.")), None)
+        if method is not None and mixture is not None and matches(mixture, method.ignore):
+            reason = "ignored by the recipe"
         elif is_router(name, experts):
             reason = "router of a mixture of experts"
         elif isinstance(module, nn.Linear):
@@ -117,9 +118,9 @@ def experts_of(model: nn.Module) -> list[str]:
 
 
 def is_router(name: str, experts: Iterable[str]) -> bool:
-    """Whether a module sends tokens to the experts beside it. experts: names of all mixtures."""
-    parent, _, last = name.rpartition(".")
-    return last in ROUTERS and any(outer.rpartition(".")[0] == parent for outer in experts)
+    """Whether a module is what sends tokens to the experts beside it, or a part of that. experts: names of mixtures."""
+    beside = (name.removeprefix(f"{outer.rpartition('.')[0]}.") for outer in experts)
+    return any(inner != name and inner.partition(".")[0] in ROUTERS for inner in beside)
 
 
 def resolve_group_size(method: WeightMethod, lines: list[Coverage]) -> WeightMethod:

@@ -47,8 +47,12 @@ def expert_modules(layers: list[tuple[str, nn.Module]]) -> dict[str, nn.Module]:
     return {f"{name}.{child}": layer.get_submodule(child) for name, layer in layers for child in experts_of(layer)}
 
 
-def refuse_experts(layers: list[tuple[str, nn.Module]], ignore: Collection[str] = ()) -> None:
-    """ValueError if a layer holds a mixture of experts, which no method quantizes, and `ignore` does not keep it."""
+def refuse_experts(
+    layers: list[tuple[str, nn.Module]],
+    ignore: Collection[str] = (),
+    why: str = "experts are not supported by this command yet",
+) -> None:
+    """ValueError if a layer holds a mixture of experts that `ignore` does not keep. why: it cannot be quantized."""
     experts = {name: module for name, module in expert_modules(layers).items() if not matches(name, ignore)}
     if not experts:
         return
@@ -57,8 +61,8 @@ def refuse_experts(layers: list[tuple[str, nn.Module]], ignore: Collection[str] 
     total = sum(parameter.numel() for _, layer in layers for parameter in layer.parameters())
     raise ValueError(
         f"{name} is a mixture-of-experts module ({type(module).__name__}); {len(experts)} of them hold "
-        f"{weights / total:.0%} of the decoder layers' weights, and experts are not supported yet: add 'experts' to "
-        "weights.ignore to keep them as they are and quantize the rest"
+        f"{weights / total:.0%} of the decoder layers' weights, and {why}: add 'experts' to weights.ignore to keep "
+        "them as they are and quantize the rest"
     )
 
 

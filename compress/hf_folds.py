@@ -13,6 +13,8 @@ import torch
 from torch import nn
 
 from ..quant.block import Block, Fold
+from .coverage import experts_of
+from .experts import Expert
 
 log = logging.getLogger(__name__)
 
@@ -26,20 +28,22 @@ TOLERANCE = 0.05
 
 def find_folds(block: Block) -> list[Fold]:
     """Folds of the block that leave its output as it is, in the order the layer runs."""
-    folds = [*_norm_folds(block), *_row_folds(block)]
+    return _that_hold(block, [*_norm_folds(block), *_row_folds(block)])
+
+
+def _that_hold(block: Block, folds: list[Fold]) -> list[Fold]:
+    """Those that leave the output as it is, found by halves: a layer of experts has hundreds."""
     if not folds or _holds(block, folds):
         return folds
-    kept = []
-    for fold in folds:
-        if _holds(block, [fold]):
-            kept.append(fold)
-        else:
-            log.warning("%s: folding %s changes the layer's output; it is left out", block.name, fold.name)
-    return kept
+    if len(folds) > 1:
+        middle = len(folds) // 2
+        return [*_that_hold(block, folds[:middle]), *_that_hold(block, folds[middle:])]
+    log.warning("%s: folding %s changes the layer's output; it is left out", block.name, folds[0].name)
+    return []
 
 
 def _norm_folds(block: Block) -> list[Fold]:
-    """One fold for each norm whose output is read by covered Linears only."""
+    """One fold for each norm whose output is read by covered Linears only, and not by the router of a mixture."""
     outputs: list[tuple[str, torch.Tensor]] = []
     readers: dict[str, list[str]] = {}
     probes: dict[str, torch.Tensor] = {}
@@ -73,8 +77,10 @@ def _norm_folds(block: Block) -> list[Fold]:
         for handle in handles:
             handle.remove()
     folds = []
+    # A router may read a view of what the Linears beside it read.
+    routed = tuple(f"{name.rpartition('.')[0]}." for name in experts_of(block.module))
     for norm, consumers in readers.items():
-        if all(name in block.linears for name in consumers):
+        if all(name in block.linears and not name.startswith(routed) for name in consumers):
             size = block.module.get_submodule(norm).weight.numel()  # pyright: ignore[reportCallIssue]
             offset = _gain_offset(block.module.get_submodule(norm), probes[norm])
             folds.append(Fold(norm, norm, tuple(consumers), size, torch.arange(size), offset=offset))
@@ -108,12 +114,22 @@ def _row_folds(block: Block) -> list[Fold]:
                 expand = _value_channels(linears[1].in_features, kv_size, head_dim)
                 rows = torch.arange(linears[0].out_features - kv_size, linears[0].out_features)
                 folds.append(Fold(prefix + source, prefix + source, (prefix + target,), kv_size, expand, rows))
-        for source, target in UP_PAIRS + FUSED_UP_PAIRS:
+        for source, target in up_pairs(module):
             if linears := pair(source, target):
                 size = linears[1].in_features
                 rows = torch.arange(linears[0].out_features - size, linears[0].out_features)
                 folds.append(Fold(prefix + source, prefix + source, (prefix + target,), size, torch.arange(size), rows))
     return folds
+
+
+def up_pairs(module: nn.Module) -> tuple[tuple[str, str], ...]:
+    """Names of Linears of a module that may be its up and down projection. Of an expert they are known, and whether a
+    scale can be moved between them is too: trying the layer says nothing where the expert gets no token.
+    """
+    if not isinstance(module, Expert):
+        return UP_PAIRS + FUSED_UP_PAIRS
+    _, up, down = module.names
+    return ((up, down),) if module.gate.linear_in_up else ()
 
 
 def _value_channels(in_features: int, kv_size: int, head_dim: int) -> torch.Tensor:
@@ -142,7 +158,9 @@ def _holds(block: Block, folds: list[Fold]) -> bool:
     for fold in folds:
         trial.fold(fold, torch.exp2(torch.randint(-2, 3, (fold.size,), generator=generator).float()))
     replacements = {}
-    for name, linear in block.linears.items():
+    for name in dict.fromkeys(name for fold in folds for name in (fold.source, *fold.consumers)):
+        if (linear := block.linears.get(name)) is None:
+            continue
         replacement = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
         replacement.weight = nn.Parameter(trial.weight(name).to(linear.weight.dtype), requires_grad=False)
         bias = trial.bias(name)

@@ -18,6 +18,9 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..quant.method import WeightScheme, matches
+from .coverage import experts_of
+from .experts import ONLY_KOMPAKT, separate_experts_of
+from .hf_experts import separate_experts, stored_fused, unpacked_beside_experts, without_fusing
 from .linear import CompressedLinear
 from .shared_input import share_inputs, unshare_inputs
 
@@ -49,17 +52,22 @@ class Group:
 
 class KompaktConfig(QuantizationConfigMixin):
     """How Linears are stored, and which are kept. `to_dict` writes the compressed-tensors form,
-    `from_compressed_tensors` reads it. groups: one for `EVERY` Linear, or several that name theirs.
+    `from_compressed_tensors` reads it. groups: one for `EVERY` Linear, or several that name theirs. only_kompakt: what
+    no other reader finds in the files, empty if they find all.
     """
 
-    def __init__(self, groups: list[Any], ignore: list[str], **_: Any):
+    def __init__(self, groups: list[Any], ignore: list[str], only_kompakt: str = "", **_: Any):
         self.quant_method: Any = QUANT_METHOD
         self.groups = [Group.of(group) for group in groups]
-        self.ignore = ignore
+        self.ignore, self.only_kompakt = ignore, only_kompakt
 
     def in_memory(self) -> dict[str, Any]:
         """What stands in a loaded config while transformers looks for the quantizer."""
-        return {"quant_method": QUANT_METHOD, "groups": [asdict(group) for group in self.groups], "ignore": self.ignore}
+        groups = [asdict(group) for group in self.groups]
+        return {
+            "quant_method": QUANT_METHOD,
+            **{"groups": groups, "ignore": self.ignore, "only_kompakt": self.only_kompakt},
+        }
 
     def scheme_of(self, name: str) -> WeightScheme:
         """How a Linear that is not ignored is stored, by its full name. ValueError if that is not said."""
@@ -70,7 +78,11 @@ class KompaktConfig(QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         """`quantization_config` of config.json, compressed-tensors."""
-        return compressed_tensors_config(self.groups, self.ignore)
+        content = compressed_tensors_config(self.groups, self.ignore)
+        if self.only_kompakt:
+            for group in content["config_groups"].values():
+                group[ONLY_KOMPAKT] = self.only_kompakt
+        return content
 
     def to_diff_dict(self) -> dict[str, Any]:
         """The same as `to_dict`: everything is written."""
@@ -88,7 +100,8 @@ class KompaktConfig(QuantizationConfigMixin):
             raise ValueError("quantization_config has an ignore that is no list of names")
         if any(name.startswith("re:") for name in ignore):
             raise ValueError("quantization_config ignores by patterns; kompakt writes the names of Linears")
-        return cls(found, list(ignore))
+        only = next((group[ONLY_KOMPAKT] for group in groups.values() if ONLY_KOMPAKT in group), "")
+        return cls(found, list(ignore), only if isinstance(only, str) else "")
 
 
 def read_group(group: Any, *, alone: bool) -> Group:
@@ -148,10 +161,12 @@ def describe_group(group: Group) -> dict[str, Any]:
 
 
 def swap_linears(model: nn.Module, config: KompaktConfig) -> None:
-    """Puts an empty `CompressedLinear` on the meta device in the place of every Linear that the config does not ignore.
+    """Puts an empty `CompressedLinear` on the meta device in the place of every Linear that the config does not ignore,
+    those of experts included, which are taken apart unless they are ignored.
 
     ValueError for a Linear that its groups do not divide, and for a name that is no Linear.
     """
+    separate_experts(model, [name for name in experts_of(model) if not matches(name, config.ignore)])
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     for group in config.groups:
         if unknown := [name for name in group.targets if group.targets != EVERY and name not in linears]:
@@ -172,6 +187,7 @@ class KompaktQuantizer(HfQuantizer):
     """Puts `CompressedLinear` where the checkpoint holds packed weights; transformers' loader then fills them."""
 
     requires_calibration = True
+    separate = False
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Nothing is needed beyond torch."""
@@ -179,7 +195,12 @@ class KompaktQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         config: Any = self.quantization_config
         swap_linears(model, config)
+        self.separate = bool(separate_experts_of(model))
         return model
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
+        """How transformers reads the files: without fusing experts where they are taken apart."""
+        return without_fusing(weight_conversions) if self.separate else weight_conversions
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         share_inputs(model)
@@ -219,9 +240,12 @@ def groups_of(model: nn.Module, scheme: WeightScheme) -> list[Group]:
 
 def mark_quantized(model: Any, scheme: WeightScheme, kept: list[str]) -> None:
     """Tells transformers that `model` holds packed weights, so that `save_pretrained` writes the right config, and lets
-    their Linears share quantized inputs. scheme: said where no Linear is packed.
+    their Linears share quantized inputs. scheme: said where no Linear is packed. kept: Linears that are not packed;
+    routers and mixtures of experts that are not are found here.
     """
-    config = KompaktConfig(groups_of(model, scheme), kept)
+    ignored = list(dict.fromkeys([*kept, *unpacked_beside_experts(model)]))
+    only = "experts, one by one" if any(stored_fused(model, name) for name in separate_experts_of(model)) else ""
+    config = KompaktConfig(groups_of(model, scheme), ignored, only)
     model.config.quantization_config = config
     model.hf_quantizer = KompaktQuantizer(config, pre_quantized=True)
     model.is_quantized = True

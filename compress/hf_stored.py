@@ -2,9 +2,9 @@
 
 `config.json` decides how many modules there are and how large; the files decide how many bytes there can be. Modules
 are built on the meta device, and their tensors must have the shapes that the headers say. A tensor that is in no file
-under its module's name (some families are stored under other names, which transformers translates) has no shape to be
-compared; all tensors together may take twice the bytes of the files, which is what float32 in memory takes of bf16 on
-disk. Whether all of them were found, `hf._from_pretrained` asks transformers afterwards.
+under its module's name, not even after transformers' renamings (some are fused of others), has no shape to be compared;
+all tensors together may take twice the bytes of the files, which is what float32 in memory takes of bf16 on disk.
+Whether all of them were found, `hf._from_pretrained` asks transformers afterwards.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..quant.method import matches
+from .coverage import experts_of
 from .hf_cache_hooks import cache_maker
+from .hf_experts import names_in_memory
 from .hf_quantizer import KompaktConfig, swap_linears
 from .untrusted import StoredTensor, file_inside, read_json, stored_tensors
 
@@ -65,11 +68,17 @@ def _numbers_and_words(content: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
 
 
 def check_stored(path: Path, config: Any, build: Callable[[Any], nn.Module]) -> dict[str, StoredTensor]:
-    """What the files hold, if it is what the model described by `config` needs; ValueError if it is not.
+    """What the files hold, by names in memory, if it is what the model described by `config` needs; ValueError if it is
+    not.
 
     build: config → modules on the meta device (`hf.meta_model`).
     """
-    stored, skeleton = stored_tensors(path), expected_model(config, build)
+    files = stored_tensors(path)
+    skeleton = expected_model(config, build, len(files))
+    renamed = names_in_memory(skeleton, files)
+    stored = {renamed[name]: tensor for name, tensor in files.items()}
+    if len(stored) < len(files):
+        raise ValueError(f"the files in {path} hold a tensor under two names")
     tied, held_by = getattr(skeleton, "all_tied_weights_keys", None) or {}, skeleton.state_dict()
     for name in [name for pair in tied.items() for name in pair if name not in held_by]:
         raise ValueError(f"{path}/config.json has {name} packed, and it is shared between two modules")
@@ -91,13 +100,20 @@ def check_stored(path: Path, config: Any, build: Callable[[Any], nn.Module]) -> 
     return stored
 
 
-def expected_model(config: Any, build: Callable[[Any], nn.Module]) -> nn.Module:
-    """The modules that the loader will fill, on the meta device, with `CompressedLinear` where weights are packed."""
+def expected_model(config: Any, build: Callable[[Any], nn.Module], tensors: int) -> nn.Module:
+    """The modules that the loader will fill, on the meta device, with `CompressedLinear` where weights are packed.
+
+    tensors: in the files. ValueError if there are fewer than experts, each of which would become modules.
+    """
     plain = copy.deepcopy(config)
     quantization = vars(plain).pop("quantization_config", None)
     skeleton = build(plain)
     if quantization is not None:
         packed = KompaktConfig.from_compressed_tensors(quantization)
+        mixtures = [skeleton.get_submodule(name) for name in experts_of(skeleton) if not matches(name, packed.ignore)]
+        experts = sum(max(map(len, mixture.parameters()), default=0) for mixture in mixtures)
+        if experts > tensors:
+            raise ValueError(f"config.json has {experts} experts; the files hold {tensors} tensors")
         swap_linears(skeleton, packed)
     return skeleton
 

@@ -10,14 +10,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..quant.method import AttentionPolicy, CachePolicy
+from ..quant.method import AttentionPolicy, CachePolicy, matches
 from .artifact import SIDECAR, read_cache, read_policies, read_sidecar
-from .coverage import Coverage
+from .coverage import Coverage, experts_of
 from .cpu_arithmetic import float32_linears
 from .hf import load_tokenizer, load_written, read_written_config, resolve_model
 from .hf_attention import is_attached
 from .hf_cache_hooks import run_as_before, run_by
 from .hf_decoder import decoder_layers
+from .hf_experts import names_in_memory, separate_experts, take_apart
 from .hf_quantizer import KompaktConfig, mark_quantized, unmark_quantized
 from .hf_stored import check_cache, check_statics
 from .linear import CompressedLinear, keep_group_scales_exact
@@ -132,6 +133,10 @@ def _patch_from_recipe(
     model: Any, recipe: Recipe, tokenizer: Any, device: str | None, undo: Undo, progress: Progress
 ) -> Patch:
     layers = [] if recipe.weights is None else decoder_layers(model)
+    if recipe.weights is not None:
+        for child, fused in take_apart(model, layers, recipe.weights.ignore).items():
+            name, layer = next(item for item in layers if child.startswith(f"{item[0]}."))
+            undo.modules.append((layer, child.removeprefix(f"{name}."), fused))
     recipe, coverage = covered(model, layers, recipe)
     place = torch.device(device) if device else next((layers[0][1] if layers else model).parameters()).device
     if tokenizer is None and recipe.needs_data:
@@ -157,7 +162,11 @@ def _patch_from_directory(model: Any, directory: Path, undo: Undo) -> Patch:
         check_cache(model)
         return Patch(model, undo, None, policies, cache)
     config = KompaktConfig.from_compressed_tensors(stored_config.quantization_config)
-    tensors = stored_tensors(directory)
+    mixtures = [name for name in experts_of(model) if not matches(name, config.ignore)]
+    undo.modules += [(model, name, fused) for name, fused in separate_experts(model, mixtures).items()]
+    stored_names = stored_tensors(directory)
+    renamed = names_in_memory(model, stored_names)
+    tensors = {renamed[name]: tensor for name, tensor in stored_names.items()}
     known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     packed = {name.rpartition(".")[0] for name in tensors if name.endswith((".weight_packed", ".weight_scale"))}
     for name in packed:

@@ -42,7 +42,8 @@ from .fingerprint import take_fingerprint
 from .hf import load_base, load_tokenizer, resolve_model, save_weights, transformers_version
 from .hf_attention import check_attention
 from .hf_cache_hooks import cacheable_modules
-from .hf_decoder import decoder_layers, refuse_experts
+from .hf_decoder import decoder_layers
+from .hf_experts import take_apart
 from .layer_policies import combined
 from .linear import storage
 from .processes import ALONE, Processes, check_shared, joined, own_device
@@ -245,7 +246,9 @@ def expected_bytes(source: Path, recipe: Recipe) -> int:
 
 
 def covered(model: Any, layers: list[tuple[str, nn.Module]], recipe: Recipe) -> tuple[Recipe, list[Coverage]]:
-    """The recipe with its group size resolved, and what happens to every module. ValueError for what cannot work."""
+    """The recipe with its group size resolved, and what happens to every module, of which mixtures of experts are taken
+    apart. ValueError for what cannot work.
+    """
     if recipe.attention is not None or recipe.sparsity is not None:
         check_attention(model)
     if recipe.kv_cache is not None:
@@ -253,7 +256,7 @@ def covered(model: Any, layers: list[tuple[str, nn.Module]], recipe: Recipe) -> 
     names = [name for name, _ in layers]
     if recipe.weights is None:
         return recipe, cover(model, names, None)
-    refuse_experts(layers, recipe.weights.ignore)
+    take_apart(model, layers, recipe.weights.ignore)
     coverage = cover(model, names, recipe.weights)
     return recipe.model_copy(update={"weights": resolve_group_size(recipe.weights, coverage)}), coverage
 

@@ -22,11 +22,13 @@ from .cache import TokenStore
 from .ceilings import device_ceilings, engines, speed_ceilings, works
 from .coverage import Coverage
 from .evicting import EvictingStore
+from .experts import separate_experts_of
 from .hf import meta_model, read_config, resolve_model
 from .hf_attention import attention_modules, full_attention, layer_kind
 from .hf_cache import CompressedCache, layer_kinds
 from .hf_cache_hooks import cacheable_modules
 from .hf_decoder import decoder_layers
+from .hf_experts import stored_fused
 from .kv_evict import KVEvict
 from .linear import CompressedLinear
 from .pipeline import covered, recipe_ops
@@ -159,9 +161,8 @@ def plan(
     names = {line.name for line in coverage if line.status == "quantized"}
     linears = {name: module for name, module in skeleton.named_modules() if isinstance(module, nn.Linear)}
     linears = {name: linear for name, linear in linears.items() if name in names}
-    quantized = (
-        0 if method is None else sum(packed_bytes(linear, method.scheme_of(name)) for name, linear in linears.items())
-    )
+    packed = {} if method is None else {n: packed_bytes(linear, method.scheme_of(n)) for n, linear in linears.items()}
+    quantized = sum(packed.values())
     base = sum(own_bytes(skeleton))
     compressed = base - sum(linear.weight.nbytes for linear in linears.values()) + quantized
     ops = [] if method is None else recipe_ops(method)
@@ -182,7 +183,7 @@ def plan(
     )
     kept = {tokens: kv_cache_bytes(config, tokens, skeleton.dtype.itemsize) for tokens in contexts}
     cache = None if loaded.kv_cache is None else plan_cache(skeleton, loaded.kv_cache, contexts)
-    work = works(skeleton, loaded, names, (base, compressed), (kept, kept if cache is None else cache.bytes))
+    work = works(skeleton, loaded, packed, (base, compressed), (kept, kept if cache is None else cache.bytes))
     return Plan(
         model=str(model),
         recipe=memory.recipe,
@@ -201,7 +202,7 @@ def plan(
         compressed_cache=cache,
         kernels=kernels,
         ops=ops,
-        engines=engines(loaded),
+        engines=engines(loaded, any(stored_fused(skeleton, name) for name in separate_experts_of(skeleton))),
         ceilings=None if ceilings is None else speed_ceilings(work, ceilings, batches, contexts),
     )
 

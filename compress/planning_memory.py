@@ -29,7 +29,9 @@ from ..kernels.dense_linear import multiplies_slowly
 from ..quant.grid import CPU_SEARCH_ELEMENTS, SEARCH_ELEMENTS, SHRINK_STEPS
 from ..quant.solver import FACTOR_BLOCK
 from .attention_calibration import SEQUENCES
+from .ceilings import expert_share
 from .evaluation import CHUNK_ELEMENTS, windows_per_pass
+from .experts import separate_experts_of
 from .pipeline import PROBE_TOKENS
 from .recipe import Recipe
 from .walk import _home
@@ -97,7 +99,7 @@ class MemoryModel:
             Stage("reading back", {}, {**compressed, "reloaded model": self.compressed_bytes, **kept}),
         ]
         if self.recipe.evaluation.windows:
-            widest = max((layer for layer, _ in layers), key=_width)
+            widest = max((layer for layer, _ in layers), key=self.width)
             stages.append(Stage("evaluation", self.evaluation(widest), {**compressed, **kept}))
         if self.device.type == "cpu":
             return [Stage(stage.name, {}, {**stage.host, **stage.device}) for stage in stages]
@@ -199,7 +201,7 @@ class MemoryModel:
         compressed: its Linears are, and are expanded to be multiplied.
         """
         linears = [module for module in layer.modules() if isinstance(module, nn.Linear)]
-        size = tokens * (self.model.dtype.itemsize * _width(layer) + NORM_COPIES * FLOAT32 * self.hidden_size)
+        size = tokens * (self.model.dtype.itemsize * self.width(layer) + NORM_COPIES * FLOAT32 * self.hidden_size)
         if self.device.type == "cpu":
             size += 2 * FLOAT32 * tokens * max((linear.in_features for linear in linears), default=0)
         if compressed:
@@ -235,6 +237,14 @@ class MemoryModel:
             "forward pass": self.activations(widest, windows * window),
         }
 
+    def width(self, layer: nn.Module) -> int:
+        """Outputs of all Linears of a layer for one token, on average; it goes to some experts of a mixture only."""
+        total = sum(module.out_features for module in layer.modules() if isinstance(module, nn.Linear))
+        for mixture in separate_experts_of(layer).values():
+            inside = sum(module.out_features for module in mixture.modules() if isinstance(module, nn.Linear))
+            total -= inside - int(inside * expert_share(self.model, mixture))
+        return total
+
     @property
     def hidden_size(self) -> int:
         """Width of the residual stream."""
@@ -243,7 +253,3 @@ class MemoryModel:
 
 def _bytes(module: nn.Module) -> int:
     return sum(parameter.nbytes for parameter in module.parameters())
-
-
-def _width(layer: nn.Module) -> int:
-    return sum(module.out_features for module in layer.modules() if isinstance(module, nn.Linear))

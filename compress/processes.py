@@ -130,6 +130,13 @@ class Processes:
                 self._send(lambda mean=mean: distributed.all_reduce(mean))
             statistics.tokens = total
 
+    def sum_counts(self, counts: torch.Tensor) -> torch.Tensor:
+        """The sum over all processes. counts: int64, on the CPU."""
+        if self.size > 1:
+            self.check()
+            self._send(lambda: distributed.all_reduce(counts))
+        return counts
+
     def agree(self, module: nn.Module) -> None:
         """Gives every process the first one's parameters of a quantized layer."""
         if self.size == 1:

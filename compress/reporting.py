@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -109,13 +110,14 @@ def slots(recipe: Recipe) -> list[dict[str, str]]:
 def parts(directory: Path, coverage: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """What the bytes are spent on: modules by the last part of their name and by whether they are quantized."""
     lines = {line["name"]: line for line in coverage}
+    inner = {inside_block(name): line for name, line in lines.items()}
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     sizes: dict[str, int] = {}
     for tensor in stored_tensors(directory).values():
         owner = tensor.name.rpartition(".")[0]
         sizes[owner] = sizes.get(owner, 0) + tensor.bytes
     for name, size in sizes.items():
-        line = lines.get(name)
+        line = lines.get(name) or inner.get(inside_block(name))
         status = "kept" if line is None else line["status"]
         part = name.rpartition(".")[2] or "other"
         row = rows.setdefault((part, status), {"part": part, "status": status, "modules": 0, "weights": 0, "bytes": 0})
@@ -127,6 +129,13 @@ def parts(directory: Path, coverage: list[dict[str, Any]]) -> list[dict[str, Any
     if factors:
         found.append({"part": "tensors of methods", "status": "sidecar", "modules": 0, "weights": 0, "bytes": factors})
     return found
+
+
+def inside_block(name: str) -> str:
+    """A name without the block of a decoder layer that it is in, which files and memory may call differently: of
+    ``layers.0.mlp.experts.3.w1`` it is ``layers.0.experts.3.w1``.
+    """
+    return re.sub(r"^(\D*\.\d+)\.[^.]+(?=\.)", r"\1", name)
 
 
 def layer_rows(sidecar: dict[str, Any]) -> list[dict[str, Any]]:

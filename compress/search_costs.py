@@ -184,7 +184,7 @@ def work_of(model: Any, recipe: Recipe, context: int) -> Work:
         cache = {context: kv_cache_bytes(model.config, context, model.dtype.itemsize)}
     else:
         cache = plan_cache(model, recipe.kv_cache, [context]).bytes
-    return works(model, recipe, set(), (size, size), (cache, cache))["compressed"]
+    return works(model, recipe, {}, (size, size), (cache, cache))["compressed"]
 
 
 def rest_seconds(work: Work, parts: list[Part], device: DeviceCeilings, tokens: int, sequences: int) -> float:

@@ -239,12 +239,12 @@ def check_coverage(subject: Subject) -> str:
 def check_numbers(subject: Subject) -> str:
     """Every tensor, one at a time."""
     extra = header(file_inside(subject.path, SIDECAR_TENSORS, where="the directory"))
-    tensors = [*subject.stored.values(), *extra.values()]
+    tensors = [*subject.stored.items(), *extra.items()]
     shapes = {line["name"]: line["shape"] for line in subject.sidecar["coverage"] if line["status"] == "quantized"}
     problems = []
-    for index, tensor in enumerate(tensors):
+    for index, (name, tensor) in enumerate(tensors):
         subject.progress("numbers", index, len(tensors), tensor.name)
-        module, _, key = tensor.name.rpartition(".")
+        module, _, key = name.rpartition(".")
         found = tensor_problem(tensor.read(), key, shapes.get(module))
         if found:
             problems.append(f"{tensor.name} {found}")

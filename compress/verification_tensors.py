@@ -54,13 +54,13 @@ def unknown_tensors(lines: list[dict[str, Any]], stored: dict[str, StoredTensor]
     transformers stores some modules under the names of the original checkpoint (`embed_out` for the head of gpt_neox):
     a tensor of the shape of a kept module that has none under its own name is taken for that module's. Mixtures of
     experts, which are one module in memory, are stored expert by expert: all of a layer together must have the weights
-    of its mixtures.
+    of its mixtures. stored: by names in memory; those that differ in the files are renamed too.
     """
     names = {line["name"] for line in lines}
     owners = {name.rpartition(".")[0] for name in stored}
     free = [line["shape"] for line in lines if line["name"] not in owners and line["parameters"]]
     fused, experts = fused_experts(lines, owners), {}
-    unknown, renamed = [], 0
+    unknown, renamed = [], sum(name != tensor.name for name, tensor in stored.items())
     for name, tensor in stored.items():
         if name.rpartition(".")[0] in names:
             continue

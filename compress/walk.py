@@ -23,6 +23,7 @@ from ..quant.block import Block
 from ..quant.fp8 import round_fp8
 from ..quant.method import QuantizedWeight, WeightMethod, WeightScheme
 from .coverage import Coverage
+from .expert_calibration import prepare_experts
 from .hf_decoder import LayerCalls, decoder_layers, park, resident
 from .hf_folds import find_folds
 from .linear import CompressedLinear, keep_group_scales_exact
@@ -95,9 +96,9 @@ class Undo:
 
     def restore_layer(self, layer: nn.Module) -> None:
         """Puts one decoder layer back."""
-        self._put(
-            [item for item in self.modules if item[0] is layer], [item for item in self.parameters if item[0] is layer]
-        )
+        # What was taken apart is put back after its parts.
+        modules = [item for item in reversed(self.modules) if item[0] is layer]
+        self._put(modules, [item for item in self.parameters if item[0] is layer])
         self.modules = [item for item in self.modules if item[0] is not layer]
         self.parameters = [item for item in self.parameters if item[0] is not layer]
 
@@ -211,6 +212,8 @@ def quantize_layer(
         if kept is not None:
             put_in_place(block, kept, undo, home)
         elif block.linears or block.nearest:
+            if method.needs_data:
+                prepare_experts(block, processes)
             commit(block, rounded(block, method), undo, home)
         processes.agree(block.module)
         # What is calibrated must not depend on how this device multiplies many tokens.

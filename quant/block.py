@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -103,6 +103,9 @@ class Block:
     Where several processes share the calibration text, `inputs` is the part of this one. order: for every batch of all
     processes, the shape of its hidden states and its place in `inputs`, None if it is elsewhere. combine: makes the
     moments of this process's tokens those of all.
+
+    rarely_run: Linears that run on few tokens, by which nothing should be learned. observing: entered while inputs are
+    observed, so that these Linears may be shown others.
     """
 
     name: str
@@ -120,6 +123,8 @@ class Block:
     nearest: Mapping[str, nn.Linear] = field(default_factory=dict)
     order: Sequence[tuple[Sequence[int], int | None]] | None = None
     combine: Callable[[dict[str, InputStatistics]], None] = lambda found: None
+    rarely_run: frozenset[str] = frozenset()
+    observing: Callable[[], AbstractContextManager[None]] = nullcontext
     notes: dict[str, Any] = field(default_factory=dict)
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     _columns: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -286,7 +291,7 @@ class Block:
 
         handles = [linear.register_forward_hook(observe(name)) for name, linear in self.linears.items()]
         try:
-            with torch.enable_grad():
+            with torch.enable_grad(), self.observing():
                 output = self.run(self.inputs[index].detach().to(self.device).requires_grad_(), index)
         finally:
             for handle in handles:

@@ -36,10 +36,12 @@ def learn_rounding(
     """Codes and scales learned from `start`, for every Linear of the block. The losses are noted in `block.notes`.
 
     samples_per_step: sequences whose gradients are added up in one update. learning_rate: first step of v and a.
+    Linears of `block.rarely_run` stay at their start.
     """
     shared = SharedInput(any(block.schemes[name].activations == "fp8" for name in start))
     linears = {name: LearnedLinear(block, name, rounded, snap, shared) for name, rounded in start.items()}
-    parameters = [parameter for linear in linears.values() for parameter in (linear.offset, linear.range)]
+    learned = [linear for name, linear in linears.items() if name not in block.rarely_run]
+    parameters = [parameter for linear in learned for parameter in (linear.offset, linear.range)]
     batches = _batches(block, samples_per_step, torch.Generator().manual_seed(block.seed))
     with block.replaced(linears), torch.enable_grad():
         first = total_loss(block)
@@ -62,12 +64,18 @@ def learn_rounding(
 
 
 def summed_gradients(block: Block, indices: list[int], parameters: list[nn.Parameter]) -> list[torch.Tensor]:
-    """Gradients of the summed losses of some batches, one batch's graph at a time."""
-    total = list(torch.autograd.grad(layer_loss(block, indices[0]), parameters))
+    """Gradients of the summed losses of some batches, one batch's graph at a time; 0 for experts without tokens."""
+    total = batch_gradients(block, indices[0], parameters)
     for index in indices[1:]:
-        for kept, gradient in zip(total, torch.autograd.grad(layer_loss(block, index), parameters), strict=True):
+        for kept, gradient in zip(total, batch_gradients(block, index, parameters), strict=True):
             kept.add_(gradient)
     return total
+
+
+def batch_gradients(block: Block, index: int, parameters: list[nn.Parameter]) -> list[torch.Tensor]:
+    """Gradients of the loss of one batch."""
+    loss = layer_loss(block, index)
+    return list(torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True))
 
 
 def _batches(block: Block, samples: int, generator: torch.Generator) -> Iterator[list[int]]:

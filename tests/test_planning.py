@@ -10,7 +10,7 @@ import torch
 from live_bytes import LiveBytes
 from safetensors import safe_open
 from tiny import tiny_directory, write_text
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, MixtralConfig, T5Config
+from transformers import AutoModelForCausalLM, Llama4TextConfig, LlamaConfig, MistralConfig, T5Config
 
 from kompakt.compress import compress, plan
 from kompakt.compress.artifact import SIDECAR_TENSORS
@@ -180,7 +180,7 @@ def test_memory_grows_with_what_it_should(base):
     ("config", "overrides", "says"),
     [
         (T5Config(), {}, "T5Config"),
-        (MixtralConfig(**SMALL, num_local_experts=2), {}, "mixture-of-experts"),
+        (Llama4TextConfig(**SMALL, num_local_experts=2, head_dim=16), {}, "mixture-of-experts"),
         (LlamaConfig(**{**SMALL, "num_hidden_layers": 0}), {}, "no decoder layers"),
         (LlamaConfig(**SMALL), {"weights.group_size": 48}, "group_size 48 does not divide the 64 inputs"),
         (LlamaConfig(**SMALL), {"weights.ignore": ["re:.*"]}, "no Linear of the model would be quantized"),

@@ -206,14 +206,14 @@ def test_attention_of_another_kind_is_not_timed_as_if_it_were_dense(base):
     config = MistralConfig(**small, num_attention_heads=4, num_key_value_heads=2, sliding_window=50)
     model = meta_model(config)
     recipe = Recipe.load({"weights": "rtn"})
-    work = works(model, recipe, set(), (1, 1), ({600: 1}, {600: 1}))["base"]
+    work = works(model, recipe, {}, (1, 1), ({600: 1}, {600: 1}))["base"]
     space = space_of(base, "decode")
     assert unmeasured(work, space, 600) == "some layers have a window"
-    plain = works(skeleton(base), recipe, set(), (1, 1), ({600: 1}, {600: 1}))["base"]
+    plain = works(skeleton(base), recipe, {}, (1, 1), ({600: 1}, {600: 1}))["base"]
     assert unmeasured(plain, space, 600) is None
     assert "most is dense" in str(unmeasured(plain, space, 511))
     sparse = {"sparsity": {"method": "triangle"}}
-    visits = works(skeleton(base), Recipe.load(sparse), set(), (1, 1), ({600: 1}, {600: 1}))["compressed"]
+    visits = works(skeleton(base), Recipe.load(sparse), {}, (1, 1), ({600: 1}, {600: 1}))["compressed"]
     assert "is sparse" in str(unmeasured(visits, space_of(base, "prefill", sparse), 600))
     assert unmeasured(visits, space_of(base, "decode", sparse), 600) is None
     assert "fills kv_cache itself" in str(unmeasured(plain, space_of(base, "decode", {"kv_cache": "kv_fp8"}), 600))
