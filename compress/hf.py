@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from .hf_quantizer import KompaktConfig, mark_quantized
+from ..quant.method import matches
+from .coverage import experts_of
+from .hf_quantizer import KompaktConfig, mark_quantized, unmark_quantized
 from .hf_stored import check_config, check_stored
 
 COMPANIONS = (
@@ -76,18 +79,31 @@ def read_config(path: Path, *, trust_remote_code: bool = False) -> Any:
 
 
 def load_base(
-    path: Path, *, device_map: Any = None, offload: Path | None = None, trust_remote_code: bool = False
+    path: Path,
+    *,
+    device_map: Any = None,
+    offload: Path | None = None,
+    trust_remote_code: bool = False,
+    separate_but: Collection[str] | None = None,
 ) -> PreTrainedModel:
     """The float model as stored, in evaluation mode, without gradients.
 
     device_map: None loads to the CPU; "disk" leaves the weights in the checkpoint until a layer needs them; anything
-    else is accelerate's. offload: folder for weights that must be converted before they can stay on disk.
+    else is accelerate's. offload: folder for weights that must be converted before they can stay on disk. separate_but:
+    patterns; mixtures of experts, unless these match all of them, are taken apart (`hf_experts`) before their weights
+    are there, if these are stored so.
     """
     config = read_config(path, trust_remote_code=trust_remote_code)
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"{path} is already quantized; kompakt starts from a float checkpoint")
     options = placement(device_map, offload)
-    return _from_pretrained(path, config=config, trust_remote_code=trust_remote_code, **options)
+    mixtures = [] if separate_but is None else experts_of(meta_model(config, trust_remote_code=trust_remote_code))
+    if all(matches(name, separate_but or ()) for name in mixtures):
+        return _from_pretrained(path, config=config, trust_remote_code=trust_remote_code, **options)
+    config.quantization_config = KompaktConfig([], []).in_memory()
+    model = _from_pretrained(path, config=config, trust_remote_code=trust_remote_code, **options)
+    unmark_quantized(model)
+    return model
 
 
 def placement(device_map: Any, offload: Path | None) -> dict[str, Any]:

@@ -10,8 +10,9 @@ Linears do when it is tried, is refused.
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,8 +25,11 @@ from .coverage import experts_of, is_router
 from .experts import Expert, Gate, SeparateExperts
 from .hf_decoder import expert_modules, refuse_experts
 
+log = logging.getLogger(__name__)
 UNFUSED_NAMES = ("gate_proj", "up_proj", "down_proj")
 """What the Linears of experts are called that checkpoints store fused."""
+SAMPLE = 2
+"""Experts that are tried where there are no weights."""
 TOLERANCE = 0.05
 """Relative difference between fused and separate experts: rounding to bf16 gives 0.01, a wrong reading about 1."""
 
@@ -107,25 +111,37 @@ def _sources(model: Any, target: str, operations: list[type]) -> list[str]:
     return []
 
 
-def separate_experts(model: Any, names: Iterable[str]) -> dict[str, nn.Module]:
+def separate_experts(model: Any, names: Iterable[str], *, sample: bool = False) -> dict[str, nn.Module]:
     """Takes the mixtures `names` of a transformers model apart, in place; weights are shared, not copied, where their
     layout allows. Returns the fused modules that were there. Raises NotUnderstood before anything is changed.
 
-    Works on models without storage; with weights, the first mixture of every class is run both ways.
+    Works on models without storage; with weights, the first mixture of every class is run both ways. sample: without
+    them too, on a few experts of random weights.
     """
     layouts = {name: layout_of(model, name) for name in names}
     tried: set[type] = set()
     for name, layout in layouts.items():
         fused = model.get_submodule(name)
-        if type(fused) not in tried and not fused.down_proj.is_meta:
+        if type(fused) not in tried and (sample or not fused.down_proj.is_meta):
             tried.add(type(fused))
-            if not computes_alike(fused, separated(fused, layout)):
+            trial, few = (sampled(fused), replace(layout, experts=SAMPLE)) if sample else (fused, layout)
+            if not computes_alike(trial, separated(trial, few)):
                 raise NotUnderstood("it does not compute what its gate, up and down projections alone would")
     found = {}
     for name, layout in layouts.items():
         found[name] = model.get_submodule(name)
         model.set_submodule(name, separated(found[name], layout))
     return found
+
+
+def sampled(fused: Any) -> Any:
+    """The same module with a few experts of random weights, in float32 on the CPU."""
+    few, generator = copy.copy(fused), torch.Generator().manual_seed(0)
+    few.num_experts, few._parameters = SAMPLE, {}
+    for name, parameter in fused.named_parameters():
+        values = torch.randn((SAMPLE, *parameter.shape[1:]), generator=generator, device="cpu")
+        few._parameters[name] = nn.Parameter(values / parameter.shape[-1] ** 0.5, requires_grad=False)
+    return few
 
 
 def separated(fused: Any, layout: Layout) -> SeparateExperts:
@@ -177,12 +193,22 @@ def computes_alike(fused: Any, separate: SeparateExperts) -> bool:
     """Whether both give the same, but for rounding, when every expert gets two of some random tokens."""
     weight, count = fused.down_proj, len(fused.down_proj)
     hidden = weight.shape[2 if fused.is_transposed else 1]
-    x = torch.randn(count, hidden, generator=torch.Generator().manual_seed(0)).to(weight)
+    x = torch.randn(count, hidden, generator=torch.Generator().manual_seed(0), device="cpu").to(weight)
     first = torch.arange(count, device=weight.device)
     index = torch.stack((first, (first + 1) % count), -1) if count > 1 else first[:, None]
-    share = torch.linspace(0.25, 0.75, index.numel()).view(index.shape).to(weight)
+    share = torch.linspace(0.25, 0.75, index.numel(), device="cpu").view(index.shape).to(weight)
     expected = fused(x, index, share).float()
     return bool((separate(x, index, share).float() - expected).norm() <= TOLERANCE * expected.norm())
+
+
+def take_apart_before_loading(model: Any) -> None:
+    """`separate_experts` for a model without storage whose checkpoint holds its experts one by one; mixtures that are
+    not understood, or stored fused, stay as they are.
+    """
+    try:
+        separate_experts(model, [name for name in experts_of(model) if not stored_fused(model, name)], sample=True)
+    except NotUnderstood as error:
+        log.warning("%s", error)
 
 
 def take_apart(model: Any, layers: list[tuple[str, nn.Module]], ignore: Collection[str]) -> dict[str, nn.Module]:

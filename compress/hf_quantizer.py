@@ -20,7 +20,13 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..quant.method import WeightScheme, matches
 from .coverage import experts_of
 from .experts import ONLY_KOMPAKT, separate_experts_of
-from .hf_experts import separate_experts, stored_fused, unpacked_beside_experts, without_fusing
+from .hf_experts import (
+    separate_experts,
+    stored_fused,
+    take_apart_before_loading,
+    unpacked_beside_experts,
+    without_fusing,
+)
 from .linear import CompressedLinear
 from .shared_input import share_inputs, unshare_inputs
 
@@ -52,8 +58,8 @@ class Group:
 
 class KompaktConfig(QuantizationConfigMixin):
     """How Linears are stored, and which are kept. `to_dict` writes the compressed-tensors form,
-    `from_compressed_tensors` reads it. groups: one for `EVERY` Linear, or several that name theirs. only_kompakt: what
-    no other reader finds in the files, empty if they find all.
+    `from_compressed_tensors` reads it. groups: one for `EVERY` Linear, or several that name theirs; none, which no file
+    says, only has experts taken apart. only_kompakt: what no other reader finds in the files, empty if they find all.
     """
 
     def __init__(self, groups: list[Any], ignore: list[str], only_kompakt: str = "", **_: Any):
@@ -194,7 +200,10 @@ class KompaktQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         config: Any = self.quantization_config
-        swap_linears(model, config)
+        if config.groups:
+            swap_linears(model, config)
+        else:
+            take_apart_before_loading(model)
         self.separate = bool(separate_experts_of(model))
         return model
 

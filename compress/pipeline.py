@@ -178,7 +178,9 @@ def compressed(
         offload = (
             Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kompakt-"))) if device_map == "disk" else None
         )
-        base = load_base(source, device_map=device_map, offload=offload, trust_remote_code=trust_remote_code)
+        kept = None if loaded.weights is None or device_map is None else loaded.weights.ignore
+        where: dict[str, Any] = {"device_map": device_map, "offload": offload}
+        base = load_base(source, **where, trust_remote_code=trust_remote_code, separate_but=kept)
         layers = decoder_layers(base)
         check_outer(base, [name for name, _ in layers])
         loaded, coverage = covered(base, layers, loaded)

@@ -83,6 +83,14 @@ def test_experts_that_a_token_does_not_go_to_are_not_read(tmp_path):
     # A router is no Linear, and its few products are not counted.
     products = 2 * context * active + 2 * HEAD + 2 * 4 * 16 * 2 * 2 * (context * (context + 1) // 2)
     assert row["base_prefill_ms"] == pytest.approx(1e3 * products / 989e12)
+    _, packed = ceiling(tmp_path, "w4a8-gptq", context=context)
+    assert packed["base_decode_ms"] == pytest.approx(row["base_decode_ms"])
+    assert packed["base_prefill_ms"] == pytest.approx(row["base_prefill_ms"])
+    # Groups of 32 take 4.5 bits a weight; of 20 Linears that a token needs there are shapes as well.
+    read = active * 4.5 / 8 + 20 * 16 + 2 * (router + HEAD) + NORMS + cache
+    assert packed["compressed_decode_ms"] == pytest.approx(1e3 * read / 4.8e12)
+    products = 2 * context * active / 1979e12 + (products - 2 * context * active) / 989e12
+    assert packed["compressed_prefill_ms"] == pytest.approx(1e3 * products)
 
 
 @pytest.mark.parametrize("listed", [True, False])

@@ -241,6 +241,20 @@ def test_a_patched_model_becomes_what_it_was(made, packed):
         assert torch.equal(model(**batch).logits, before)
 
 
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_weights_may_wait_on_the_disk(family, made, packed, tmp_path):
+    result, chosen = packed(family)
+    compress(made(family), RECIPES[family], tmp_path / "out", overrides=chosen, device_map="disk")
+    expected, got = (load_file(folder / "model.safetensors") for folder in (result.output, tmp_path / "out"))
+    assert expected.keys() == got.keys()
+    assert all(torch.equal(got[name], tensor) for name, tensor in expected.items())
+
+
+def test_fused_weights_that_wait_on_the_disk_are_refused(made, tmp_path):
+    with pytest.raises(ValueError, match=r"GptOssExperts.*wait on the disk.*weights\.ignore"):
+        compress(made("gpt_oss"), "w4a16-rtn", tmp_path / "out", device_map="disk")
+
+
 class Doubled(MixtralExperts):
     """Experts that do more than their weights say."""
 
@@ -255,6 +269,8 @@ def test_experts_that_compute_something_else_are_refused(made):
     with pytest.raises(NotUnderstood, match="does not compute"):
         separate_experts(model, ["model.layers.0.mlp.experts"])
     assert type(model.model.layers[0].mlp.experts) is Doubled
+    with pytest.raises(NotUnderstood, match="does not compute"):
+        separate_experts(model.to("meta"), ["model.layers.0.mlp.experts"], sample=True)
 
 
 def test_experts_of_another_form_are_refused_with_their_share_and_what_to_do(tmp_path, capsys):

@@ -355,7 +355,8 @@ def test_a_head_that_transformers_stores_under_another_name(tmp_path):
     compress(tmp_path / "base", recipe, tmp_path / "out")
     assert verify(tmp_path / "out").passed
     line = {"name": "lm_head", "shape": [8, 4], "parameters": 32}
-    tensors = {f"{name}.weight": StoredTensor(tmp_path, name, "BF16", (8, 4)) for name in ("embed_out", "other")}
+    names = ("embed_out.weight", "other.weight")
+    tensors = {name: StoredTensor(tmp_path, name, "BF16", (8, 4)) for name in names}
     assert unknown_tensors([line], tensors) == (["other.weight"], 1)
 
 
