@@ -223,6 +223,29 @@ def test_search_beats_the_uniform_setting_at_equal_channels():
     assert settled["uneven"]["key_sparsity"] != settled["even"]["key_sparsity"]
 
 
+def test_layers_count_by_the_root_of_their_share():
+    """Of two layers that lose alike, the choice is the best one by roots of shares, and not the best by shares."""
+    method = plain(search="loss", key_sparsity=0.6, value_sparsity=0.6)
+    shares, shape = {"much": 1.0, "little": 0.04}, torch.tensor([[1, 40], [1, 40]])
+    errors = torch.tensor([[level**3 for level in method.levels]] * 2, dtype=torch.float64)
+    settled = method.settled({name: {"shape": shape, "errors": errors} for name in shares}, shares)
+    found = [float(settled[name][part]) for name in shares for part in ("key_sparsity", "value_sparsity")]
+    budget = 4 * kept_channels(0.6, 40)
+
+    def best(weights: list[float]) -> float:
+        known = [
+            sum(weight * level**3 for weight, level in zip(weights, levels, strict=True))
+            for levels in itertools.product(method.levels, repeat=4)
+            if sum(kept_channels(level, 40) for level in levels) <= budget
+        ]
+        return min(known)
+
+    for power, is_best in ((0.5, True), (1.0, False)):
+        weights = [share**power for share in shares.values() for _ in range(2)]
+        reached = sum(weight * level**3 for weight, level in zip(weights, found, strict=True))
+        assert (reached <= best(weights) * (1 + 1e-9)) is is_best
+
+
 def test_layers_that_add_little_give_most():
     method = KVPrune(search="loss")
     measured = {name: method.statics(inputs()) for name in ("much", "little")}
