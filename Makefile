@@ -5,7 +5,7 @@ PYTHON ?= python3
 # pip arguments; e.g. TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu" where PyPI's CUDA build is unwanted
 TORCH ?= torch==2.13.0
 
-# Processes that share the tests: one per core, each on one thread and with up to 2 GB of memory.
+# Processes that share the tests: one per core, each on one thread and with its own copy of torch in memory.
 JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n : 8)))
 
 PIP := .venv/bin/python -m pip --disable-pip-version-check

@@ -34,7 +34,7 @@ CASES = {
     "causal": AttentionCase(),
     "one token": AttentionCase(lengths=(1, 1)),
     "one query": AttentionCase(lengths=(1, 133)),
-    "grouped 9/3": AttentionCase(heads=(9, 3), lengths=(65, 130), batch=2),
+    "grouped 9/3": AttentionCase(heads=(9, 3), lengths=(33, 130), batch=2),
     "grouped 14/2": AttentionCase(heads=(14, 2), lengths=(33, 66), dims=(32, 32)),
     "full": AttentionCase(lengths=(100, 140), causal=False),
     "more queries than keys": AttentionCase(lengths=(140, 30), causal=False),
