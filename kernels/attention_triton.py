@@ -45,6 +45,8 @@ LENGTHS = ["queries", "keys", "heads", "group", "tiles", "window"]
 
 
 BF16_LAUNCH = (64, 64, 4, 2)
+"""Of bf16 and heads up to 128 channels: queries and keys of a tile, warps, stages. (128, 128, 8, 2) compiles for Hopper
+without spilling and is not timed."""
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,8 @@ from .sparse_index import SparseIndex
 
 SCALED = tl.constexpr(TILE)
 BLOCK = tl.constexpr(INDEX_TILE)
+BF16_LAUNCH = (4, 2)
+"""Of bf16 and heads up to 128 channels: warps and stages; tiles are those of the index."""
 LENGTHS = ["queries", "keys", "heads", "group", "tiles", "listed_heads"]
 """Arguments for whose values nothing is compiled anew: they change from call to call. Not `rows`, which is whole tiles:
 unless that is known, FP8 values are read byte by byte."""
@@ -276,6 +278,12 @@ def sparse_attention_kernel(
         tl.store(lse_ptr + (batch.to(tl.int64) * heads + head) * queries + i, lse, mask=inside)
 
 
+def launch_options(mode: str, width: int) -> tuple[int, int]:
+    """Warps and stages. width: padded head_dim."""
+    config = launch_config(mode, width)
+    return BF16_LAUNCH if mode == "bf16" and width <= 128 else (config.num_warps, config.num_stages)
+
+
 def sparse_attention_triton(
     query: Tensor,
     key: Tensor,
@@ -300,7 +308,7 @@ def sparse_attention_triton(
     coded, coded_values = quantize_keys_values(key, value, kind, fp8_values, bounds, interpret=interpret)
     out, lse = outputs(query, value_dim, filled=segments is not None)
     width, value_width = padded_width(head_dim), padded_width(value_dim)
-    config = launch_config(call.mode, max(width, value_width))
+    num_warps, num_stages = launch_options(call.mode, max(width, value_width))
     listed = isinstance(index, SparseIndex)
     listed_heads = index.extent[1] if listed else index.table.shape[0]
     tiles = -(-queries // INDEX_TILE)
@@ -323,6 +331,6 @@ def sparse_attention_triton(
         VALUE_WIDTH=value_width, Q_LEVELS=LEVELS[kind or "int8"], MIN=MIN_SCALE,
         WHOLE=head_dim == width and value_dim == value_width,
         # A multiply-add is one instruction; a later Triton leaves that to be asked for.
-        INTERPRET=interpret, enable_fp_fusion=True, num_warps=config.num_warps, num_stages=config.num_stages,
+        INTERPRET=interpret, enable_fp_fusion=True, num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     return out, lse
