@@ -181,8 +181,8 @@ def scores(
         s = (s * q_scale[:, None] + mean[None, :]) * k_scale[None, :]
         unit = tl.full(q_scale.shape, 1.0, tl.float32)
     else:
-        channel = tl.arange(0, WIDTH)
-        k = tl.load(key_base + token.to(tl.int64)[:, None] * WIDTH + channel[None, :])
+        here = key_base + (tl.full((), 0, tl.int64) + start) * WIDTH
+        k = tl.load(here + tl.arange(0, token.shape[0])[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :])
         s = product(q, k.T, False, KIND == "int8", INTERPRET)
         unit *= tl.load(key_scale_base + start // SCALED)
     return s, unit
@@ -218,7 +218,7 @@ def weigh(
     M: tl.constexpr = p.shape[0]
     N: tl.constexpr = p.shape[1]
     if FP8_VALUES:
-        v = tl.load(value_base + channel.to(tl.int64)[:, None] * rows + token[None, :])
+        v = tl.load(value_base + start + (channel.to(tl.int64)[:, None] * rows + tl.arange(0, N)[None, :]))
         p8 = to_e4m3(p, INTERPRET)
         p8 = p8.reshape(M, N // 16, 2, 4, 2).permute(0, 1, 3, 2, 4).reshape(M, N)
         result = product(p8, v.T, False, False, INTERPRET)

@@ -34,8 +34,9 @@ from .sparse_index import SparseIndex
 
 SCALED = tl.constexpr(TILE)
 BLOCK = tl.constexpr(INDEX_TILE)
-LENGTHS = ["queries", "keys", "rows", "heads", "group", "tiles", "listed_heads"]
-"""Arguments for whose values nothing is compiled anew: they change from call to call."""
+LENGTHS = ["queries", "keys", "heads", "group", "tiles", "listed_heads"]
+"""Arguments for whose values nothing is compiled anew: they change from call to call. Not `rows`, which is whole tiles:
+unless that is known, FP8 values are read byte by byte."""
 
 
 @triton.jit
