@@ -11,7 +11,6 @@ one machine decide alike, and give the same bits.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -24,12 +23,20 @@ CHUNK_ELEMENTS = 2**22
 """Of the float32 weight, and of the float32 result, at a time: 16 MiB each, which the allocator keeps for reuse."""
 
 
-@functools.cache
+SLOW = frozenset(
+    dtype
+    for dtype, is_fast in (
+        (torch.bfloat16, torch.ops.mkldnn._is_mkldnn_bf16_supported),
+        (torch.float16, torch.ops.mkldnn._is_mkldnn_fp16_supported),
+    )
+    if not is_fast()
+)
+"""Found out once: torch.compile traces through what asks for it."""
+
+
 def multiplies_slowly(dtype: torch.dtype) -> bool:
     """Whether this CPU multiplies float32 matrices faster than those of `dtype`."""
-    if dtype == torch.bfloat16:
-        return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return dtype == torch.float16 and not torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    return dtype in SLOW
 
 
 def through_float32(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:

@@ -91,7 +91,9 @@ def test_what_is_written_says_how_it_was_measured(name, made):
     assert (eviction["prompts"], eviction["evicted_prompts"]) == (1, 1)
     assert eviction["query_agnostic"] == (name != "snapkv")
     share = 0.2 if name == "kv-evict2x-int4" else 1 / 3
-    assert 0.1 < eviction["allocated"] <= share * 1.01 and 0.1 < eviction["kept"] <= 1 / 3
+    # The queries that a bounded cache remembers are beside its tokens.
+    assert 0.1 < eviction["allocated"] <= share * (1.02 if name == "snapkv" else 1.01)
+    assert 0.1 < eviction["kept"] <= 1 / 3
     card = (directory / "README.md").read_text("utf-8")
     later = "generated ones too, 660 tokens per head in all" if name == "snapkv" else "later tokens all stay"
     assert "every KV head keeps its own, chosen by" in card and later in card

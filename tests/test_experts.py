@@ -151,7 +151,8 @@ def test_generate_takes_the_likeliest_tokens(family, packed):
     with torch.no_grad():
         logits = model(input_ids=made, attention_mask=mask).logits[:, 19:-1].float()
     chosen = logits.gather(-1, made[:, 20:, None]).squeeze(-1)
-    assert bool((chosen >= logits.amax(-1) - 0.05 * logits.std()).all())  # ties are broken by rounding
+    # Rounding breaks ties, of tokens and of experts.
+    assert bool((chosen >= logits.amax(-1) - 0.2 * logits.std()).all())
 
 
 @pytest.mark.parametrize("family", FAMILIES)

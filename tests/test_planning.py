@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, Llama4TextConfig, LlamaConfig, Mi
 from kompakt.compress import compress, plan
 from kompakt.compress.artifact import SIDECAR_TENSORS
 from kompakt.compress.coverage import cover
+from kompakt.compress.cpu_arithmetic import float32_linears
 from kompakt.compress.hf_cache import CACHE
 from kompakt.compress.hf_decoder import decoder_layers
 from kompakt.compress.planning import kv_cache_bytes
@@ -133,12 +134,12 @@ def test_cache_is_bounded_by_a_sliding_window():
 @pytest.mark.parametrize(
     ("recipe", "length", "hidden", "most"),
     [
-        ("w4a16-rtn", 64, 128, 1.6),
+        ("w4a16-rtn", 64, 128, 1.7),
         ("w4a16-gptq", 64, 128, 1.6),
         ("w4a16-gptq", 64, 512, 1.3),
-        ("w4a8-fireq", 512, 128, 1.6),
+        ("w4a8-fireq", 512, 128, 1.7),
         ("w4a8-fireq", 64, 512, 1.3),
-        ({"weights": {"method": "signround", "steps": 2}}, 512, 128, 1.6),
+        ({"weights": {"method": "signround", "steps": 2}}, 512, 128, 1.7),
     ],
     ids=["rtn", "gptq", "gptq-wide", "fireq", "fireq-wide", "signround"],
 )
@@ -154,7 +155,7 @@ def test_memory_of_calibration_is_near_what_is_held(recipe, length, hidden, most
     assert method is not None
     coverage = cover(model, [name for name, _ in decoder_layers(model)], method)
     tokens = torch.randint(0, 128, (samples, length) if method.needs_data else (1, 256))
-    with LiveBytes() as held:
+    with LiveBytes() as held, float32_linears():
         for parameter in model.parameters():
             held._note(parameter.untyped_storage())
         quantize_layers(model, method, list(tokens.split(1)), coverage, device=torch.device("cpu"))

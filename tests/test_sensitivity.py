@@ -56,7 +56,9 @@ def test_parts_cover_the_model_and_recover_the_loss(base):
 def test_everything_given_back_is_the_base_exactly(weights, base):
     rows = measure(base, {**weights, "group_size": 32}, ranges=1)["rows"]
     assert rows[-1]["part"] == "layers 0–3" and rows[-1]["weights_share"] == 1
-    assert rows[-1]["model"] == rows[-1]["base"] and rows[-1]["kl"] == 0 and rows[-1]["recovered"] == 1
+    assert rows[-1]["model"] == rows[-1]["base"] and rows[-1]["kl"] == 0
+    # Rounding may leave so small a model no worse, with nothing to recover.
+    assert rows[-1]["recovered"] == (1 if rows[0]["perplexity_increase"] > 0 else None)
     if weights["method"] == "fireq":
         assert [row["kind"] for row in rows] == ["nothing", "layers"]
 
