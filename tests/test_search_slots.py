@@ -96,7 +96,7 @@ def bare(choice: SlotChoice) -> SlotChoice:
 
 
 def test_losses_are_the_kl_of_the_cache_alone_without_rounding_of_sums(base):
-    """In float32 sums in another order make no difference; in bf16 what they make is taken off, and most of it is found."""
+    """In float32 sums in another order make no difference; in bf16 what they make is taken off, most of it."""
     found = {}
     for dtype in (torch.float32, torch.bfloat16):
         models = [AutoModelForCausalLM.from_pretrained(base, dtype=dtype).eval() for _ in range(2)]
