@@ -28,7 +28,6 @@ that by causal but takes only KV heads that were repeated, also before.
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -49,6 +48,7 @@ from .cache import TokenStore
 from .device_speed import Machine, copies
 from .evicting import EvictingStore
 from .kv_evict import KVEvict
+from .linear_speed import parse_pair
 from .recipe import Recipe
 
 RECIPES = {
@@ -137,12 +137,12 @@ def parse_batch_lengths(text: str) -> list[tuple[int, int]]:
     """Sequences x tokens, comma-separated, each once. Raises ValueError for anything else."""
     found = []
     for item in text.split(","):
-        pair = re.fullmatch(r"\s*([1-9]\d*)[x×]([1-9]\d*)\s*", item)
-        if pair is None or int(pair[2]) < MIN_LENGTH:
+        pair = parse_pair(item)
+        if pair is None or pair[1] < MIN_LENGTH:
             raise ValueError(
                 f"cache {item!r} is no number of sequences x at least {MIN_LENGTH} tokens; use e.g. 8x32768,1x131072"
             )
-        found.append((int(pair[1]), int(pair[2])))
+        found.append(pair)
     return list(dict.fromkeys(found))
 
 

@@ -54,14 +54,20 @@ SHAPES = {
 }
 
 
+def parse_pair(item: str) -> tuple[int, int] | None:
+    """Two whole numbers from 1 with an x or × between them; None for anything else."""
+    pair = re.fullmatch(r"\s*([1-9]\d*)[x×]([1-9]\d*)\s*", item)
+    return None if pair is None else (int(pair[1]), int(pair[2]))
+
+
 def parse_shapes(text: str) -> list[Shape]:
     """Model names and OUTxIN, comma-separated; each size once. Raises ValueError for anything else."""
     found: dict[tuple[int, int], Shape] = {}
     for item in text.split(","):
-        size = re.fullmatch(r"([1-9]\d*)[x×]([1-9]\d*)", item.strip())
+        size = parse_pair(item)
         if size is None and item.strip() not in SHAPES:
             raise ValueError(f"unknown shape {item!r}; use {', '.join(SHAPES)} or OUTxIN such as 14336x4096")
-        shapes = SHAPES[item.strip()] if size is None else [Shape("other", "", *map(int, size.groups()))]
+        shapes = SHAPES[item.strip()] if size is None else [Shape("other", "", *size)]
         for shape in shapes:
             found.setdefault((shape.out_features, shape.in_features), shape)
     return list(found.values())

@@ -254,10 +254,10 @@ _Loader.add_implicit_resolver(BOOL, re.compile("(?:true|True|TRUE|false|False|FA
 
 
 def yaml_value(text: str) -> Any:
-    """A value as a recipe file would hold it; the text itself if it is no YAML."""
+    """A value as a recipe file would hold it; the text itself if it is none, as the 31st of February is no date."""
     try:
         return yaml.load(text, _Loader)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError):
         return text
 
 

@@ -19,7 +19,6 @@ whatever the length of a prompt.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -39,7 +38,7 @@ from .attention_cases import Case, worst_error
 from .attention_contenders import PEERS, Contender, Problem, kompakt_mode
 from .attention_speed import LIMITS, finite, heading, run_once
 from .device_speed import Machine
-from .linear_speed import reason
+from .linear_speed import parse_pair, reason
 from .pipeline import Progress, quiet
 
 CHECK_LENGTH = 1000
@@ -59,8 +58,8 @@ class Budgets:
     @classmethod
     def parse(cls, text: str) -> Budgets:
         """``1000x6096``, or ``30x800+1000x6096`` where heads differ. ValueError for anything else."""
-        found = [re.fullmatch(r"\s*([1-9]\d*)x([1-9]\d*)\s*", item) for item in text.split("+")]
-        pairs = tuple((int(pair[1]), int(pair[2])) for pair in found if pair is not None)
+        found = [parse_pair(item) for item in text.split("+")]
+        pairs = tuple(pair for pair in found if pair is not None)
         if len(pairs) < len(found):
             raise ValueError(f"budgets {text!r} are no keys x distances; use e.g. 1000x6096, or 30x800+1000x6096")
         return cls(pairs)

@@ -20,7 +20,6 @@ Nothing is said about videos. Source: Sparse-vDiT (arXiv 2506.03065).
 from __future__ import annotations
 
 import math
-import re
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -37,7 +36,7 @@ from .attention_cases import Case, Layout, worst_error
 from .attention_contenders import PEERS, Contender, Problem, kompakt_mode
 from .attention_speed import LIMITS, finite, heading
 from .device_speed import Machine
-from .linear_speed import reason
+from .linear_speed import parse_pair, reason
 from .pipeline import Progress, quiet
 from .sparse_speed import timed
 
@@ -67,16 +66,16 @@ class Video:
 
     @classmethod
     def all(cls, text: str, heads: int, head_dim: int) -> list[Video]:
-        """``33x3600,21x1560``: frames x tokens of a frame. ValueError for anything else, and odd head_dim."""
+        """``33x3600,21x1560``: frames x tokens of a frame, each once. ValueError for others, and an odd head_dim."""
         if head_dim % 2 or head_dim < 2:
             raise ValueError(f"head_dim is {head_dim}; features of a place come in pairs, so that it must be even")
         found = []
         for item in text.split(","):
-            pair = re.fullmatch(r"\s*([1-9]\d*)x([1-9]\d*)\s*", item)
+            pair = parse_pair(item)
             if pair is None:
                 raise ValueError(f"video {item!r} is no frames x tokens of a frame; use e.g. 33x3600,21x1560")
-            found.append(cls(int(pair[1]), int(pair[2]), heads, head_dim))
-        return found
+            found.append(cls(*pair, heads, head_dim))
+        return list(dict.fromkeys(found))
 
     def draw(self, seed: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """query, key, value (1, heads, tokens, head_dim) bf16, see the module."""

@@ -40,6 +40,7 @@ LOWEST = tl.constexpr(-1.0e38)
 """Start of the running maximum; finite, so that a tile without a visible key leaves no NaN."""
 
 
+BLOCK_N = tl.constexpr(64)
 LENGTHS = ["queries", "keys", "heads", "group", "tiles", "window"]
 """Arguments for whose values nothing is compiled anew: they change from call to call."""
 
@@ -49,7 +50,6 @@ class LaunchConfig:
     """Options of one launch."""
 
     block_m: int
-    block_n: int
     num_warps: int
     num_stages: int
 
@@ -60,15 +60,15 @@ def launch_config(mode: str, width: int, device: torch.device, *, listed: bool =
     64 queries and 4 warps leave room for two programs on a multiprocessor of Hopper, whose softmaxes and products
     overlap; INT4 queries have their mean taken in groups of 64. In 16 bit keys are twice as large, and read once for
     128 queries: 18.0 ms on an H200 for 32,768 tokens in 32/8 heads of 128, 19.1 with 64 queries, 20.3 with two stages,
-    which is what smaller cards have room for; cuDNN 14.5.
+    which is what smaller cards have room for, 18.4 with keys in blocks of 128; cuDNN 14.5.
     """
     if width > 128:
-        return LaunchConfig(64, 64, 8, 2)
+        return LaunchConfig(64, 8, 2)
     if mode != "bf16":
-        return LaunchConfig(64, 64, 4, 3)
+        return LaunchConfig(64, 4, 3)
     if not has_room(device):
-        return LaunchConfig(64, 64, 4, 2)
-    return LaunchConfig(64, 64, 4, 3) if listed else LaunchConfig(128, 64, 8, 3)
+        return LaunchConfig(64, 4, 2)
+    return LaunchConfig(64, 4, 3) if listed else LaunchConfig(128, 8, 3)
 
 
 def has_room(device: torch.device) -> bool:
@@ -235,7 +235,7 @@ def attention_kernel(
     queries, keys, rows, heads, group, head_dim, value_dim, tiles, window, scaling, softcap,
     KIND: tl.constexpr, FP8_VALUES: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
     SINKS: tl.constexpr, SEGMENTS: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
-    Q_LEVELS: tl.constexpr, MIN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WHOLE: tl.constexpr,
+    Q_LEVELS: tl.constexpr, MIN: tl.constexpr, BLOCK_M: tl.constexpr, WHOLE: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles · heads · segments,), tiles with most keys first."""
@@ -407,7 +407,7 @@ def attention_triton(
         KIND=kind, FP8_VALUES=fp8_values, CAUSAL=call.causal, WINDOW=call.window is not None,
         SOFTCAP=call.softcap is not None, SINKS=sinks is not None, SEGMENTS=segments is not None, WIDTH=width,
         VALUE_WIDTH=padded_width(value_dim), Q_LEVELS=LEVELS[kind or "int8"], MIN=MIN_SCALE, BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n, WHOLE=head_dim == width and value_dim == padded_width(value_dim),
+        WHOLE=head_dim == width and value_dim == padded_width(value_dim),
         # A multiply-add is one instruction; a later Triton leaves that to be asked for.
         INTERPRET=interpret, enable_fp_fusion=True, num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip

@@ -184,6 +184,7 @@ def test_an_override_of_something_that_is_no_mapping_is_refused():
         ("falsely", "falsely"),
         ("1", 1),
         ("[", "["),
+        ("2026-02-31", "2026-02-31"),
     ],
 )
 def test_truth_values_are_true_and_false_alone(text, value):
