@@ -42,8 +42,9 @@ class SparseIndex:
     """Lists of all rows, int32, end to end.
 
     tile_ptr, column_ptr: (rows + 1,) where each row's list begins. whole_stop: (rows,) where its entirely visible tiles
-    end. tiles, columns: entries, columns ascending. order: (rows,) rows by descending work. extent: batch, heads of the
-    index, query tiles.
+    end. tiles, columns: entries, columns ascending. order: (rows,) in which rows are taken up: head after head, so that
+    those that run at once read the same keys, which the L2 cache then holds; heads, and rows of a head, by descending
+    work. extent: batch, heads of the index, query tiles.
     """
 
     tile_ptr: Tensor
@@ -209,9 +210,17 @@ def index_from_map(wanted: Tensor, extent: Extent, *, causal: bool, columns: Ten
     listed = columns.flatten(0, 1)[single_row // extent.query_tiles, single]
     column_ptr = _pointer(kept.sum(dim=1))
     work = tile_ptr.diff() + (column_ptr.diff() + TILE - 1) // TILE
-    order = work.argsort(descending=True, stable=True).int()
     shape = (batch, heads, extent.query_tiles)
-    return SparseIndex(tile_ptr, whole_stop, (place % extent.key_tiles).int(), column_ptr, listed.int(), order, shape)
+    tiles = (place % extent.key_tiles).int()
+    return SparseIndex(tile_ptr, whole_stop, tiles, column_ptr, listed.int(), turns(work, shape), shape)
+
+
+def turns(work: Tensor, extent: tuple[int, int, int]) -> Tensor:
+    """`SparseIndex.order`. work: (rows,) tiles that each multiplies. extent: as of an index."""
+    heads = work.view(-1, extent[2])
+    within = heads.argsort(dim=1, descending=True, stable=True)
+    begin = extent[2] * torch.arange(len(heads), device=work.device)
+    return (begin[:, None] + within)[heads.sum(dim=1).argsort(descending=True, stable=True)].flatten().int()
 
 
 def _pointer(counts: Tensor) -> Tensor:

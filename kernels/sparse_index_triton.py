@@ -147,6 +147,6 @@ def build_index(chosen: Lines | None, wanted: Tensor | None, extent: Extent, *, 
     places = torch.stack((whole_stop, pointers[0, :-1], pointers[1, :-1]))
     launch_rows(chosen, wanted, extent, places, (tiles, columns), causal=causal)
     work = counts[1] + (counts[2] + sparse_index.TILE - 1) // sparse_index.TILE
-    order = work.argsort(descending=True, stable=True).int()
-    extents = (batch, heads, extent.query_tiles)
-    return SparseIndex(pointers[0], whole_stop, tiles, pointers[1], columns, order, extents)
+    shape = (batch, heads, extent.query_tiles)
+    order = sparse_index.turns(work, shape)
+    return SparseIndex(pointers[0], whole_stop, tiles, pointers[1], columns, order, shape)
