@@ -21,6 +21,7 @@ from kompakt.cli.main import main
 from kompakt.compress import compress, load, patch, plan, verify
 from kompakt.compress.coverage import cover
 from kompakt.compress.experts import separate_experts_of
+from kompakt.compress.fingerprint import nudged
 from kompakt.compress.hf import meta_model
 from kompakt.compress.hf_decoder import decoder_layers
 from kompakt.compress.hf_experts import NotUnderstood, separate_experts
@@ -347,9 +348,17 @@ def test_on_a_gpu_logits_are_those_of_the_references(recipe, tmp_path):
     compress(base, recipe, tmp_path / "out", overrides=options(tmp_path), device="cuda")
     assert verify(tmp_path / "out", device_map={"": "cuda:0"}).passed
     batch, seen = tokens_with_padding(), tokens_with_padding()["attention_mask"].bool()
-    model = load(tmp_path / "out", device_map={"": "cuda:0"})
+    model, reference = load(tmp_path / "out", device_map={"": "cuda:0"}), load(tmp_path / "out")
     with torch.no_grad():
-        expected = load(tmp_path / "out")(**batch).logits[seen].float()
+        expected = reference(**batch).logits[seen].float()
+        with nudged(reference):
+            again = reference(**batch).logits[seen].float()
         got = model(**{key: value.cuda() for key, value in batch.items()}).logits[seen.cuda()].float().cpu()
-    assert (got - expected).norm() <= 0.05 * expected.norm()  # bf16 on both sides; a wrong expert gives about 1
+
+    def off(logits: torch.Tensor) -> float:
+        return float(((logits - expected).norm(dim=-1) / expected.norm(dim=-1)).median())
+
+    # After another rounding one token in ten goes to other experts and is off by its own size, so of each token, and
+    # the middle one. One expert that is wrong moves most tokens.
+    assert 0 < off(got) <= 2.5 * off(again)
     assert model.generate(batch["input_ids"].cuda(), max_new_tokens=4, do_sample=False).shape == (2, 24)
