@@ -9,12 +9,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from markupsafe import Markup
 
 WIDTH, HEIGHT = 420, 270
 LEFT, RIGHT, TOP, BOTTOM = 72, 14, 16, 46
 SHAPES = ("circle", "square", "diamond", "triangle")
+LINE = 13
+"""Height of a label."""
+LETTER = 6.6
+"""Width of one of its characters, at most."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,10 @@ def points_chart(
     horizontal one.
     """
     frame = _Frame(x, y)
+    named = [point for point in points if point.label]
+    labels = [_Label.beside(frame.x(point.x), point.label) for point in named]
+    most = max((sum(label.meets(other) for other in labels) for label in labels), default=0)
+    frame = _Frame(x, y, height=max(HEIGHT, TOP + BOTTOM + LINE * most))
     parts = [frame.axes()]
     if front:
         corners = " ".join(f"{frame.x(a):.1f},{frame.y(b):.1f}" for a, b in front)
@@ -94,19 +103,18 @@ def points_chart(
                 WIDTH - RIGHT, height - 4, line[1]
             )
         )
-    taken: list[tuple[float, float, float]] = []
     for point in points:
         across, up = frame.x(point.x), frame.y(point.y)
         if point.error is not None:
             ends = frame.y(point.y - point.error), frame.y(point.y + point.error)
             parts.append(_error_bar(across, *ends, point.series))
         parts.append(_mark(across, up, point))
-    for point in sorted(points, key=lambda point: -point.y):
-        if point.label:
-            parts.append(_label(frame.x(point.x), frame.y(point.y), point.label, taken))
+    marks = [(frame.x(point.x), frame.y(point.y)) for point in named]
+    heights = _heights(labels, marks, TOP, frame.height - BOTTOM)
+    parts += [label.drawn(*mark, height) for label, mark, height in zip(labels, marks, heights, strict=True)]
     if len(series) > 1:
         parts.append(_legend(series))
-    return _svg(title, description, parts, legend=len(series) > 1)
+    return _svg(title, description, parts, height=frame.height, legend=len(series) > 1)
 
 
 def bars_chart(
@@ -228,21 +236,58 @@ def _error_bar(x: float, low: float, high: float, series: int) -> Markup:
     )
 
 
-def _label(x: float, y: float, text: str, taken: list[tuple[float, float, float]]) -> Markup:
-    """Text beside a mark, moved down while another text is there; to the left where the right has no room."""
-    shown = text if len(text) <= 28 else f"{text[:27]}…"
-    width = 6.6 * len(shown)
-    anchor, start = ("start", x + 8) if x + 8 + width < WIDTH - 2 else ("end", x - 8)
-    left = start if anchor == "start" else start - width
-    height = y - 8
-    while any(
-        abs(height - other) < 13 and left < right and other_left < left + width for other_left, right, other in taken
-    ):
-        height += 13
-    taken.append((left, left + width, height))
-    return Markup('<text class="small" x="{:.1f}" y="{:.1f}" text-anchor="{}">{}</text>').format(
-        start, height + 3, anchor, shown
-    )
+@dataclass(frozen=True)
+class _Label:
+    """Text beside a mark, from `left` to `right`; before: it ends there, rather than begins."""
+
+    text: str
+    left: float
+    right: float
+    before: bool
+
+    @classmethod
+    def beside(cls, x: float, text: str) -> _Label:
+        """To the right of a mark at x; to its left where the right has no room."""
+        shown = text if len(text) <= 28 else f"{text[:27]}…"
+        width = LETTER * len(shown)
+        before = x + 14 + width > WIDTH - 2
+        return cls(shown, x - 14 - width if before else x + 14, x - 14 if before else x + 14 + width, before)
+
+    def meets(self, other: _Label) -> bool:
+        """Whether the two cannot stand in one line."""
+        return self.left < other.right + LETTER and other.left < self.right + LETTER
+
+    def covers(self, x: float, y: float, height: float) -> bool:
+        """Whether it lies upon a mark."""
+        return self.left - 6 < x < self.right + 6 and abs(y - height) < LINE
+
+    def drawn(self, x: float, y: float, height: float) -> Markup:
+        """At `height`, with a line to its mark at (x, y)."""
+        end, sign, anchor = (self.right, -1, "end") if self.before else (self.left, 1, "start")
+        return Markup(
+            '<path class="leader" d="M{:.1f} {:.1f}L{:.1f} {:.1f}"/>'
+            '<text class="small" x="{:.1f}" y="{:.1f}" text-anchor="{}">{}</text>'
+        ).format(x + 6 * sign, y, end - 2 * sign, height, end, height + 4, anchor, self.text)
+
+
+def _heights(labels: Sequence[_Label], marks: Sequence[tuple[float, float]], low: float, high: float) -> list[float]:
+    """Of every label, the nearest to its mark of the lines between `low` and `high` in which it meets no other; better
+    a few lines away than upon a mark. There have to be as many lines as labels that meet one.
+    """
+    lines = [low + LINE * (number + 0.5) for number in range(int((high - low) // LINE))]
+    held: list[list[_Label]] = [[] for _ in lines]
+    found = [0.0] * len(labels)
+
+    def distance(place: int, line: int) -> float:
+        covered = any(labels[place].covers(*mark, lines[line]) for mark in marks)
+        return abs(lines[line] - marks[place][1]) + 4 * LINE * covered
+
+    for place in sorted(range(len(labels)), key=lambda place: -marks[place][1]):
+        free = [line for line, others in enumerate(held) if not any(labels[place].meets(other) for other in others)]
+        line = min(free, key=partial(distance, place))
+        held[line].append(labels[place])
+        found[place] = lines[line]
+    return found
 
 
 def _box(colour: str, x: float, y: float, width: float, height: float, hint: str) -> Markup:

@@ -316,6 +316,26 @@ def test_charts_place_values_on_their_axes():
     assert widths[1] == pytest.approx(3 * widths[0], rel=0.01)
 
 
+@pytest.mark.parametrize("count", [1, 2, 8, 21, 40])
+def test_labels_lie_inside_the_chart_and_not_upon_one_another(count):
+    """However many marks stand close together, as directories of one size and loss do."""
+    points = [Point((113.0, 269.1, 281.0)[i % 3], 0.1 * (i % 5), 0.2, f"recipe-number-{i}") for i in range(count)]
+    chart = points_chart("T", "D", points, Axis("MB", 0, 310), Axis("%", -1, 33))
+    bottom = float(re.search(r'<path class="axis" d="M72 16V([\d.]+)H', chart)[1])
+    assert f'viewBox="0 0 420 {bottom + 46:.0f}"' in chart
+    pattern = r'<text class="small" x="([\d.]+)" y="([\d.]+)" text-anchor="(start|end)">(recipe[^<]*)</text>'
+    boxes = {}
+    for x, y, anchor, text in re.findall(pattern, chart):
+        left = float(x) - (6.6 * len(text) if anchor == "end" else 0)
+        boxes[text] = (left, left + 6.6 * len(text), float(y) - 11, float(y) + 2)
+    assert len(boxes) == count == chart.count('class="leader"')
+    for text, (left, right, top, low) in boxes.items():
+        assert left >= 0 and right <= 420 and top >= 15 and low <= bottom + 1, text
+        for other, box in boxes.items():
+            apart = box[1] <= left or right <= box[0] or box[3] <= top + 0.2 or low <= box[2] + 0.2
+            assert other == text or apart, (text, other)
+
+
 @pytest.mark.slow
 def test_page_in_a_browser(found, tmp_path):
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
