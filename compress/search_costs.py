@@ -317,12 +317,14 @@ def measured_ceilings(name: str, found: Ceilings) -> DeviceCeilings:
 
 
 def check_differ(costs: Costs, matrix: Sequence[Sequence[float]], space: SlotSpace) -> None:
-    """ValueError if every choice costs alike, so that there is nothing to search for."""
-    if all(max(row) <= min(row) * (1 + 1e-9) for row in (*matrix, list(costs.slots.values()))):
+    """ValueError if no choice costs less than floats and an empty slot, which come first, so that there is nothing to
+    search for.
+    """
+    if all(row[0] <= min(row) * (1 + 1e-9) for row in (*matrix, list(costs.slots.values()))):
         weights, out = space.choices[0].recipe.weights, sorted(set(space.left_out.values()))
         assert weights is not None
         raise ValueError(
-            f"nothing makes {costs.target} faster: every choice costs the same {costs.words}, with activations "
+            f"nothing makes {costs.target} faster: no choice costs less than floats, {costs.words}, with activations "
             f"{weights.activations}; FP8 activations multiply faster on devices that have FP8 (--set "
             f"weights.activations=fp8){f'; {space.slot} is left out, since {out[0]}' if out else ''}"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,21 +22,18 @@ LEAST = {"size": "the fewest bytes", "decode": "the fastest decoding", "prefill"
 
 def summary(job: Search, choices: int) -> dict[str, Any]:
     """The result. LimitExceeded if there is none."""
-    fitting = [row for row in job.rows if row["within"] and row["recipe"] is not None]
-    best, best_uniform = cheapest_row(fitting), cheapest_row([row for row in fitting if row["kind"] == "uniform"])
-    if best is None:
-        tried = ", ".join(f"{row['name']} {row['perplexity_increase']:+.2%}" for row in job.rows) or "nothing"
-        more = f"; {job.stopped}, and the same command goes on from here" if job.stopped else ""
-        raise LimitExceeded(
-            f"no recipe that was measured keeps the increase of perplexity and its standard error within "
-            f"{job.options.limit:.2%}: {tried}{more}"
-        )
     slots = job.space.slots
     base_cost = job.cost(dict.fromkeys(job.space.parts, FLOAT), slots.choices[0])
+    within = [row for row in job.rows if row["within"] and row["recipe"] is not None]
+    fitting = [row for row in within if row["cost"] < base_cost]
+    best, best_uniform = cheapest_row(fitting), cheapest_row([row for row in fitting if row["kind"] == "uniform"])
+    if best is None:
+        raise LimitExceeded(without_result(job, within, base_cost))
     counted = job.options.target == "size" and job.options.context is None
     return {
         "search": 2,
         "kompakt": package_version(),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "environment": environment(next(job.base.parameters()).device),
         "model": str(job.path),
         "limit": {"perplexity_increase": job.options.limit},
@@ -56,6 +54,22 @@ def summary(job: Search, choices: int) -> dict[str, Any]:
         "best_uniform": None if best_uniform is None else best_uniform["name"],
         "less_than_uniform": 1 - best["cost"] / (base_cost if best_uniform is None else best_uniform["cost"]),
     }
+
+
+def without_result(job: Search, within: list[dict[str, Any]], base_cost: float) -> str:
+    """Why there is no result, in words. within: what was measured and keeps to the limit; it costs too much."""
+    more = f"; {job.stopped}, and the same command goes on from here" if job.stopped else ""
+    if within:
+        tried = ", ".join(f"{row['name']} {row['cost'] / base_cost:.2f}" for row in within)
+        return (
+            f"no recipe that was measured within {job.options.limit:.2%} costs less than the float model, "
+            f"{job.costs.words}; times as much: {tried}{more}"
+        )
+    tried = ", ".join(f"{row['name']} {row['perplexity_increase']:+.2%}" for row in job.rows) or "nothing"
+    return (
+        f"no recipe that was measured keeps the increase of perplexity and its standard error within "
+        f"{job.options.limit:.2%}: {tried}{more}"
+    )
 
 
 def cheapest_row(rows: list[dict[str, Any]]) -> dict[str, Any] | None:

@@ -266,7 +266,7 @@ def search(
 
     recipe: whose weight method, activations, calibration and other slots are kept. output: where `write_result` is
     going to write, asked for first. Raises ValueError for bad input, and
-    `LimitExceeded` if nothing that was measured is within the limit, the float model aside.
+    `LimitExceeded` if nothing that was measured is within the limit and costs less than the float model.
     """
     loaded = Recipe.load(recipe, overrides)
     if output is not None:
@@ -289,10 +289,11 @@ def search(
 
 def uniform(job: Search, choices: list[Choice]) -> None:
     """Measures the recipes with one choice for all, from the most bytes on, until one is outside the limit; then the
-    cheapest within it, or the float model, with the slot filled in every other way.
+    cheapest within it, which may be the float model, with the slot filled in every other way.
     """
     parts, slots = job.space.parts, job.space.slots.choices
-    best, best_name, least = dict.fromkeys(parts, FLOAT), FLOAT.key, (math.inf, 0)
+    best, best_name = dict.fromkeys(parts, FLOAT), FLOAT.key
+    least = (job.cost(best, slots[0]), job.base_bytes)
     for choice in choices[1:]:
         if not job.within_time():
             return

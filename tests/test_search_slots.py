@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from functools import partial
 
 import pytest
@@ -12,13 +13,14 @@ from tiny import tiny_directory
 from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig
 
 from kompakt.cli.main import main
-from kompakt.compress import Recipe, SearchOptions, plan, search, search_attention
+from kompakt.compress import LimitExceeded, Recipe, SearchOptions, plan, search, search_attention
 from kompakt.compress.calibration import calibration_tokens
 from kompakt.compress.ceilings import works
 from kompakt.compress.device_speed import Ceilings, Machine
 from kompakt.compress.hf import meta_model
 from kompakt.compress.search_attention import measured_seconds, slot_seconds, unmeasured
 from kompakt.compress.search_slots import CACHES, NO_FP8, SlotChoice, SlotLosses, slot_space
+from kompakt.compress.search_space import FLOAT
 from kompakt.quant.method import KVCacheMethod
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -144,6 +146,38 @@ def test_decoding_of_many_sequences_takes_a_compressed_cache(base, tmp_path, cap
         assert 1e3 * row["cost"] == pytest.approx(planned.ceilings["rows"][0]["compressed_decode_ms"], rel=0.02)
     without = [row for row in result["rows"] if row["slot"] == "none"]
     assert best["cost"] < 0.7 * min(row["cost"] for row in without)
+
+
+@pytest.mark.parametrize("batch", [1, 64])
+def test_what_costs_more_than_floats_is_no_result(base, monkeypatch, batch):
+    """Weights that multiply more slowly are left as they are, and a search that finds nothing else says so."""
+    costs = searching().costs_of
+
+    def slower(*given, **named):
+        found = costs(*given, **named)
+        part = found.part
+        return dataclasses.replace(
+            found, part=lambda one, choice: part(one, FLOAT) * (1 if choice == FLOAT else 3), rest=found.rest + 1.0
+        )
+
+    monkeypatch.setattr(searching(), "costs_of", slower)
+    options = SearchOptions(limit=0.5, target="decode", context=900, batch=batch, **SMALL)
+    result = search(base, options=options, overrides=OVERRIDES)
+    best = next(row for row in result["rows"] if row["name"] == result["best"])
+    assert best["shares"] == {"float": 1.0} and best["slot"] != "none" and best["cost"] < result["base_cost"]
+    assert any(row["within"] and row["cost"] > result["base_cost"] for row in result["rows"])
+    monkeypatch.setattr(searching(), "turn_dial", lambda *given: None)
+    monkeypatch.setattr(searching(), "check_differ", lambda *given: None)
+    kept = SearchOptions(limit=0.5, target="prefill", context=900, **SMALL)
+    with pytest.raises(
+        LimitExceeded, match=r"within 50\.00% costs less than the float model, .*; times as much: fp8 1\."
+    ):
+        search(base, options=kept, overrides=OVERRIDES)
+    monkeypatch.undo()
+
+
+def searching():
+    return sys.modules["kompakt.compress.searching"]
 
 
 def test_size_counts_caches_where_a_context_is_given(base):
