@@ -321,7 +321,7 @@ def test_labels_lie_inside_the_chart_and_not_upon_one_another(count):
     """However many marks stand close together, as directories of one size and loss do."""
     points = [Point((113.0, 269.1, 281.0)[i % 3], 0.1 * (i % 5), 0.2, f"recipe-number-{i}") for i in range(count)]
     chart = points_chart("T", "D", points, Axis("MB", 0, 310), Axis("%", -1, 33))
-    bottom = float(re.search(r'<path class="axis" d="M72 16V([\d.]+)H', chart)[1])
+    (bottom,) = map(float, re.findall(r'<path class="axis" d="M72 16V([\d.]+)H', chart))
     assert f'viewBox="0 0 420 {bottom + 46:.0f}"' in chart
     pattern = r'<text class="small" x="([\d.]+)" y="([\d.]+)" text-anchor="(start|end)">(recipe[^<]*)</text>'
     boxes = {}
