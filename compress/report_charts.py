@@ -117,6 +117,18 @@ def points_chart(
     return _svg(title, description, parts, height=frame.height, legend=len(series) > 1)
 
 
+def map_chart(
+    title: str, description: str, cells: Sequence[Point], columns: int, rows: int, x: str, y: str, series: Sequence[str]
+) -> Markup:
+    """Marks in a grid of columns and rows that count from 0; a cell without one stays empty. x, y: what those are."""
+    cell = min((WIDTH - LEFT - RIGHT) / columns, 14.0)
+    height = round(TOP + BOTTOM + cell * max(rows, 4))
+    axes = Axis(x, -0.5, columns - 0.5), Axis(y, -0.5, max(rows, 4) - 0.5)
+    frame = _Frame(*axes, height=height, right=round(LEFT + cell * columns))
+    marks = [_mark(frame.x(point.x), frame.y(point.y), point, 0.42 * cell) for point in cells]
+    return _svg(title, description, [frame.axes(), *marks, _legend(series)], height=height, legend=True)
+
+
 def bars_chart(
     title: str, description: str, values: Sequence[float], marked: Sequence[bool], x: Axis, y: Axis
 ) -> Markup:
@@ -161,12 +173,12 @@ def stack_chart(
 class _Frame:
     """Axes of a chart: values to coordinates."""
 
-    def __init__(self, x: Axis, y: Axis, height: int = HEIGHT, left: int = LEFT):
-        self.axis_x, self.axis_y, self.height, self.left = x, y, height, left
+    def __init__(self, x: Axis, y: Axis, height: int = HEIGHT, left: int = LEFT, right: int = WIDTH - RIGHT):
+        self.axis_x, self.axis_y, self.height, self.left, self.right = x, y, height, left, right
 
     def x(self, value: float) -> float:
         share = (value - self.axis_x.low) / ((self.axis_x.high - self.axis_x.low) or 1.0)
-        return self.left + share * (WIDTH - RIGHT - self.left)
+        return self.left + share * (self.right - self.left)
 
     def y(self, value: float) -> float:
         share = (value - self.axis_y.low) / ((self.axis_y.high - self.axis_y.low) or 1.0)
@@ -174,7 +186,7 @@ class _Frame:
 
     def axes(self, *, vertical: bool = True) -> Markup:
         """Lines, ticks and labels of both axes; or of the horizontal one alone."""
-        bottom, right = self.height - BOTTOM, WIDTH - RIGHT
+        bottom, right = self.height - BOTTOM, self.right
         parts = []
         if vertical:
             found = ticks(self.axis_y.low, self.axis_y.high)
@@ -216,17 +228,20 @@ class _Frame:
         return Markup("").join(parts)
 
 
-def _mark(x: float, y: float, point: Point) -> Markup:
+def _mark(x: float, y: float, point: Point, radius: float = 4.5) -> Markup:
     kind, series = SHAPES[point.series % 4], point.series % 4
     hint = Markup("<title>{}</title>").format(point.label) if point.label else Markup("")
     if kind == "circle":
-        return Markup('<circle class="fill s{}" cx="{:.1f}" cy="{:.1f}" r="4.5">{}</circle>').format(series, x, y, hint)
+        return Markup('<circle class="fill s{}" cx="{:.1f}" cy="{:.1f}" r="{:.3g}">{}</circle>').format(
+            series, x, y, radius, hint
+        )
     corners = {
         "square": [(-4, -4), (4, -4), (4, 4), (-4, 4)],
         "diamond": [(0, -5.5), (5.5, 0), (0, 5.5), (-5.5, 0)],
         "triangle": [(0, -5.5), (5, 4), (-5, 4)],
     }[kind]
-    shape = " ".join(f"{x + a:.1f},{y + b:.1f}" for a, b in corners)
+    scale = radius / 4.5
+    shape = " ".join(f"{x + scale * a:.1f},{y + scale * b:.1f}" for a, b in corners)
     return Markup('<polygon class="fill s{}" points="{}">{}</polygon>').format(series, shape, hint)
 
 

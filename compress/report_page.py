@@ -5,6 +5,7 @@ The page holds everything it needs, loads nothing and runs no script.
 
 from __future__ import annotations
 
+from collections import Counter
 from importlib import resources
 from itertools import pairwise
 from pathlib import Path
@@ -14,7 +15,7 @@ import jinja2
 from markupsafe import Markup
 
 from .card import percent, spread
-from .report_charts import Axis, Point, bars_chart, padded, pareto, points_chart, stack_chart
+from .report_charts import Axis, Point, bars_chart, map_chart, padded, pareto, points_chart, stack_chart
 
 TEMPLATE = "report.html.jinja"
 GENERATOR = "kompakt report"
@@ -23,6 +24,8 @@ PARTS = 4
 """Kinds of modules that a chart of sizes tells apart; the rest is summed."""
 SMALL = 0.01
 """Share of the bytes below which a kind of modules is not drawn on its own."""
+KINDS = 4
+"""Patterns that a map of heads tells apart."""
 EQUAL = 0.001
 """Relative difference of sizes that no comparison counts."""
 
@@ -166,8 +169,13 @@ def _pareto_chart(title: str, description: str, points: list[Point], x: Axis, *,
 
 
 def charts(item: dict[str, Any]) -> dict[str, Markup | None]:
-    """Charts of one directory: sizes, layers, attention; None where there is nothing to draw."""
-    return {"sizes": sizes_chart(item), "layers": layers_chart(item), "attention": attention_chart(item)}
+    """Charts of one directory: sizes, layers, attention, patterns; None where there is nothing to draw."""
+    return {
+        "sizes": sizes_chart(item),
+        "layers": layers_chart(item),
+        "attention": attention_chart(item),
+        "patterns": patterns_chart(item),
+    }
 
 
 def sizes_chart(item: dict[str, Any]) -> Markup | None:
@@ -225,6 +233,31 @@ def attention_chart(item: dict[str, Any]) -> Markup | None:
         Axis("attention layer", -0.6, len(item["attention"]) - 0.4),
         Axis("cosine with exact attention", *_below_one(low)),
         series=modes,
+    )
+
+
+def patterns_chart(item: dict[str, Any]) -> Markup | None:
+    """The pattern of every head that is not dense, by layer."""
+    rows = item["sparse_layers"]
+    kinds = Counter(head["pattern"] for row in rows for head in row["heads"] if head["pattern"] != "dense")
+    if not kinds:
+        return None
+    named = [kind for kind, _ in kinds.most_common(KINDS if len(kinds) <= KINDS else KINDS - 1)]
+    cells = []
+    for layer, row in enumerate(rows):
+        for place, head in enumerate(row["heads"]):
+            if (kind := head["pattern"]) != "dense":
+                values = ", ".join(f"{key} {value:,}" for key, value in head.items() if key != "pattern")
+                hint = f"{row['name']}, head {place}: {kind}{f' ({values})' if values else ''}"
+                cells.append(Point(place, layer, label=hint, series=named.index(kind) if kind in named else KINDS - 1))
+    heads = max(len(row["heads"]) for row in rows)
+    return map_chart(
+        "Patterns by head",
+        f"Patterns of {len(cells)} heads in {len(rows)} layers: "
+        f"{', '.join(f'{count} {kind}' for kind, count in kinds.most_common())}; the others are dense.",
+        cells,
+        *(heads, len(rows), "query head", "attention layer"),
+        [*named, "others"] if len(kinds) > KINDS else named,
     )
 
 

@@ -173,13 +173,14 @@ def attention_rows(policies: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def sparsity_rows(policies: dict[str, Any]) -> list[dict[str, Any]]:
-    """Which patterns the heads of each layer run, and what they visit."""
+    """Which patterns the heads of each layer run, counted and one by one, and what they visit."""
     return [
         {
             "name": name,
             "patterns": ", ".join(
                 f"{count} {key}" for key, count in Counter(head.key for head in policy.heads).items()
             ),
+            "heads": [head.as_dict() for head in policy.heads],
             "density": None if policy.figures is None else policy.figures.density,
             "recall": None if policy.figures is None else policy.figures.recall,
             "error": None if policy.figures is None else policy.figures.error,

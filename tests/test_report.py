@@ -18,7 +18,7 @@ from tiny import tiny_directory, write_text
 from kompakt.cli.main import main
 from kompakt.compress import compress, report
 from kompakt.compress.report_charts import Axis, Point, bars_chart, pareto, points_chart, stack_chart, tick_label, ticks
-from kompakt.compress.report_page import page
+from kompakt.compress.report_page import page, patterns_chart
 from kompakt.compress.reporting import distinct_names, quality_groups
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -334,6 +334,34 @@ def test_labels_lie_inside_the_chart_and_not_upon_one_another(count):
         for other, box in boxes.items():
             apart = box[1] <= left or right <= box[0] or box[3] <= top + 0.2 or low <= box[2] + 0.2
             assert other == text or apart, (text, other)
+
+
+def sparse_layers(*layers: str) -> dict:
+    """What a report knows of layers whose heads have patterns by these initials."""
+    names = {"d": "dense", "v": "vertical_slash", "a": "a_shape", "t": "tri_shape", "b": "block", "s": "skip"}
+    rows = [[{"pattern": names[key], "sink": 64} for key in layer] for layer in layers]
+    return {"sparse_layers": [{"name": f"layers.{place}", "heads": row} for place, row in enumerate(rows)]}
+
+
+def test_a_map_has_a_mark_for_every_head_that_is_not_dense():
+    chart = patterns_chart(sparse_layers("vvda", "dddd", "adva"))
+    assert chart is not None and "3 vertical_slash, 3 a_shape; the others are dense" in chart
+    marks = re.findall(r'<circle class="fill s0" cx="([\d.]+)" cy="([\d.]+)" r="5.88"><title>([^<]+)<', chart)
+    assert [mark[2] for mark in marks] == [
+        *(f"layers.0, head {head}: vertical_slash (sink 64)" for head in (0, 1)),
+        "layers.2, head 2: vertical_slash (sink 64)",
+    ]
+    (one, *_), (two, *_), (three, *_) = ((float(x), float(y)) for x, y, _ in marks)
+    assert one < two < three and float(marks[0][1]) == float(marks[1][1]) > float(marks[2][1])
+    # Three of the other kind, and one in the legend.
+    assert chart.count('<polygon class="fill s1"') == 4 and "s2" not in chart
+    assert patterns_chart(sparse_layers("dd")) is None and patterns_chart(sparse_layers()) is None
+    many = patterns_chart(sparse_layers("vvvvaaattbs"))
+    assert many is not None and ">others<" in many and ">block<" not in many and many.count('class="fill s3"') == 3
+    wide = patterns_chart(sparse_layers(*["v" * 64] * 80))
+    assert wide is not None
+    across = sorted({float(x) for x in re.findall(r'cx="([\d.]+)" cy="[\d.]+" r="2.19"', wide)})
+    assert len(across) == 64 and min(b - a for a, b in pairwise(across)) > 2 * 2.19
 
 
 @pytest.mark.slow
