@@ -19,7 +19,7 @@ from kompakt.cli.main import main
 from kompakt.compress import compress, report
 from kompakt.compress.report_charts import Axis, Point, bars_chart, pareto, points_chart, stack_chart, tick_label, ticks
 from kompakt.compress.report_page import page, patterns_chart
-from kompakt.compress.reporting import distinct_names, quality_groups
+from kompakt.compress.reporting import cache_bits, distinct_names, quality_groups
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 EVIL = '"><script>alert(1)</script><img src=x onerror=alert(1)>&'
@@ -334,6 +334,16 @@ def test_labels_lie_inside_the_chart_and_not_upon_one_another(count):
         for other, box in boxes.items():
             apart = box[1] <= left or right <= box[0] or box[3] <= top + 0.2 or low <= box[2] + 0.2
             assert other == text or apart, (text, other)
+
+
+def test_bits_of_a_cache_are_those_that_were_measured(found):
+    assert [item["cache_bits"] for item in found["directories"]] == [""] * 3  # these texts are too short to be coded
+    coded = {**found["directories"][0], "cache_bits": "4.500"}
+    assert "bits in the cache" not in page(found)
+    text = Outline(page({**found, "directories": [coded, *found["directories"][1:]]})).text
+    assert "bits in the cache" in text and "and of coded keys and values" in text and " 4.500 " in text
+    assert cache_bits({"bits_per_element": 4.5, "eviction": {"kept": 0.254}}) == "4.500, 25% of tokens"
+    assert cache_bits({"bits_per_element": None}) == cache_bits(None) == ""
 
 
 def sparse_layers(*layers: str) -> dict:
