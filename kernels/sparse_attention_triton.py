@@ -3,7 +3,7 @@ it takes over.
 
 A program holds a tile of 64 queries of one head and walks over its list: tiles that all its queries see, without a
 mask, tiles at an edge, and at last its single columns, gathered 64 at a time. For a static pattern it works out three
-runs of tiles instead. Rows with most work come first.
+runs of tiles instead. Rows are taken up head after head, those of a head with most work first.
 """
 
 from __future__ import annotations

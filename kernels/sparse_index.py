@@ -216,7 +216,11 @@ def index_from_map(wanted: Tensor, extent: Extent, *, causal: bool, columns: Ten
 
 
 def turns(work: Tensor, extent: tuple[int, int, int]) -> Tensor:
-    """`SparseIndex.order`. work: (rows,) tiles that each multiplies. extent: as of an index."""
+    """`SparseIndex.order`. work: (rows,) tiles that each multiplies. extent: as of an index.
+
+    Of 131,072 tokens in 32/8 heads of 128 (bf16, H200), a quarter of the tiles at random takes 80 ms so and 98 ms with
+    all rows by work alone, all tiles 318 and 356. Lists of 38 tiles, 2 %, take 9.3 ms and 7.8.
+    """
     heads = work.view(-1, extent[2])
     within = heads.argsort(dim=1, descending=True, stable=True)
     begin = extent[2] * torch.arange(len(heads), device=work.device)
