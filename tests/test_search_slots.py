@@ -148,8 +148,7 @@ def test_decoding_of_many_sequences_takes_a_compressed_cache(base, tmp_path, cap
     assert best["cost"] < 0.7 * min(row["cost"] for row in without)
 
 
-@pytest.mark.parametrize("batch", [1, 64])
-def test_what_costs_more_than_floats_is_no_result(base, monkeypatch, batch):
+def test_what_costs_more_than_floats_is_no_result(base, monkeypatch):
     """Weights that multiply more slowly are left as they are, and a search that finds nothing else says so."""
     costs = searching().costs_of
 
@@ -161,7 +160,7 @@ def test_what_costs_more_than_floats_is_no_result(base, monkeypatch, batch):
         )
 
     monkeypatch.setattr(searching(), "costs_of", slower)
-    options = SearchOptions(limit=0.5, target="decode", context=900, batch=batch, **SMALL)
+    options = SearchOptions(limit=0.5, target="decode", context=900, batch=64, **SMALL)
     result = search(base, options=options, overrides=OVERRIDES)
     best = next(row for row in result["rows"] if row["name"] == result["best"])
     assert best["shares"] == {"float": 1.0} and best["slot"] != "none" and best["cost"] < result["base_cost"]

@@ -19,7 +19,7 @@ from kompakt.compress.video_speed_table import check_video_speeds, video_table
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
 MACHINE = Machine(CPU, lambda calls: float(len(calls)) and 1e-3, 1, Ceilings(1.0, 1.0, 1.0, 1.0))
-SMALL = Video(4, 640, 12, 64)
+SMALL = Video(4, 320, 12, 64)
 CHOSEN = {"near": "diagonal", "same": "multi_diagonal", "anchors": "vertical_stripe", "everywhere": "dense"}
 
 
@@ -34,13 +34,13 @@ def test_rows_and_their_table():
     with mock.patch.object(module, "SMALL", (4, 100)):
         result = video_speed(MACHINE, [SMALL], [], note="Made up.", keep=kept.append)
     (row,) = result["rows"]
-    assert row["correct"] and row["microseconds"] == 1000 and row["tokens"] == 2560 and kept == [result]
+    assert row["correct"] and row["microseconds"] == 1000 and row["tokens"] == 1280 and kept == [result]
     assert row["patterns"] == dict(Counter(CHOSEN[kind] for kind in KINDS)) and row["candidates"] == 11
     assert row["search_seconds"] > 0 and row["error"] < 0.35
     # The timer takes everything to last as long: what is visited is then the share.
     assert row["share"] == pytest.approx(row["density"], abs=1e-4)
     table = video_table(json.loads(json.dumps(result)))
-    assert "| 4 × 640 | 12 × 64 | 4 dense, 3 diagonal, 3 multi_diagonal, 2 vertical_stripe |" in table
+    assert "| 4 × 320 | 12 × 64 | 4 dense, 3 diagonal, 3 multi_diagonal, 2 vertical_stripe |" in table
     assert "Made up." in table and "heads of 12 kinds in turn: 3 near, 3 same, 2 anchors, 4 everywhere" in table
     check_video_speeds(result)
 
@@ -52,7 +52,7 @@ def test_a_wrong_kernel_has_no_time():
         with mock.patch.object(module, "sparse_attention", lambda query, *_, **__: (query, None)):
             result = video_speed(MACHINE, [video], [])
     assert "microseconds" not in result["rows"][0] and "| wrong |" in video_table(result)
-    with pytest.raises(RuntimeError, match="1 of 1 results are wrong and have no time; the first is 4 frames of 640"):
+    with pytest.raises(RuntimeError, match="1 of 1 results are wrong and have no time; the first is 4 frames of 320"):
         check_video_speeds(result)
 
 
