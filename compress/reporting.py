@@ -111,7 +111,9 @@ def slots(recipe: Recipe) -> list[dict[str, str]]:
         options = dict(content[slot])
         method = options.pop("method")
         words = ", ".join(
-            f"{key} {json.dumps(value) if isinstance(value, list) else value}" for key, value in options.items()
+            f"{key} {json.dumps(value) if isinstance(value, list) else value}"
+            for key, value in options.items()
+            if value is not None
         )
         rows.append({"slot": slot, "method": method, "options": words})
     return rows
