@@ -47,7 +47,9 @@ def _verdict(content: dict[str, Any]) -> list[str]:
     """What was found, and why the search ended if it did not end by itself."""
     best = next(row for row in content["rows"] if row["name"] == content["best"])
     uniform = content["best_uniform"]
-    beside = "the float model: no uniform recipe is within the limit" if uniform is None else f"uniform {uniform}"
+    beside = (
+        "the float model: no uniform recipe within the limit costs less" if uniform is None else f"uniform {uniform}"
+    )
     saved, costs = content["less_than_uniform"], _cost_name(content)
     least = f"{_cost(content, best['cost'])} ({costs}), {saved:.1%} less" if costs else f"{saved:.1%} fewer bytes"
     lines = [f"best: {best['name']}, {size(best['bytes'])}, {least} than {beside}"]

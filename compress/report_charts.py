@@ -7,6 +7,7 @@ Text from outside is escaped by `Markup.format`, so the result is safe to put in
 from __future__ import annotations
 
 import math
+import string
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,20 +16,22 @@ from markupsafe import Markup
 
 WIDTH, HEIGHT = 420, 270
 LEFT, RIGHT, TOP, BOTTOM = 72, 14, 16, 46
+NARROW = frozenset(set(string.ascii_lowercase + string.digits + "-_.,:/ ()") - {"m", "w"})
 SHAPES = ("circle", "square", "diamond", "triangle")
 LINE = 13
 """Height of a label."""
-LETTER = 6.6
-"""Width of one of its characters, at most."""
+LETTER, WIDE = 6.6, 10.6
+"""Widths of its characters, and of capitals, m, w and those of other scripts."""
 
 
 @dataclass(frozen=True)
 class Axis:
-    """What an axis shows: its label, unit included, and the range of values."""
+    """What an axis shows: its label, unit included, and the range of values; whole: of which it names whole ones."""
 
     label: str
     low: float
     high: float
+    whole: bool = False
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,12 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     step *= next(factor for factor in (1, 2, 5, 10) if span / (step * factor) <= count)
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     return [index * step for index in range(first, last + 1)]
+
+
+def axis_ticks(axis: Axis) -> list[float]:
+    """The ticks of an axis."""
+    found = ticks(axis.low, axis.high)
+    return [value for value in found if value == round(value)] if axis.whole else found
 
 
 def tick_label(value: float, all_ticks: Sequence[float]) -> str:
@@ -110,7 +119,8 @@ def points_chart(
             parts.append(_error_bar(across, *ends, point.series))
         parts.append(_mark(across, up, point))
     marks = [(frame.x(point.x), frame.y(point.y)) for point in named]
-    heights = _heights(labels, marks, TOP, frame.height - BOTTOM)
+    every = [(frame.x(point.x), frame.y(point.y)) for point in points]
+    heights = _heights(labels, marks, every, TOP, frame.height - BOTTOM)
     parts += [label.drawn(*mark, height) for label, mark, height in zip(labels, marks, heights, strict=True)]
     if len(series) > 1:
         parts.append(_legend(series))
@@ -123,7 +133,7 @@ def map_chart(
     """Marks in a grid of columns and rows that count from 0; a cell without one stays empty. x, y: what those are."""
     cell = min((WIDTH - LEFT - RIGHT) / columns, 14.0)
     height = round(TOP + BOTTOM + cell * max(rows, 4))
-    axes = Axis(x, -0.5, columns - 0.5), Axis(y, -0.5, max(rows, 4) - 0.5)
+    axes = Axis(x, -0.5, columns - 0.5, whole=True), Axis(y, -0.5, rows - 0.5, whole=True)
     frame = _Frame(*axes, height=height, right=round(LEFT + cell * columns))
     marks = [_mark(frame.x(point.x), frame.y(point.y), point, 0.42 * cell) for point in cells]
     return _svg(title, description, [frame.axes(), *marks, _legend(series)], height=height, legend=True)
@@ -189,7 +199,7 @@ class _Frame:
         bottom, right = self.height - BOTTOM, self.right
         parts = []
         if vertical:
-            found = ticks(self.axis_y.low, self.axis_y.high)
+            found = axis_ticks(self.axis_y)
             for value in found:
                 parts.append(
                     Markup(
@@ -211,7 +221,7 @@ class _Frame:
                     middle, self.axis_y.label
                 )
             )
-        found = ticks(self.axis_x.low, self.axis_x.high)
+        found = axis_ticks(self.axis_x)
         for value in found:
             parts.append(
                 Markup(
@@ -264,7 +274,7 @@ class _Label:
     def beside(cls, x: float, text: str) -> _Label:
         """To the right of a mark at x; to its left where the right has no room."""
         shown = text if len(text) <= 28 else f"{text[:27]}…"
-        width = LETTER * len(shown)
+        width = sum(LETTER if letter in NARROW else WIDE for letter in shown)
         before = x + 14 + width > WIDTH - 2
         return cls(shown, x - 14 - width if before else x + 14, x - 14 if before else x + 14 + width, before)
 
@@ -285,16 +295,22 @@ class _Label:
         ).format(x + 6 * sign, y, end - 2 * sign, height, end, height + 4, anchor, self.text)
 
 
-def _heights(labels: Sequence[_Label], marks: Sequence[tuple[float, float]], low: float, high: float) -> list[float]:
+def _heights(
+    labels: Sequence[_Label],
+    marks: Sequence[tuple[float, float]],
+    every: Sequence[tuple[float, float]],
+    low: float,
+    high: float,
+) -> list[float]:
     """Of every label, the nearest to its mark of the lines between `low` and `high` in which it meets no other; better
-    a few lines away than upon a mark. There have to be as many lines as labels that meet one.
+    a few lines away than upon any of `every` mark. There have to be as many lines as labels that meet one.
     """
     lines = [low + LINE * (number + 0.5) for number in range(int((high - low) // LINE))]
     held: list[list[_Label]] = [[] for _ in lines]
     found = [0.0] * len(labels)
 
     def distance(place: int, line: int) -> float:
-        covered = any(labels[place].covers(*mark, lines[line]) for mark in marks)
+        covered = any(labels[place].covers(*mark, lines[line]) for mark in every)
         return abs(lines[line] - marks[place][1]) + 4 * LINE * covered
 
     for place in sorted(range(len(labels)), key=lambda place: -marks[place][1]):

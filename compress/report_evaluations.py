@@ -68,6 +68,13 @@ class AttentionUse(_Part):
     window: Count
 
 
+class EvictionUse(_Part):
+    """See `cache_evaluation.eviction_in_use`."""
+
+    kept: Finite | None = None
+    allocated: Finite | None = None
+
+
 class CacheUse(_Part):
     """See `cache_evaluation.cache_in_use`."""
 
@@ -75,6 +82,7 @@ class CacheUse(_Part):
     positions: Count
     reading_codes: Count
     bits_per_element: Finite | None
+    eviction: EvictionUse | None = None
 
 
 class Evaluation(_Part):

@@ -85,19 +85,21 @@ def describe(directory: Path) -> dict[str, Any]:
         "sparsity": sparsity_sentence(sparsity_of(policies)),
         "sparse_layers": sparsity_rows(sparsity_of(policies)),
         "kv_cache": cache_sentence(write_cache(cache), measured) if cache is not None else "",
-        "cache_bits": cache_bits(measured),
+        "cache_bits": cache_bits([item["kv_cache"] for item in evaluations if item.get("kv_cache")]),
         "evaluations": evaluations,
     }
     return {**described, "warnings": warnings(described, sidecar, recipe)}
 
 
-def cache_bits(measured: dict[str, Any] | None) -> str:
-    """Bits of a cached element, as an evaluation measured them, and of how many of a prompt's tokens; or nothing."""
-    bits = (measured or {}).get("bits_per_element")
-    if measured is None or bits is None:
+def cache_bits(measured: list[dict[str, Any]]) -> str:
+    """Bits of a cached element, and of how many of a prompt's tokens, by the first evaluation that coded any; or
+    nothing.
+    """
+    coded = next((item for item in measured if item["bits_per_element"] is not None), None)
+    if coded is None:
         return ""
-    kept = (measured.get("eviction") or {}).get("kept")
-    return f"{bits:.3f}" if kept is None else f"{bits:.3f}, {kept:.0%} of tokens"
+    kept = (coded.get("eviction") or {}).get("kept")
+    return f"{coded['bits_per_element']:.3f}{'' if kept is None else f', {kept:.0%} of tokens'}"
 
 
 def slots(recipe: Recipe) -> list[dict[str, str]]:

@@ -18,7 +18,7 @@ from .decode_contenders import MIN_LENGTH, DecodeCase
 from .decode_speed import decode_speed
 from .device_speed import Machine
 from .planning import kv_shape
-from .search_slots import ATTENTION, SlotChoice, SlotSpace
+from .search_slots import ATTENTION, EMPTY, SlotChoice, SlotSpace
 
 KINDS = {"kv_fp8": "fp8", "kv_int4": "int4", "kv_pq 4 bits": "pq4"}
 """Caches as `bench decode` calls them."""
@@ -39,7 +39,7 @@ def prefill_seconds(work: Work, device: DeviceCeilings, sequences: int, context:
 
 def unmeasured(work: Work, space: SlotSpace, context: int) -> str | None:
     """Why attention is not measured; None if it can be."""
-    if space.choices[0].key != "none":
+    if space.choices[0].key != EMPTY:
         return f"the recipe fills {space.slot} itself"
     if space.slot == "attention" and work.sparse:
         return "the recipe's is sparse"
@@ -67,7 +67,7 @@ def measured_seconds(
         modes: list[Mode] = [ATTENTION[key]["mode"] for key in keys] or ["bf16"]
         case = Case("causal", context, head_dim, heads, kv_heads, sequences)
         rows = attention_speed(machine, [case], modes, [DENSE])["rows"]
-    found = {"none": _seconds(rows[0]["peers"][DENSE], layers)}
+    found = {EMPTY: _seconds(rows[0]["peers"][DENSE], layers)}
     for key, row in zip(keys, rows):
         found[key] = _seconds(row, layers)
     return found
@@ -85,8 +85,8 @@ def slot_seconds(
     """key → seconds of every choice, and why they are reckoned although they were to be measured. Choices that have no
     time are left out of the space.
     """
-    if measured is None or isinstance(measured["none"], str):
-        why = None if measured is None else f"{DENSE}' attention has no time here: {measured['none']}"
+    if measured is None or isinstance(measured[EMPTY], str):
+        why = None if measured is None else f"{DENSE}' attention has no time here: {measured[EMPTY]}"
         return {choice.key: reckon(choice) for choice in space.choices}, why
     for key, found in measured.items():
         if isinstance(found, str):

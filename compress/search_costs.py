@@ -36,7 +36,7 @@ from .planning import kv_cache_bytes, own_bytes, plan_cache
 from .recipe import Recipe
 from .search_attention import cache_seconds, measured_seconds, prefill_seconds, slot_seconds, unmeasured
 from .search_options import SearchOptions
-from .search_slots import SlotChoice, SlotSpace
+from .search_slots import EMPTY, SlotChoice, SlotSpace
 from .search_space import FLOAT, Choice, Part, linear_bytes
 from .shared_input import TOGETHER_TOKENS
 
@@ -57,8 +57,9 @@ class LinearTime(Protocol):
 @dataclass(frozen=True)
 class Costs:
     """Costs of one target. unit: "bytes" or "seconds". basis: "counted", "ceilings" or "measured". words: what a cost
-    is and where it comes from. part: of a choice for a part. slots: of each choice for the slot, by key. rest: of
-    everything else. device: whose, None for bytes.
+    is and where it comes from. part: of a choice for a part. slots: of each choice for the slot, by key. empty: of the
+    slot with nothing in it, which is no choice where the recipe fills it. rest: of everything else. device: whose, None
+    for bytes.
     """
 
     target: str
@@ -67,6 +68,7 @@ class Costs:
     words: str
     part: Callable[[Part, Choice], float]
     slots: Mapping[str, float]
+    empty: float
     rest: float
     device: DeviceCeilings | None = None
 
@@ -100,12 +102,14 @@ def costs_of(model: Any, space: SlotSpace, options: SearchOptions, parts: list[P
 def counted(model: Any, space: SlotSpace, options: SearchOptions, parts: list[Part], activations: Activations) -> Costs:
     """Costs in bytes."""
     words = "bytes of all weights, codes, scales and shapes as packed"
-    slots = {choice.key: 0 for choice in space.choices}
+    slots, empty = {choice.key: 0 for choice in space.choices}, 0
     if options.context is not None:
         words += f", and of the caches of {sequences_of(options)}"
         slots = {choice.key: cache_bytes(model, choice.recipe, options) for choice in space.choices}
+        empty = cache_bytes(model, space.without, options)
     rest = sum(own_bytes(model)) - sum(part.bytes(FLOAT, activations) for part in parts)
-    return Costs("size", "bytes", "counted", words, lambda part, choice: part.bytes(choice, activations), slots, rest)
+    of_part = lambda part, choice: part.bytes(choice, activations)  # noqa: E731
+    return Costs("size", "bytes", "counted", words, of_part, slots, empty, rest)
 
 
 def cache_bytes(model: Any, recipe: Recipe, options: SearchOptions) -> int:
@@ -147,6 +151,7 @@ def timed(
         + uncounted(space.choices[0].recipe, options.target),
         part=lambda part, choice: linears.seconds(part, choice, tokens),
         slots=slots,
+        empty=slots[EMPTY] if EMPTY in slots else reckon(SlotChoice(EMPTY, space.without)),
         rest=rest_seconds(work, parts, device, tokens, sequences),
         device=device,
     )
@@ -317,10 +322,10 @@ def measured_ceilings(name: str, found: Ceilings) -> DeviceCeilings:
 
 
 def check_differ(costs: Costs, matrix: Sequence[Sequence[float]], space: SlotSpace) -> None:
-    """ValueError if no choice costs less than floats and an empty slot, which come first, so that there is nothing to
+    """ValueError if no choice costs less than floats, which come first, and an empty slot, so that there is nothing to
     search for.
     """
-    if all(row[0] <= min(row) * (1 + 1e-9) for row in (*matrix, list(costs.slots.values()))):
+    if all(row[0] <= min(row) * (1 + 1e-9) for row in (*matrix, [costs.empty, *costs.slots.values()])):
         weights, out = space.choices[0].recipe.weights, sorted(set(space.left_out.values()))
         assert weights is not None
         raise ValueError(

@@ -11,7 +11,6 @@ from .assess import describe_text, save_json
 from .pipeline import environment, package_version
 from .recipe import Recipe
 from .restore import LimitExceeded
-from .search_space import FLOAT
 
 if TYPE_CHECKING:
     from .searching import Search
@@ -23,9 +22,9 @@ LEAST = {"size": "the fewest bytes", "decode": "the fastest decoding", "prefill"
 def summary(job: Search, choices: int) -> dict[str, Any]:
     """The result. LimitExceeded if there is none."""
     slots = job.space.slots
-    base_cost = job.cost(dict.fromkeys(job.space.parts, FLOAT), slots.choices[0])
+    base_cost = job.base_cost()
     within = [row for row in job.rows if row["within"] and row["recipe"] is not None]
-    fitting = [row for row in within if row["cost"] < base_cost]
+    fitting = [row for row in within if (row["cost"], row["bytes"]) < (base_cost, job.base_bytes)]
     best, best_uniform = cheapest_row(fitting), cheapest_row([row for row in fitting if row["kind"] == "uniform"])
     if best is None:
         raise LimitExceeded(without_result(job, within, base_cost))

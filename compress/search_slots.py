@@ -43,6 +43,8 @@ SLOTS = {"size": "kv_cache", "decode": "kv_cache", "prefill": "attention"}
 """Target → the slot that it depends on."""
 READING = 0.5
 """Share of the positions that must have read codes for a loss to count."""
+EMPTY = "none"
+"""Key of a slot with nothing in it."""
 NO_FP8 = "its kernels need a device that multiplies in FP8"
 
 
@@ -63,6 +65,11 @@ class SlotSpace:
     left_out: dict[str, str] = field(default_factory=dict)
 
     @property
+    def without(self) -> Recipe:
+        """The recipe with nothing in the slot."""
+        return self.choices[0].recipe.model_copy(update={self.slot: None})
+
+    @property
     def searched(self) -> bool:
         """Whether there is anything to choose or to say."""
         return len(self.choices) > 1 or bool(self.left_out)
@@ -77,7 +84,7 @@ def slot_space(model: Any, recipe: Recipe, options: SearchOptions) -> SlotSpace:
     """What a target leaves to choose, before anything is measured."""
     slot = SLOTS[options.target]
     filled = getattr(recipe, slot)
-    space = SlotSpace(slot, [SlotChoice("none" if filled is None else method_key(filled), recipe)])
+    space = SlotSpace(slot, [SlotChoice(EMPTY if filled is None else method_key(filled), recipe)])
     counted = options.target != "size" or options.context is not None
     if filled is not None or not counted or (slot == "attention" and recipe.sparsity is not None):
         return space

@@ -217,6 +217,10 @@ class Search:
         parts = sum(self.costs.part(part, choice) for part, choice in assignment.items())
         return self.costs.rest + self.costs.slots[slot.key] + parts
 
+    def base_cost(self) -> float:
+        """`cost` of the float model, with nothing in the slot."""
+        return self.costs.rest + self.costs.empty + sum(self.costs.part(part, FLOAT) for part in self.space.parts)
+
     def weight_bytes(self, assignment: dict[Part, Choice]) -> int:
         """Bytes of all weights of a whole model."""
         assert self.recipe.weights is not None

@@ -229,6 +229,7 @@ def sparsity_table(result: dict[str, Any]) -> str:
         f"{calibration['samples']} × {calibration['length']:,} tokens of {calibration['source']} in "
         f"{result['search_seconds']:.0f} s on {result['threads']} threads; {result['environment']['device']}, torch "
         f"{result['environment']['torch']}, {result['date']}. Tiles are those of the sparse layers, over dense "
-        f"attention's, on these windows and tests; recall is on calibration text.{noted(result)}",
+        "attention's, on these windows and tests; recall is on calibration text; of tests, shares of right tokens "
+        f"beside the base model's.{noted(result)}",
     ]
     return "\n".join(lines)

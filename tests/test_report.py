@@ -328,12 +328,42 @@ def test_labels_lie_inside_the_chart_and_not_upon_one_another(count):
     for x, y, anchor, text in re.findall(pattern, chart):
         left = float(x) - (6.6 * len(text) if anchor == "end" else 0)
         boxes[text] = (left, left + 6.6 * len(text), float(y) - 11, float(y) + 2)
-    assert len(boxes) == count == chart.count('class="leader"')
+    leaders = re.findall(r'class="leader" d="M([\d.]+) ([\d.]+)L([\d.]+) ([\d.]+)"', chart)
+    assert len(boxes) == count == len(leaders)
+    marks = [tuple(map(float, mark)) for mark in re.findall(r'<circle [^>]*cx="([\d.]+)" cy="([\d.]+)"', chart)]
+    for (x, y), (start_x, start_y, end_x, end_y), box in zip(marks, leaders, boxes.values(), strict=True):
+        assert abs(float(start_x) - x) == pytest.approx(6, abs=0.11) and float(start_y) == y
+        assert min(abs(float(end_x) - edge) for edge in box[:2]) < 2.2 and box[2] < float(end_y) < box[3]
+        assert count > 1 or abs(float(end_y) - y) <= 6.6  # nothing is in the way
     for text, (left, right, top, low) in boxes.items():
         assert left >= 0 and right <= 420 and top >= 15 and low <= bottom + 1, text
         for other, box in boxes.items():
             apart = box[1] <= left or right <= box[0] or box[3] <= top + 0.2 or low <= box[2] + 0.2
             assert other == text or apart, (text, other)
+
+
+def test_labels_rather_stand_a_few_lines_away_than_upon_a_mark():
+    chart = points_chart("T", "D", [Point(50, 5, None, "one"), Point(60, 5)], Axis("", 0, 100), Axis("", 0, 10))
+    (height,) = map(float, re.findall(r'class="leader" d="M[\d.]+ [\d.]+L[\d.]+ ([\d.]+)"', chart))
+    (mark, _) = map(float, re.findall(r'cy="([\d.]+)"', chart))
+    assert 13 <= abs(height - mark) <= 26
+
+
+def test_wide_letters_keep_a_label_inside_the_chart():
+    (left, right) = (
+        points_chart("T", "D", [Point(44, 5, None, text)], Axis("", 0, 100), Axis("", 0, 10))
+        for text in ("W4A16-GPTQ-ACTORDER-GROUP128", "i" * 28)
+    )
+    assert 'text-anchor="end">W4A16' in left and 'text-anchor="start">iii' in right
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 9])
+def test_a_map_names_heads_and_layers_that_there_are(count):
+    chart = patterns_chart(sparse_layers(*["v" * count] * count))
+    named = {
+        text for text in re.findall(r'text-anchor="(?:middle|end)">([^<]*)<', str(chart)) if text[:1] in "-0123456789"
+    }
+    assert named <= set(map(str, range(count))) and "0" in named
 
 
 def test_bits_of_a_cache_are_those_that_were_measured(found):
@@ -342,8 +372,9 @@ def test_bits_of_a_cache_are_those_that_were_measured(found):
     assert "bits in the cache" not in page(found)
     text = Outline(page({**found, "directories": [coded, *found["directories"][1:]]})).text
     assert "bits in the cache" in text and "and of coded keys and values" in text and " 4.500 " in text
-    assert cache_bits({"bits_per_element": 4.5, "eviction": {"kept": 0.254}}) == "4.500, 25% of tokens"
-    assert cache_bits({"bits_per_element": None}) == cache_bits(None) == ""
+    short, long = {"bits_per_element": None}, {"bits_per_element": 4.5, "eviction": {"kept": 0.254}}
+    assert cache_bits([short, long]) == "4.500, 25% of tokens" and cache_bits([short]) == cache_bits([]) == ""
+    assert cache_bits([{"bits_per_element": 8.5, "eviction": None}]) == "8.500"
 
 
 def sparse_layers(*layers: str) -> dict:

@@ -148,31 +148,68 @@ def test_decoding_of_many_sequences_takes_a_compressed_cache(base, tmp_path, cap
     assert best["cost"] < 0.7 * min(row["cost"] for row in without)
 
 
-def test_what_costs_more_than_floats_is_no_result(base, monkeypatch):
-    """Weights that multiply more slowly are left as they are, and a search that finds nothing else says so."""
-    costs = searching().costs_of
+@pytest.fixture
+def part_costs(monkeypatch):
+    """A function that sets how much more than floats the choices for parts cost."""
+    costs_of = searching().costs_of
 
-    def slower(*given, **named):
-        found = costs(*given, **named)
-        part = found.part
-        return dataclasses.replace(
-            found, part=lambda one, choice: part(one, FLOAT) * (1 if choice == FLOAT else 3), rest=found.rest + 1.0
-        )
+    def use(factors):
+        def changed(*given, **named):
+            found = costs_of(*given, **named)
+            part = found.part
+            return dataclasses.replace(
+                found, part=lambda one, choice: part(one, FLOAT) * {FLOAT.key: 1.0, **factors}[choice.key]
+            )
 
-    monkeypatch.setattr(searching(), "costs_of", slower)
+        monkeypatch.setattr(searching(), "costs_of", changed)
+
+    return use
+
+
+SLOWER = {"fp8": 3.0, "int4 g16": 3.0}
+
+
+def test_weights_that_multiply_more_slowly_stay_as_they_are(base, part_costs):
+    part_costs(SLOWER)
     options = SearchOptions(limit=0.5, target="decode", context=900, batch=64, **SMALL)
     result = search(base, options=options, overrides=OVERRIDES)
     best = next(row for row in result["rows"] if row["name"] == result["best"])
     assert best["shares"] == {"float": 1.0} and best["slot"] != "none" and best["cost"] < result["base_cost"]
     assert any(row["within"] and row["cost"] > result["base_cost"] for row in result["rows"])
-    monkeypatch.setattr(searching(), "turn_dial", lambda *given: None)
-    monkeypatch.setattr(searching(), "check_differ", lambda *given: None)
-    kept = SearchOptions(limit=0.5, target="prefill", context=900, **SMALL)
-    with pytest.raises(
-        LimitExceeded, match=r"within 50\.00% costs less than the float model, .*; times as much: fp8 1\."
-    ):
-        search(base, options=kept, overrides=OVERRIDES)
-    monkeypatch.undo()
+
+
+def test_a_slot_that_is_kept_is_not_the_float_models(base, part_costs):
+    """Floats with the recipe's own cache cost less than the float model, and more than nothing that is found."""
+    part_costs(SLOWER)
+    options = SearchOptions(limit=0.5, target="decode", context=900, batch=64, **SMALL)
+    overrides = {**OVERRIDES, "kv_cache": {"method": "kv_int4"}}
+    result = search(base, options=options, overrides=overrides)
+    best = next(row for row in result["rows"] if row["name"] == result["best"])
+    assert best["shares"] == {"float": 1.0} and best["slot"] == "kv_int4" and best["cost"] < 0.8 * result["base_cost"]
+    planned = plan(base, {"weights": "rtn"}, contexts=(900,), batches=(64,), runs_on="h200")
+    assert planned.ceilings is not None
+    assert 1e3 * result["base_cost"] == pytest.approx(planned.ceilings["rows"][0]["base_decode_ms"], rel=0.02)
+
+
+@pytest.mark.parametrize(("factor", "code"), [(3.0, None), (1.0, "fp8")])
+def test_what_is_within_the_limit_and_costs_more_is_no_result(base, part_costs, monkeypatch, factor, code):
+    """INT4 would be faster here and is outside the limit. What costs as much and takes fewer bytes is a result."""
+    part_costs({"fp8": factor, "int4 g16": 0.5})
+
+    def measure(self, recipe):
+        increase = 0.9 if recipe is not None and recipe.weights.storage == "int4" else 0.01
+        return {"perplexity_increase": increase, "perplexity_increase_stderr": 0.0, "kl": increase}
+
+    monkeypatch.setattr(searching().Search, "measure", measure)
+    options = SearchOptions(limit=0.5, target="prefill", context=900, **{**SMALL, "rounds": 1})
+    if code is None:
+        with pytest.raises(
+            LimitExceeded, match=r"within 50\.00% costs less than the float model, .* as much: fp8 [12]\."
+        ):
+            search(base, options=options, overrides=OVERRIDES)
+    else:
+        result = search(base, options=options, overrides=OVERRIDES)
+        assert result["best"] == code and result["less_than_uniform"] == 0
 
 
 def searching():

@@ -129,6 +129,13 @@ def test_lists(name):
         assert len(index.tiles) == len(index.columns) == 0
 
 
+@pytest.mark.parametrize(("batch", "heads", "queries"), [(1, 2, 0), (0, 2, 64), (1, 0, 64)])
+def test_nothing_has_an_empty_index(batch, heads, queries):
+    extent = Extent.of(batch, queries, 128, None, torch.device("cpu"))
+    index = index_from_tiles(torch.ones((batch, heads, -(-queries // 64), 2), dtype=torch.bool), extent, causal=True)
+    assert len(index.order) == len(index.tiles) == 0 and index.order.dtype == torch.int32
+
+
 @pytest.mark.parametrize("distance", [0, 1, 63, 64, 65, 100, 199])
 @pytest.mark.parametrize("lengths", [(200, 200), (137, 251), (64, 128)])
 def test_slashes_reach_their_keys(distance, lengths):
