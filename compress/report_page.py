@@ -212,7 +212,7 @@ def layers_chart(item: dict[str, Any]) -> Markup | None:
         f"{values[worst]:.3g} in {rows[worst]['name']}.",
         values,
         [row["restored"] for row in rows],
-        Axis("decoder layer", -0.6, len(rows) - 0.4),
+        Axis("decoder layer", -0.6, len(rows) - 0.4, whole=True),
         Axis("relative error", 0.0, (max(values) or 1.0) * 1.08),
     )
 
@@ -230,7 +230,7 @@ def attention_chart(item: dict[str, Any]) -> Markup | None:
         "Attention by layer",
         f"Cosine of the output of {len(rows)} attention layers with exact attention; the least is {low:.5f}.",
         points,
-        Axis("attention layer", -0.6, len(item["attention"]) - 0.4),
+        Axis("attention layer", -0.6, len(item["attention"]) - 0.4, whole=True),
         Axis("cosine with exact attention", *_below_one(low)),
         series=modes,
     )

@@ -18,7 +18,8 @@ from .decode_contenders import MIN_LENGTH, DecodeCase
 from .decode_speed import decode_speed
 from .device_speed import Machine
 from .planning import kv_shape
-from .search_slots import ATTENTION, EMPTY, SlotChoice, SlotSpace
+from .recipe import Recipe
+from .search_slots import ATTENTION, EMPTY, SlotSpace
 
 KINDS = {"kv_fp8": "fp8", "kv_int4": "int4", "kv_pq 4 bits": "pq4"}
 """Caches as `bench decode` calls them."""
@@ -80,14 +81,14 @@ def _seconds(row: dict[str, Any], layers: int) -> float | str:
 
 
 def slot_seconds(
-    space: SlotSpace, reckon: Callable[[SlotChoice], float], measured: dict[str, Any] | None
+    space: SlotSpace, reckon: Callable[[Recipe], float], measured: dict[str, Any] | None
 ) -> tuple[dict[str, float], str | None]:
     """key → seconds of every choice, and why they are reckoned although they were to be measured. Choices that have no
     time are left out of the space.
     """
     if measured is None or isinstance(measured[EMPTY], str):
         why = None if measured is None else f"{DENSE}' attention has no time here: {measured[EMPTY]}"
-        return {choice.key: reckon(choice) for choice in space.choices}, why
+        return {choice.key: reckon(choice.recipe) for choice in space.choices}, why
     for key, found in measured.items():
         if isinstance(found, str):
             space.leave_out(key, found)

@@ -36,7 +36,7 @@ from .planning import kv_cache_bytes, own_bytes, plan_cache
 from .recipe import Recipe
 from .search_attention import cache_seconds, measured_seconds, prefill_seconds, slot_seconds, unmeasured
 from .search_options import SearchOptions
-from .search_slots import EMPTY, SlotChoice, SlotSpace
+from .search_slots import EMPTY, SlotSpace
 from .search_space import FLOAT, Choice, Part, linear_bytes
 from .shared_input import TOGETHER_TOKENS
 
@@ -57,9 +57,9 @@ class LinearTime(Protocol):
 @dataclass(frozen=True)
 class Costs:
     """Costs of one target. unit: "bytes" or "seconds". basis: "counted", "ceilings" or "measured". words: what a cost
-    is and where it comes from. part: of a choice for a part. slots: of each choice for the slot, by key. empty: of the
-    slot with nothing in it, which is no choice where the recipe fills it. rest: of everything else. device: whose, None
-    for bytes.
+    is and where it comes from. part: of a choice for a part. slots: of each choice for the slot, by key, and of the
+    empty slot, `EMPTY`, which is no choice where the recipe fills it. rest: of everything else. device: whose, None for
+    bytes.
     """
 
     target: str
@@ -68,7 +68,6 @@ class Costs:
     words: str
     part: Callable[[Part, Choice], float]
     slots: Mapping[str, float]
-    empty: float
     rest: float
     device: DeviceCeilings | None = None
 
@@ -102,14 +101,13 @@ def costs_of(model: Any, space: SlotSpace, options: SearchOptions, parts: list[P
 def counted(model: Any, space: SlotSpace, options: SearchOptions, parts: list[Part], activations: Activations) -> Costs:
     """Costs in bytes."""
     words = "bytes of all weights, codes, scales and shapes as packed"
-    slots, empty = {choice.key: 0 for choice in space.choices}, 0
+    fillings = {EMPTY: space.without, **{choice.key: choice.recipe for choice in space.choices}}
+    slots = dict.fromkeys(fillings, 0)
     if options.context is not None:
         words += f", and of the caches of {sequences_of(options)}"
-        slots = {choice.key: cache_bytes(model, choice.recipe, options) for choice in space.choices}
-        empty = cache_bytes(model, space.without, options)
+        slots = {key: cache_bytes(model, recipe, options) for key, recipe in fillings.items()}
     rest = sum(own_bytes(model)) - sum(part.bytes(FLOAT, activations) for part in parts)
-    of_part = lambda part, choice: part.bytes(choice, activations)  # noqa: E731
-    return Costs("size", "bytes", "counted", words, of_part, slots, empty, rest)
+    return Costs("size", "bytes", "counted", words, lambda part, choice: part.bytes(choice, activations), slots, rest)
 
 
 def cache_bytes(model: Any, recipe: Recipe, options: SearchOptions) -> int:
@@ -133,9 +131,9 @@ def timed(
     tokens = sequences * (1 if decode else context)
     work = work_of(model, space.choices[0].recipe, context)
 
-    def reckon(choice: SlotChoice) -> float:
+    def reckon(recipe: Recipe) -> float:
         bound = cache_seconds if decode else prefill_seconds
-        return bound(work_of(model, choice.recipe, context), device, sequences, context)
+        return bound(work_of(model, recipe, context), device, sequences, context)
 
     measured, reckoned = None, None
     if isinstance(linears, MeasuredLinears):
@@ -143,6 +141,8 @@ def timed(
         if reckoned is None:
             measured = linears.attention(model, space, len(work.windows), options)
     slots, failed = slot_seconds(space, reckon, measured)
+    if EMPTY not in slots:
+        slots[EMPTY] = reckon(space.without)
     return Costs(
         target=options.target,
         unit="seconds",
@@ -151,7 +151,6 @@ def timed(
         + uncounted(space.choices[0].recipe, options.target),
         part=lambda part, choice: linears.seconds(part, choice, tokens),
         slots=slots,
-        empty=slots[EMPTY] if EMPTY in slots else reckon(SlotChoice(EMPTY, space.without)),
         rest=rest_seconds(work, parts, device, tokens, sequences),
         device=device,
     )
@@ -325,7 +324,7 @@ def check_differ(costs: Costs, matrix: Sequence[Sequence[float]], space: SlotSpa
     """ValueError if no choice costs less than floats, which come first, and an empty slot, so that there is nothing to
     search for.
     """
-    if all(row[0] <= min(row) * (1 + 1e-9) for row in (*matrix, [costs.empty, *costs.slots.values()])):
+    if all(row[0] <= min(row) * (1 + 1e-9) for row in (*matrix, [costs.slots[EMPTY], *costs.slots.values()])):
         weights, out = space.choices[0].recipe.weights, sorted(set(space.left_out.values()))
         assert weights is not None
         raise ValueError(

@@ -43,7 +43,7 @@ from .search_costs import Costs, check_device, check_differ, costs_of
 from .search_losses import LossWalk, parts_of
 from .search_options import SearchOptions
 from .search_results import check_recipe_file, summary
-from .search_slots import SlotChoice, SlotLosses, SlotSpace, slot_space
+from .search_slots import EMPTY, SlotChoice, SlotLosses, SlotSpace, slot_space
 from .search_space import FLOAT, Choice, Part, offered, recipe_for
 
 CLOSE = 0.003
@@ -212,14 +212,14 @@ class Search:
                 found[choice.key] = answer["loss"]
         return [found[choice.key] for choice in space.choices]
 
-    def cost(self, assignment: dict[Part, Choice], slot: SlotChoice) -> float:
-        """What the target counts of a whole model."""
+    def cost(self, assignment: dict[Part, Choice], slot: str) -> float:
+        """What the target counts of a whole model. slot: the key of its filling."""
         parts = sum(self.costs.part(part, choice) for part, choice in assignment.items())
-        return self.costs.rest + self.costs.slots[slot.key] + parts
+        return self.costs.rest + self.costs.slots[slot] + parts
 
     def base_cost(self) -> float:
         """`cost` of the float model, with nothing in the slot."""
-        return self.costs.rest + self.costs.empty + sum(self.costs.part(part, FLOAT) for part in self.space.parts)
+        return self.cost(dict.fromkeys(self.space.parts, FLOAT), EMPTY)
 
     def weight_bytes(self, assignment: dict[Part, Choice]) -> int:
         """Bytes of all weights of a whole model."""
@@ -244,7 +244,7 @@ class Search:
             "kind": kind,
             "name": name,
             "bytes": self.weight_bytes(assignment),
-            "cost": self.cost(assignment, slot),
+            "cost": self.cost(assignment, slot.key),
             "slot": slot.key,
             "estimated_loss": estimate,
             "within": highest <= self.options.limit,
@@ -297,7 +297,7 @@ def uniform(job: Search, choices: list[Choice]) -> None:
     """
     parts, slots = job.space.parts, job.space.slots.choices
     best, best_name = dict.fromkeys(parts, FLOAT), FLOAT.key
-    least = (job.cost(best, slots[0]), job.base_bytes)
+    least = (job.cost(best, slots[0].key), job.base_bytes)
     for choice in choices[1:]:
         if not job.within_time():
             return

@@ -341,6 +341,15 @@ def test_attention_and_cache_recipes_leave_experts_fused(made, tmp_path):
     assert not separate_experts_of(load(tmp_path / "out"))
 
 
+@torch.no_grad()
+def with_a_wrong_expert(model, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Logits after every layer's first expert has become its second."""
+    for name, module in model.named_modules():
+        if name.endswith(".experts.0"):
+            module.load_state_dict(model.get_submodule(f"{name[:-1]}1").state_dict())
+    return model(**batch).logits
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("recipe", ["w4a16-gptq", "w4a8-fireq"])
 def test_on_a_gpu_logits_are_those_of_the_references(recipe, tmp_path):
@@ -359,6 +368,7 @@ def test_on_a_gpu_logits_are_those_of_the_references(recipe, tmp_path):
         return float(((logits - expected).norm(dim=-1) / expected.norm(dim=-1)).median())
 
     # After another rounding one token in ten goes to other experts and is off by its own size, so of each token, and
-    # the middle one. One expert that is wrong moves most tokens.
-    assert 0 < off(got) <= 2.5 * off(again)
+    # the middle one.
+    allowed = 1.5 * off(again)
+    assert off(got) <= allowed < off(with_a_wrong_expert(reference, batch)[seen].float())
     assert model.generate(batch["input_ids"].cuda(), max_new_tokens=4, do_sample=False).shape == (2, 24)

@@ -11,7 +11,7 @@ from tiny import tiny_directory
 from transformers import AutoModelForCausalLM
 
 from kompakt.cli.main import main
-from kompakt.compress import LimitExceeded, Recipe, SearchOptions, compress, plan, search
+from kompakt.compress import LimitExceeded, Recipe, SearchOptions, compress, plan, search, searching
 from kompakt.compress.hf_decoder import decoder_layers
 from kompakt.compress.linear import CompressedLinear
 from kompakt.compress.search_losses import LossWalk, parts_of
@@ -189,7 +189,7 @@ def test_a_killed_search_goes_on_and_ends_alike(base, fresh_cache):
 def test_a_budget_of_time_ends_it_with_the_best_so_far(base, fresh_cache, monkeypatch):
     fresh_cache("timed")
     clock = [0.0]
-    monkeypatch.setattr(library_module().time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(searching.time, "monotonic", lambda: clock[0])
 
     def tick(stage, done, total, text):
         clock[0] += 40.0 * (stage == "search")
@@ -201,12 +201,6 @@ def test_a_budget_of_time_ends_it_with_the_best_so_far(base, fresh_cache, monkey
     with pytest.raises(LimitExceeded, match=r"within 0\.00%: nothing; the budget of 1e-09 minutes was used up"):
         monkeypatch.undo()
         found(base, limit=1e-9, minutes=1e-9)
-
-
-def library_module():
-    import sys
-
-    return sys.modules["kompakt.compress.searching"]
 
 
 def test_budgets_move_towards_the_limit():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from functools import partial
 
 import pytest
@@ -13,7 +12,7 @@ from tiny import tiny_directory
 from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig
 
 from kompakt.cli.main import main
-from kompakt.compress import LimitExceeded, Recipe, SearchOptions, plan, search, search_attention
+from kompakt.compress import LimitExceeded, Recipe, SearchOptions, plan, search, search_attention, searching
 from kompakt.compress.calibration import calibration_tokens
 from kompakt.compress.ceilings import works
 from kompakt.compress.device_speed import Ceilings, Machine
@@ -151,7 +150,7 @@ def test_decoding_of_many_sequences_takes_a_compressed_cache(base, tmp_path, cap
 @pytest.fixture
 def part_costs(monkeypatch):
     """A function that sets how much more than floats the choices for parts cost."""
-    costs_of = searching().costs_of
+    costs_of = searching.costs_of
 
     def use(factors):
         def changed(*given, **named):
@@ -161,7 +160,7 @@ def part_costs(monkeypatch):
                 found, part=lambda one, choice: part(one, FLOAT) * {FLOAT.key: 1.0, **factors}[choice.key]
             )
 
-        monkeypatch.setattr(searching(), "costs_of", changed)
+        monkeypatch.setattr(searching, "costs_of", changed)
 
     return use
 
@@ -200,7 +199,7 @@ def test_what_is_within_the_limit_and_costs_more_is_no_result(base, part_costs, 
         increase = 0.9 if recipe is not None and recipe.weights.storage == "int4" else 0.01
         return {"perplexity_increase": increase, "perplexity_increase_stderr": 0.0, "kl": increase}
 
-    monkeypatch.setattr(searching().Search, "measure", measure)
+    monkeypatch.setattr(searching.Search, "measure", measure)
     options = SearchOptions(limit=0.5, target="prefill", context=900, **{**SMALL, "rounds": 1})
     if code is None:
         with pytest.raises(
@@ -210,10 +209,6 @@ def test_what_is_within_the_limit_and_costs_more_is_no_result(base, part_costs, 
     else:
         result = search(base, options=options, overrides=OVERRIDES)
         assert result["best"] == code and result["less_than_uniform"] == 0
-
-
-def searching():
-    return sys.modules["kompakt.compress.searching"]
 
 
 def test_size_counts_caches_where_a_context_is_given(base):
